@@ -1,0 +1,200 @@
+"""Checks of the values that people give.
+
+Each takes where the value stands (``"LoraSpec.r"``) and the value, and returns it in the form in which it is
+kept, or raises :class:`~lorafx.errors.SpecError` saying where, what was given and what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
+from numbers import Integral, Real
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from lorafx.errors import SpecError
+
+V = TypeVar("V")
+Check = Callable[[str, Any], V]
+
+
+class FrozenDict(Mapping[str, V], Generic[V]):
+    """A read-only dict in a fixed order, which counts in ``==``: in a pattern the first match wins."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[str, V]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, key: str) -> V:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and list(self.items()) == list(other.items())
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._items.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+def plain(value: Any) -> Any:
+    """``value`` with FrozenDicts as dicts and tuples as lists, all the way down: what JSON has."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def frozen(value: Any) -> Any:
+    """The inverse of :func:`plain`."""
+    if isinstance(value, Mapping):
+        return FrozenDict({key: frozen(item) for key, item in value.items()})
+    return tuple(map(frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """``" (did you mean 'alpha'?)"`` with the up to three names nearest to ``word``, else ``""``."""
+    near = difflib.get_close_matches(word, list(known), n=3)
+    return f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+
+
+def refuse_unknown(where: str, given: Collection[Any], known: Collection[str]) -> None:
+    """Raise :class:`SpecError` listing every key of ``given`` that is not in ``known``, with near matches."""
+    unknown = [f"{key!r}{did_you_mean(str(key), known)}" for key in given if key not in known]
+    if unknown:
+        raise SpecError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+
+
+def refusal(where: str, value: object, expected: str) -> SpecError:
+    """The error for a value that is not allowed."""
+    return SpecError(f"{where}={value!r} is not allowed: {expected}.")
+
+
+def rank(where: str, value: Any) -> int:
+    """An integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
+        raise refusal(where, value, "expected an integer of at least 1")
+    return int(value)
+
+
+def alpha(where: str, value: Any) -> float:
+    """A finite number above 0; integers stay integers, as PEFT's config has them."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise refusal(where, value, "expected a finite number above 0")
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def dropout(where: str, value: Any) -> float:
+    """A probability of at least 0 and below 1."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < 1:
+        raise refusal(where, value, "expected a probability of at least 0 and below 1")
+    return float(value)
+
+
+def flag(where: str, value: Any) -> bool:
+    """True or False, and nothing that merely counts as one."""
+    if not isinstance(value, bool):
+        raise refusal(where, value, "expected True or False")
+    return value
+
+
+def variant(where: str, value: Any) -> str:
+    """A name. Whether there is such a variant is for the registry to say, when the spec is applied."""
+    if not isinstance(value, str) or not value.isidentifier():
+        raise refusal(where, value, 'expected the name of a variant, such as "lora"')
+    return value
+
+
+def one_of(choices: tuple[str, ...]) -> Check[str]:
+    """One of these words."""
+
+    def check(where: str, value: Any) -> str:
+        if value not in choices:
+            expected = f"expected one of {', '.join(map(repr, choices))}"
+            raise refusal(where, value, expected + did_you_mean(str(value), choices))
+        return str(value)
+
+    return check
+
+
+def dtype_name(choices: tuple[str, ...]) -> Check[str | None]:
+    """The name of one of these dtypes, which may be given as a ``torch.dtype``; or None."""
+
+    def check(where: str, value: Any) -> str | None:
+        name = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        if name not in (None, *choices):
+            expected = f"expected None, or a torch.dtype or its name of {', '.join(map(repr, choices))}"
+            raise refusal(where, value, expected + did_you_mean(str(name), choices))
+        return None if name is None else str(name)
+
+    return check
+
+
+def _compiles(where: str, regex: str, value: object) -> None:
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise refusal(where, value, f"expected a regular expression, and this is none ({error})") from error
+
+
+def names(where: str, value: Any) -> tuple[str, ...]:
+    """Module names in the order given, each once."""
+    if not isinstance(value, (Sequence, Set)) or isinstance(value, (str, bytes)):
+        raise refusal(where, value, "expected a list of module names")
+    if not all(isinstance(name, str) and name for name in value):
+        raise refusal(where, value, "expected every module name to be a non-empty string")
+    return tuple(dict.fromkeys(value))
+
+
+def regex_or_names(where: str, value: Any) -> str | tuple[str, ...]:
+    """A regex, or the names sorted: as targets their order means nothing, and PEFT keeps none."""
+    if isinstance(value, str):
+        _compiles(where, value, value)
+        return value
+    return tuple(sorted(names(where, value)))
+
+
+def pattern_regex(key: str) -> str:
+    """The regex that a pattern's key stands for: PEFT's rule, the whole name or what follows a dot."""
+    return rf"(.*\.)?({key})$"
+
+
+def pattern(check: Check[V]) -> Check[FrozenDict[V]]:
+    """A mapping from regexes on site names to values that pass ``check``."""
+
+    def checked(where: str, value: Any) -> FrozenDict[V]:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) and key for key in value):
+            raise refusal(where, value, "expected a mapping from regular expressions on site names to values")
+        for key in value:
+            _compiles(f"{where} key", pattern_regex(key), key)
+        return FrozenDict({key: check(f"{where}[{key!r}]", item) for key, item in value.items()})
+
+    return checked
+
+
+def json_object(keys: Collection[str]) -> Check[FrozenDict[Any]]:
+    """A mapping with none but these keys, to values that JSON can hold."""
+
+    def check(where: str, value: Any) -> FrozenDict[Any]:
+        if not isinstance(value, Mapping):
+            raise refusal(where, value, "expected a mapping")
+        refuse_unknown(where, value, keys)
+        try:  # Through JSON and back: enums that are strings (PEFT's task types) become their values.
+            text = json.dumps(plain(value), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise refusal(where, value, f"expected values that JSON can hold ({error})") from error
+        result: FrozenDict[Any] = frozen(json.loads(text))
+        return result
+
+    return check

@@ -1,0 +1,56 @@
+"""Every error lorafx raises on purpose.
+
+All derive from :class:`LorafxError`, so ``except lorafx.LorafxError`` catches what the library
+refuses and nothing else. A message says what was wrong, where (which site, field or file), what was
+expected, and what to do; it is raised before anything is changed.
+"""
+
+from __future__ import annotations
+
+
+class LorafxError(Exception):
+    """Base class of the errors raised by lorafx."""
+
+
+class SpecError(LorafxError, ValueError):
+    """A :class:`~lorafx.spec.LoraSpec` field, or a config read as one, has a value that is not allowed."""
+
+
+class CaptureError(LorafxError):
+    """The model could not be turned into a graph, or one of its modes could not be reconciled."""
+
+
+class InputError(CaptureError, TypeError):
+    """A captured graph was called with other inputs than those it was captured with."""
+
+
+class MatchError(LorafxError):
+    """The spec's targets do not describe layers of this model, or describe layers that cannot be adapted."""
+
+
+class PassError(LorafxError):
+    """A graph pass failed or was run on a graph in the wrong stage. Names the pass."""
+
+
+class VerifyError(PassError):
+    """A graph breaks the rules of its stage: see :func:`lorafx.ir.verify`."""
+
+
+class LoweringError(LorafxError):
+    """A provider that was asked for by name cannot serve a site."""
+
+
+class MergeError(LorafxError):
+    """An adapter cannot be folded into the weights (for instance: it holds NaN or Inf)."""
+
+
+class AdapterError(LorafxError):
+    """An adapter on disk does not fit the graph, or cannot be read or written."""
+
+
+class ExportError(LorafxError):
+    """The ONNX file could not be written."""
+
+
+class ParityError(ExportError):
+    """The exported file is not the twin of the graph it came from: structure or numbers differ."""

@@ -1,0 +1,212 @@
+"""The graph that lorafx works on: a ``torch.fx.GraphModule`` that behaves as the model it came from.
+
+What it adds to a GraphModule:
+
+- calls take the original's arguments and return its output classes (:mod:`lorafx.signature`);
+- ``train()``/``eval()`` mean what they mean on the original: what depends on the mode is a
+  :func:`by_mode` node that reads the ``training`` flag of the module it came from;
+- its state dict has the original's names, and loading one never writes into the original's storage;
+- ``copy.deepcopy``, ``pickle`` and ``torch.save`` keep the graph itself, metadata included.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from lorafx.serialize import GraphRecord
+from lorafx.signature import Call, Signature, SignatureCodeGen
+
+
+#: The child whose mode stands for the root's own (a graph cannot refer to its root).
+ROOT_MODE = "_mode"
+
+
+class Scope(nn.Module):
+    """A module of the original as the graph sees it: a holder of parameters, buffers and a mode."""
+
+    def __init__(self, origin: str = "") -> None:
+        super().__init__()
+        self.origin = origin
+
+    def extra_repr(self) -> str:
+        return self.origin
+
+
+def by_mode(scope: nn.Module, if_train: Any, if_eval: Any) -> Any:
+    """The value an operator gets in the mode that ``scope`` is in."""
+    return if_train if scope.training else if_eval
+
+
+class CapturedModule(GraphModule):
+    """A captured model. Built by :func:`lorafx.passes.capture.capture`; see the module's docstring.
+
+    ``root`` holds the whole module tree (parameters, buffers, modes) under the original's names.
+    """
+
+    accepts_loss_kwargs = False  # for the HF Trainer: losses are averaged by the graph itself
+
+    def __init__(self, root: nn.Module, graph: Graph, class_name: str = "CapturedModule") -> None:
+        super().__init__(nn.Module(), Graph(), class_name)
+        adopt(root, self)
+        self.graph = graph
+
+    @property
+    def signature(self) -> Signature:
+        """How the graph is called."""
+        codegen = self.graph._codegen
+        assert isinstance(codegen, SignatureCodeGen)
+        return codegen.signature
+
+    def recompile(self) -> Any:
+        """Regenerate ``forward`` after an edit of the graph."""
+        code = super().recompile()
+        if isinstance(self.graph._codegen, SignatureCodeGen):
+            self._call, self._out_spec = Call(self.signature), self.signature.out_spec
+            type(self).forward.__signature__ = self.signature.python_signature()  # type: ignore[attr-defined]
+        return code
+
+    def check(self) -> None:
+        """Lint the graph. fx warns of ``get_attr`` nodes it doesn't expect; ours are all deliberate."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.graph.lint()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load values as ``nn.Module`` does, but never into storage shared with the user's model.
+
+        A base tensor whose value differs gets storage of its own first; equal ones stay shared. The
+        graph's own parameters (adapters, ``modules_to_save``) are written in place, so that an
+        optimizer that holds them goes on working.
+        """
+        if not assign:
+            for name, tensor in list(named_tensors(self)):
+                new = state_dict.get(name)
+                if not isinstance(new, Tensor) or new.shape != tensor.shape or is_own(tensor):
+                    continue
+                if not torch.equal(new.to(tensor), tensor):
+                    rebind(self, tensor, tensor.detach().clone())
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
+        root = copy.deepcopy(adopt(self, Scope()), memo)
+        for (_, old), (_, new) in zip(named_tensors(self), named_tensors(root), strict=True):
+            mark_own(new, is_own(old))
+        graph = copy.deepcopy(self.graph)
+        result = _restore(root, graph, copy.copy(self.meta), self.__class__.__name__)
+        memo[id(self)] = result
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        own = frozenset(name for name, tensor in named_tensors(self) if is_own(tensor))
+        record = GraphRecord.from_graph(self.graph)
+        root = adopt(self, Scope())
+        return _unpickle, (root, record, self.signature, dict(self.meta), self.__class__.__name__, own)
+
+
+def _restore(root: nn.Module, graph: Graph, meta: dict[str, Any], name: str) -> CapturedModule:
+    result = CapturedModule(root, graph, name)
+    result.meta = meta
+    return result
+
+
+def _unpickle(
+    root: nn.Module,
+    record: GraphRecord,
+    signature: Signature,
+    meta: dict[str, Any],
+    name: str,
+    own: frozenset[str],
+) -> CapturedModule:
+    graph = record.to_graph()
+    graph.set_codegen(SignatureCodeGen(signature))
+    result = _restore(root, graph, meta, name)
+    for fqn, tensor in named_tensors(result):
+        mark_own(tensor, fqn in own)
+    return result
+
+
+def adopt(source: nn.Module, target: nn.Module) -> nn.Module:
+    """Give ``target`` the children, parameters, buffers and mode of ``source`` (the same objects)."""
+    target.training = source.training
+    target._parameters.update(source._parameters)
+    target._buffers.update(source._buffers)
+    target._non_persistent_buffers_set.update(source._non_persistent_buffers_set)
+    target._modules.update(source._modules)
+    return target
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer under every name it has (aliases included)."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def is_own(tensor: Tensor) -> bool:
+    """Whether the graph owns this tensor's storage, so that it may be written in place."""
+    return bool(getattr(tensor, "_lorafx_own", False))
+
+
+def mark_own(tensor: Tensor, own: bool = True) -> None:
+    """Record that the graph owns (or shares with the user's model) this tensor's storage."""
+    tensor._lorafx_own = own  # type: ignore[attr-defined]
+
+
+def rebind(root: nn.Module, old: Tensor, value: Tensor) -> Tensor:
+    """Replace ``old`` by a tensor of the graph's own with ``value``, under every name it has (ties stay tied)."""
+    new: Tensor = value
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(value, requires_grad=old.requires_grad)
+    mark_own(new)
+    for module in root.modules():
+        for store in (module._parameters, module._buffers):
+            for key, held in store.items():
+                if held is old:
+                    store[key] = new  # type: ignore[assignment]
+    return new
+
+
+def get_path(root: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path."""
+    value: Any = root
+    for atom in path.split(".") if path else []:
+        value = getattr(value, atom)
+    return value
+
+
+def set_tensor(root: nn.Module, path: str, tensor: Tensor) -> None:
+    """Put a parameter or buffer at a dotted path, making the modules on the way."""
+    *parents, name = path.split(".")
+    module = root
+    for atom in parents:
+        if atom not in module._modules:
+            module.add_module(atom, Scope())
+        module = getattr(module, atom)
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(name, tensor)
+    else:
+        module.register_buffer(name, tensor)
+
+
+def delete_path(root: nn.Module, path: str) -> None:
+    """Remove the parameter, buffer or module at a dotted path."""
+    parent, _, name = path.rpartition(".")
+    delattr(get_path(root, parent), name)
+
+
+def notes(node: Node) -> Mapping[str, Any]:
+    """lorafx's own notes on a node; they live where re-export and deepcopy keep them."""
+    found: Mapping[str, Any] = node.meta.get("custom", {}).get("lorafx", {})
+    return found
+
+
+def annotate(node: Node, **new: Any) -> None:
+    """Add notes to a node. Copies on write: a copied graph's nodes share their metadata's values."""
+    custom = node.meta.get("custom", {})
+    node.meta["custom"] = {**custom, "lorafx": {**custom.get("lorafx", {}), **new}}

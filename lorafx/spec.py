@@ -1,0 +1,282 @@
+"""What to adapt and how: :class:`LoraSpec`, and reading one from dicts, JSON files and PEFT configs.
+
+LoRA (arXiv 2106.09685, eq. 3) adds ``s * B A x`` to a frozen layer's ``W x``, with A: [r, in],
+B: [out, r] and s = alpha / r (section 4.1). rsLoRA (arXiv 2312.03732) has s = alpha / sqrt(r), which
+keeps the update's size steady as r grows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
+
+import torch
+
+from lorafx import checks
+from lorafx.errors import SpecError
+from lorafx.peft_config import METADATA, fields_from_peft, peft_from_fields
+
+ALL_LINEAR = "all-linear"
+PEFT_CONFIG_NAME = "adapter_config.json"
+
+Init = Literal["kaiming", "gaussian"]
+Bias = Literal["none", "all", "lora_only"]
+Tied = Literal["refuse", "untie"]
+AdapterDtype = Literal["float32", "bfloat16", "float16", "float64"]
+
+T = TypeVar("T")
+
+
+class PeftConfig(Protocol):
+    """What is asked of a ``peft.LoraConfig``: a dataclass with a ``peft_type``. PEFT is never imported."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+    @property
+    def peft_type(self) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSpec:
+    """Which layers get adapters and of what kind. Frozen, hashable, and checked when built.
+
+    Names of modules are dotted paths in the user's model. A *pattern* maps a regex, matched against the
+    end of a site's name (the whole name or after a dot), to a value; the first match wins.
+
+    Attributes:
+        r: rank, the inner dimension of ``B A``; an integer of at least 1.
+        alpha: numerator of the scaling; above 0.
+        target_modules: what to adapt. Names: each matches exactly or as a dotted suffix; kept sorted,
+            since their order means nothing. A string: a regex for the full name, or ``"all-linear"``:
+            every Linear but the output layer.
+        exclude_modules: what not to adapt, in the same grammar; wins over ``target_modules``.
+        dropout: probability of dropping an element of the adapter's input in training; in [0, 1).
+        rslora: scale by alpha / sqrt(r) instead of alpha / r.
+        variant: name of the adapter kind; looked up among the variants when the spec is applied.
+        init: A's distribution: ``"kaiming"``, uniform in +-1/sqrt(in), or ``"gaussian"``, normal with
+            standard deviation 1/r, as in PEFT. B is zero, so the model starts out unchanged.
+        rank_pattern: pattern to r, where it differs.
+        alpha_pattern: pattern to alpha, where it differs.
+        bias: which biases of the base train: ``"none"``, ``"all"``, or those of the adapted layers,
+            ``"lora_only"``.
+        modules_to_save: modules, named as in ``target_modules``, that are trained in full and saved with the
+            adapter.
+        adapter_dtype: dtype of the adapter's parameters, by name or as a ``torch.dtype``. None: float32 on a
+            half-precision base, otherwise the base weight's own (:meth:`dtype_for`).
+        tied: when a targeted weight is used elsewhere too: ``"refuse"``, or ``"untie"``: the fold
+            writes a weight of its own for the adapted call.
+        metadata: what PEFT notes down beside the settings (base_model_name_or_path, task_type, ...): kept and
+            written back, of no effect here, and left out of ``==``.
+
+    Raises:
+        SpecError: a field has a value that is not allowed; the message names all three.
+    """
+
+    r: int = 8
+    alpha: float = 16
+    target_modules: str | Collection[str] = ALL_LINEAR
+    exclude_modules: str | Collection[str] | None = None
+    dropout: float = 0.0
+    rslora: bool = False
+    variant: str = "lora"
+    init: Init = "kaiming"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    bias: Bias = "none"
+    modules_to_save: Collection[str] = ()
+    adapter_dtype: AdapterDtype | torch.dtype | None = None
+    tied: Tied = "refuse"
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(f"LoraSpec.{name}", getattr(self, name)))
+
+    def rank_for(self, site: str) -> int:
+        """r of the site with this name: its first match in ``rank_pattern``, otherwise ``r``."""
+        return _first_match(self.rank_pattern, site, self.r)
+
+    def alpha_for(self, site: str) -> float:
+        """alpha of the site with this name: its first match in ``alpha_pattern``, otherwise ``alpha``."""
+        return _first_match(self.alpha_pattern, site, self.alpha)
+
+    def scaling_for(self, site: str) -> float:
+        """s in ``y = W x + s B A x``: alpha / r (arXiv 2106.09685), or alpha / sqrt(r) (arXiv 2312.03732)."""
+        r = self.rank_for(site)
+        return self.alpha_for(site) / (math.sqrt(r) if self.rslora else r)
+
+    def dtype_for(self, base: torch.dtype) -> torch.dtype:
+        """dtype of the adapter's parameters over a base weight of dtype ``base``."""
+        if self.adapter_dtype is None:
+            return torch.promote_types(base, torch.float32)
+        dtype: torch.dtype = getattr(torch, str(self.adapter_dtype))
+        return dtype
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field as plain JSON data; :meth:`from_dict` is the inverse."""
+        return {f.name: checks.plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> LoraSpec:
+        """A spec from its fields; absent ones have their defaults. Unknown ones raise :class:`SpecError`."""
+        checks.refuse_unknown("LoraSpec", values, [f.name for f in dataclasses.fields(cls)])
+        return cls(**values)
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The spec as JSON text, also written to ``path`` if one is given: whole, or not at all."""
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        if path is not None:
+            path = Path(path)
+            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as beside:
+                Path(beside, path.name).write_text(text, encoding="utf-8")
+                Path(beside, path.name).replace(path)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> LoraSpec:
+        """A spec from JSON text (starting with ``{``) or from a file of it, ours or PEFT's.
+
+        A directory stands for the ``adapter_config.json`` in it. Raises :class:`SpecError` naming the
+        file, for one that is missing, is no JSON object, or holds a value that is not allowed.
+        """
+        if isinstance(source, str) and source.lstrip().startswith("{"):
+            return _parse(source)
+        path = Path(source)
+        if path.is_dir():
+            path /= PEFT_CONFIG_NAME
+        if not path.is_file():
+            raise SpecError(
+                f"{path}: no such file. Give a JSON file (a LoraSpec or a PEFT config), "
+                f"or a directory that holds {PEFT_CONFIG_NAME}."
+            )
+        try:
+            return _parse(path.read_text(encoding="utf-8"))
+        except (SpecError, UnicodeDecodeError) as error:
+            raise SpecError(f"{path}: {error}") from error
+
+    def to_peft(self) -> dict[str, Any]:
+        """Keywords for ``peft.LoraConfig``, as plain JSON data fit for ``adapter_config.json``.
+
+        ``adapter_dtype`` and ``tied`` have no key there and are left out. Raises :class:`SpecError` for a
+        variant that PEFT does not have.
+        """
+        return peft_from_fields(self.to_dict())
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any] | PeftConfig) -> LoraSpec:
+        """A spec from a ``peft.LoraConfig`` or from the dict in ``adapter_config.json``.
+
+        Absent keys have PEFT's defaults (alpha is 8). Raises :class:`SpecError` naming every setting
+        that is not supported. PEFT sorts the patterns' keys when it saves: where two of them match the
+        same site, its file may mean something else than the config did.
+        """
+        if isinstance(config, Mapping):
+            return cls(**fields_from_peft(config))
+        if not _is_peft_config(config):
+            raise SpecError(f"a peft.LoraConfig or the dict of one was expected, got {config!r}.")
+        # asdict, because PEFT's own to_dict leaves runtime_config out.
+        return cls(**fields_from_peft(dataclasses.asdict(config)))
+
+
+SpecLike = LoraSpec | Mapping[str, Any] | str | os.PathLike[str] | PeftConfig
+"""What :func:`as_spec` takes."""
+
+
+def matches(name: str, targets: str | Collection[str]) -> bool:
+    """Whether a module's dotted ``name`` is meant by ``targets``, by PEFT's rule.
+
+    A string is a regex for the full name; of several names, one must equal ``name`` or be a dotted suffix
+    of it. ``"all-linear"`` is about kinds of layers, not names: the caller resolves it.
+    """
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+def as_spec(spec: SpecLike) -> LoraSpec:
+    """The :class:`LoraSpec` meant by a LoraSpec, a dict, a path (or text) for :meth:`LoraSpec.from_json`,
+    or a ``peft.LoraConfig``. A dict with the key ``peft_type`` is PEFT's. Raises :class:`SpecError`."""
+    if isinstance(spec, LoraSpec):
+        return spec
+    if isinstance(spec, Mapping):
+        return LoraSpec.from_peft(spec) if "peft_type" in spec else LoraSpec.from_dict(spec)
+    if isinstance(spec, (str, os.PathLike)):
+        return LoraSpec.from_json(spec)
+    if _is_peft_config(spec):
+        return LoraSpec.from_peft(spec)
+    raise SpecError(
+        f"a spec was expected, got {spec!r}: give a LoraSpec, a dict of its fields, the path of a JSON file "
+        f"or of a directory with {PEFT_CONFIG_NAME}, or a peft.LoraConfig."
+    )
+
+
+def as_specs(specs: SpecLike | Sequence[SpecLike]) -> tuple[LoraSpec, ...]:
+    """The specs for the parts of a model: of a list, each :func:`as_spec`; otherwise the one given."""
+    if isinstance(specs, str) or not isinstance(specs, Sequence):
+        return (as_spec(specs),)
+    if not specs:
+        raise SpecError("at least one spec was expected, got an empty list.")
+    return tuple(as_spec(spec) for spec in specs)
+
+
+def _is_peft_config(value: object) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type) and hasattr(value, "peft_type")
+
+
+def _parse(text: str) -> LoraSpec:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SpecError(f"not valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise SpecError(f"a JSON object was expected, got {values!r}.")
+    return as_spec(values)
+
+
+def _first_match(pattern: Mapping[str, T], site: str, default: T) -> T:
+    found = (value for key, value in pattern.items() if re.match(checks.pattern_regex(key), site))
+    return next(found, default)
+
+
+def _targets(where: str, value: Any) -> str | tuple[str, ...]:
+    if isinstance(value, str) and value.lower() == ALL_LINEAR:  # PEFT ignores the case too
+        return ALL_LINEAR
+    targets = checks.regex_or_names(where, value)
+    if not targets:
+        raise checks.refusal(where, value, f'expected module names, a regular expression or "{ALL_LINEAR}"')
+    if not isinstance(targets, str) and ALL_LINEAR in targets:
+        raise checks.refusal(where, value, f'"{ALL_LINEAR}" is no module name; give it alone, not in a list')
+    return targets
+
+
+def _excludes(where: str, value: Any) -> str | tuple[str, ...] | None:
+    if value == ALL_LINEAR:
+        raise checks.refusal(where, value, "it would leave nothing to adapt; name what to leave out")
+    return None if value is None else checks.regex_or_names(where, value) or None
+
+
+_CHECKS: Mapping[str, checks.Check[Any]] = {
+    "r": checks.rank,
+    "alpha": checks.alpha,
+    "target_modules": _targets,
+    "exclude_modules": _excludes,
+    "dropout": checks.dropout,
+    "rslora": checks.flag,
+    "variant": checks.variant,
+    "init": checks.one_of(get_args(Init)),
+    "rank_pattern": checks.pattern(checks.rank),
+    "alpha_pattern": checks.pattern(checks.alpha),
+    "bias": checks.one_of(get_args(Bias)),
+    "modules_to_save": checks.names,
+    "adapter_dtype": checks.dtype_name(get_args(AdapterDtype)),
+    "tied": checks.one_of(get_args(Tied)),
+    "metadata": checks.json_object(METADATA),
+}

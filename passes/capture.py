@@ -1,0 +1,252 @@
+"""Capture: a model becomes a :class:`~lorafx.graph.CapturedModule` that behaves as the model does.
+
+    model --trace, in train and in eval--> two traces --canonicalize--> --align--> one graph
+          --outline the loss--> graph --weights by storage, frozen--> CapturedModule
+
+The user's model is left as it was: weights are shared, never re-flagged; modes, configuration and the
+random state are put back.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lorafx.errors import CaptureError
+from lorafx.graph import ROOT_MODE, CapturedModule, Scope, mark_own
+from lorafx.passes import optional
+from lorafx.passes.canonical import canonicalize
+from lorafx.passes.example import Example, ExampleInputs, bind, make_example
+from lorafx.passes.frontends import Trace, export_trace, symbolic_trace
+from lorafx.passes.huggingface import capture_config, synthesize_inputs, synthesize_labels
+from lorafx.passes.modes import align
+from lorafx.signature import Argument, Signature, SignatureCodeGen
+
+_LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label"})
+
+
+class FixedDimensionWarning(UserWarning):
+    """A dimension that was meant to be dynamic came out fixed: the graph works at that size only."""
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: ExampleInputs = None,
+    *,
+    dynamic_shapes: Mapping[str, Any] | None = None,
+) -> CapturedModule:
+    """Capture ``model`` as one graph for both modes.
+
+    Args:
+        model: any module; Hugging Face models get their own example inputs when none are given.
+        example_inputs: a tuple of positional or a dict of keyword arguments (or one tensor). ``None``:
+            synthesised for Hugging Face models, otherwise the model is traced symbolically.
+        dynamic_shapes: per argument ``{dim: name}`` (or torch.export's own form) instead of the default;
+            ``{}`` for an argument makes it static.
+
+    Raises:
+        CaptureError: the model cannot be traced, with the line of its code and what to do; or its
+            modes cannot be reconciled.
+    """
+    with capture_config(model), _unchanged(model):
+        given = example_inputs if example_inputs is not None else synthesize_inputs(model)
+        if given is None:
+            return _capture_symbolic(model)
+        bound, parameters = bind(model, given)
+        labels = frozenset(_LABELS & bound.keys())
+        example = make_example(bound, parameters, dynamic_shapes, labels)
+        if not labels and (synthetic := synthesize_labels(model, bound)) is not None:
+            try:
+                extended = make_example(
+                    {**bound, "labels": synthetic}, parameters, dynamic_shapes, frozenset({"labels"})
+                )
+                return _capture_export(model, extended, example)
+            except CaptureError:
+                pass  # the model's loss cannot be captured; without labels it may well be
+        return _capture_export(model, example, example)
+
+
+def _capture_export(model: nn.Module, example: Example, user: Example) -> CapturedModule:
+    traces = []
+    for training in (True, False):
+        model.train(training)
+        trace = export_trace(model, example)
+        canonicalize(trace, model, example.optional)
+        traces.append(trace)
+    train, evaluated = traces
+    if train.out_spec != evaluated.out_spec:
+        raise CaptureError(
+            f"train and eval mode return different outputs: {train.out_spec} and {evaluated.out_spec}. Make the model "
+            "return the same fields in both modes"
+        )
+    align(train, evaluated)
+    dims, ranges, fixed = _dimensions(train, example)
+    for name, dim, role, size in fixed:
+        warnings.warn(
+            f"dimension {dim} of '{name}' ({role}) came out fixed at {size}: the model's code depends on it, and the "
+            "graph works at that size only. Pass dynamic_shapes to say that this is meant",
+            FixedDimensionWarning,
+            stacklevel=4,
+        )
+    optional.outline(train.graph, train.holder, example.optional)
+    signature = Signature(
+        arguments=_arguments(train, example),
+        outputs=_output_names(train.out_spec),
+        out_spec=train.out_spec,
+        uncaptured=example.uncaptured,
+        order=example.order,
+        positional=example.positional,
+        dims=dims,
+        ranges=ranges,
+    )
+    return _build(model, train, signature, dict(user.tensors))
+
+
+def _capture_symbolic(model: nn.Module) -> CapturedModule:
+    parameters = {
+        n: p
+        for n, p in inspect.signature(model.forward).parameters.items()
+        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+    }
+    traces = []
+    for training in (True, False):
+        model.train(training)
+        trace = symbolic_trace(model, tuple(parameters))
+        canonicalize(trace, model)
+        traces.append(trace)
+    align(*traces)
+    trace = traces[0]
+    arguments = tuple(Argument(n, trace.leaves[n], trace.in_specs[n]) for n in parameters)
+    names = tuple(parameters)
+    signature = Signature(arguments, _output_names(trace.out_spec), trace.out_spec, {}, names, len(names))
+    return _build(model, trace, signature, None)
+
+
+def _arguments(trace: Trace, example: Example) -> tuple[Argument, ...]:
+    order = [n for n in example.order if n in trace.leaves]
+    return tuple(Argument(n, trace.leaves[n], trace.in_specs[n], n in example.optional) for n in order)
+
+
+def _build(model: nn.Module, trace: Trace, signature: Signature, example: dict[str, Any] | None) -> CapturedModule:
+    graph = trace.graph
+    called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
+    root = mirror(model, called)
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module") and "." not in str(node.target):
+            name = str(node.target)
+            value = getattr(trace.holder, name, None)
+            if isinstance(value, nn.Module) and name not in root._modules:
+                root.add_module(name, value)
+            elif isinstance(value, Tensor) and name not in root._buffers and name not in root._parameters:
+                root.register_buffer(name, value.detach().clone(), persistent=False)
+    root.add_module(ROOT_MODE, Scope())
+    graph.set_codegen(SignatureCodeGen(signature))
+    gm = CapturedModule(root, graph, type(model).__name__)
+    gm.meta["example"] = example
+    gm.check()
+    return gm
+
+
+def mirror(model: nn.Module, kept: set[str]) -> nn.Module:
+    """The module tree of ``model`` as scopes: frozen parameters over the same storage, ties kept.
+
+    Buffers are copies (a graph in train mode writes them). The modules at the ``kept`` paths stay what
+    they are, as shallow copies, since the graph calls them.
+    """
+    tensors: dict[int, Tensor] = {}
+    modules: dict[int, nn.Module] = {}
+
+    def frozen(parameter: nn.Parameter) -> nn.Parameter:
+        if id(parameter) not in tensors:
+            tensors[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+        found = tensors[id(parameter)]
+        assert isinstance(found, nn.Parameter)
+        return found
+
+    def own(buffer: Tensor) -> Tensor:
+        if id(buffer) not in tensors:
+            tensors[id(buffer)] = buffer.detach().clone()
+            mark_own(tensors[id(buffer)])
+        return tensors[id(buffer)]
+
+    def visit(source: nn.Module, path: str, real: bool) -> nn.Module:
+        if id(source) in modules:
+            return modules[id(source)]
+        real = real or path in kept
+        target: nn.Module
+        if real:
+            target = copy.copy(source)
+            target._parameters, target._buffers, target._modules = {}, {}, {}
+        else:
+            target = Scope(type(source).__name__)
+        modules[id(source)] = target
+        target.training = source.training
+        for name, parameter in source._parameters.items():
+            target._parameters[name] = None if parameter is None else frozen(parameter)
+        for name, buffer in source._buffers.items():
+            target._buffers[name] = None if buffer is None else own(buffer)
+        target._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
+        for name, child in source._modules.items():
+            inner = f"{path}.{name}" if path else name
+            target._modules[name] = None if child is None else visit(child, inner, real)
+        return target
+
+    return visit(model, "", False)
+
+
+def _dimensions(
+    trace: Trace, example: Example
+) -> tuple[dict[str, dict[int, str]], dict[str, tuple[int, int | None]], list[tuple[str, int, str, int]]]:
+    """Names of the dimensions that stayed dynamic, the range of each name, and those that came out fixed."""
+    values = {str(n.target): n.meta["val"] for n in trace.graph.find_nodes(op="placeholder")}
+    dims: dict[str, dict[int, str]] = {}
+    ranges: dict[str, tuple[int, int | None]] = {}
+    fixed: list[tuple[str, int, str, int]] = []
+    for argument, leaves in trace.leaves.items():
+        for leaf, roles in zip(leaves, example.roles[argument], strict=True):
+            for dim, role in roles.items():
+                size = values[leaf].shape[dim]
+                if isinstance(size, int):
+                    # only matrices of indices and batches are sure to be meant as dynamic
+                    if dim == 0 or not values[leaf].is_floating_point():
+                        fixed.append((leaf, dim, role, size))
+                    continue
+                dims.setdefault(leaf, {})[dim] = role
+                low, high = trace.ranges.get(str(size), (1, None))
+                low = 1 if low <= 2 else low  # torch's lower bound of 2 says "not specialised to 0 or 1"
+                old_low, old_high = ranges.get(role, (1, None))
+                highs = [h for h in (high, old_high) if h is not None]
+                ranges[role] = (max(low, old_low), min(highs) if highs else None)
+    return dims, ranges, fixed
+
+
+def _output_names(spec: pytree.TreeSpec) -> tuple[str, ...]:
+    """``logits``, ``hidden_states.0`` ... of a structure; a lone tensor is ``output``."""
+    example = pytree.tree_unflatten([0] * spec.num_leaves, spec)
+    paths = [path for path, _ in pytree.tree_flatten_with_path(example)[0]]
+    names = []
+    for path in paths:
+        parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
+        name = ".".join(parts) or "output"
+        names.append(f"output_{name}" if name[0].isdigit() else name)
+    return tuple(names)
+
+
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Put back each module's mode and the random state."""
+    modes = [(m, m.training) for m in model.modules()]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
