@@ -1,5 +1,52 @@
-"""Rewrites a model's graph to train with low-rank adapters and folds them away into a verified ONNX file."""
+"""lorafx: rewrites a PyTorch model's graph to train with low-rank adapters and folds them away again.
+
+gm = lorafx.apply(model, lorafx.LoraSpec(r=16, alpha=32))    # a torch.fx.GraphModule
+...                                                          # any training loop
+report = lorafx.merge_and_export(gm, "model.onnx")           # a verified ONNX file
+"""
 
 from __future__ import annotations
 
+from lorafx.api import apply, plan
+from lorafx.errors import (
+    AdapterError,
+    CaptureError,
+    ExportError,
+    InputError,
+    LorafxError,
+    LoweringError,
+    MatchError,
+    MergeError,
+    ParityError,
+    PassError,
+    SpecError,
+    VerifyError,
+)
+from lorafx.ir import Site, sites
+from lorafx.passes.merge import merge, merged_state_dict, unadapted
+from lorafx.spec import LoraSpec
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AdapterError",
+    "CaptureError",
+    "ExportError",
+    "InputError",
+    "LoraSpec",
+    "LorafxError",
+    "LoweringError",
+    "MatchError",
+    "MergeError",
+    "ParityError",
+    "PassError",
+    "Site",
+    "SpecError",
+    "VerifyError",
+    "apply",
+    "merge",
+    "merged_state_dict",
+    "plan",
+    "sites",
+    "unadapted",
+]

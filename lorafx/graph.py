@@ -23,7 +23,6 @@ from torch.fx import Graph, GraphModule, Node
 from lorafx.serialize import GraphRecord
 from lorafx.signature import Call, Signature, SignatureCodeGen
 
-
 #: The child whose mode stands for the root's own (a graph cannot refer to its root).
 ROOT_MODE = "_mode"
 
@@ -78,7 +77,9 @@ class CapturedModule(GraphModule):
             warnings.simplefilter("ignore")
             self.graph.lint()
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Load values as ``nn.Module`` does, but never into storage shared with the user's model.
 
         A base tensor whose value differs gets storage of its own first; equal ones stay shared. The
@@ -130,6 +131,26 @@ def _unpickle(
     for fqn, tensor in named_tensors(result):
         mark_own(tensor, fqn in own)
     return result
+
+
+def share(gm: CapturedModule) -> CapturedModule:
+    """A graph and module tree of its own over the same tensors: edits of the one don't show in the other."""
+    copies: dict[int, nn.Module] = {}
+
+    def visit(source: nn.Module) -> nn.Module:
+        if id(source) not in copies:
+            if isinstance(source, GraphModule):
+                copies[id(source)] = source  # a subgraph; passes don't edit those
+                return source
+            target = copies[id(source)] = copy.copy(source)
+            for store in ("_parameters", "_buffers", "_modules"):
+                setattr(target, store, dict(getattr(source, store)))
+            target._non_persistent_buffers_set = set(source._non_persistent_buffers_set)
+            target._modules = {n: None if c is None else visit(c) for n, c in source._modules.items()}
+        return copies[id(source)]
+
+    root = visit(adopt(gm, Scope()))
+    return _restore(root, copy.deepcopy(gm.graph), dict(gm.meta), type(gm).__name__)
 
 
 def adopt(source: nn.Module, target: nn.Module) -> nn.Module:

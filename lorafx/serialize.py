@@ -122,7 +122,9 @@ def target_name(target: Callable[..., Any]) -> str:
                 return f"{candidate}:{name}"
         except (ImportError, AttributeError, ValueError):
             continue
-    raise PassError(f"pickle: the graph calls {target!r}, which has no importable name; define it at module level")
+    raise PassError(
+        f"pickle: the graph calls {target!r}, which has no importable name; define it at module level"
+    )
 
 
 def find_target(text: str) -> Callable[..., Any]:

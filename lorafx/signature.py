@@ -143,9 +143,9 @@ def check_call(
     if not missing and not unexpected:
         return
     captured = ", ".join(a.name + (" (optional)" if a.optional else "") for a in signature.arguments)
-    parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"not captured: {', '.join(unexpected)}"] * bool(
-        unexpected
-    )
+    parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [
+        f"not captured: {', '.join(unexpected)}"
+    ] * bool(unexpected)
     raise InputError(
         f"the graph was captured with ({captured}); this call is different ({'; '.join(parts)}). "
         "Call it with the captured arguments, or capture again with example inputs that hold them all"

@@ -1,9 +1,9 @@
 """Bring a trace into lorafx's canonical form. Every rewrite keeps values and gradients exactly.
 
-    _assert_tensor_metadata(x, dtype=float32)       ->  (gone: it would refuse autocast and other devices)
-    wrap_with_set_grad_enabled(False, sub, x)       ->  sub's nodes inline, outputs detached
-    sym_size(labels, 1)                             ->  sym_size(input_ids, 1)   # the same symbol
-    linear(x, <embed.weight>)  # called by lm_head  ->  linear(x, <lm_head.weight>)   # its own alias
+_assert_tensor_metadata(x, dtype=float32)       ->  (gone: it would refuse autocast and other devices)
+wrap_with_set_grad_enabled(False, sub, x)       ->  sub's nodes inline, outputs detached
+sym_size(labels, 1)                             ->  sym_size(input_ids, 1)   # the same symbol
+linear(x, <embed.weight>)  # called by lm_head  ->  linear(x, <lm_head.weight>)   # its own alias
 """
 
 from __future__ import annotations

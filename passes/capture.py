@@ -26,7 +26,13 @@ from lorafx.passes import optional
 from lorafx.passes.canonical import canonicalize
 from lorafx.passes.example import Example, ExampleInputs, bind, make_example
 from lorafx.passes.frontends import Trace, export_trace, symbolic_trace
-from lorafx.passes.huggingface import capture_config, synthesize_inputs, synthesize_labels
+from lorafx.passes.huggingface import (
+    capture_config,
+    initializer_range,
+    output_layers,
+    synthesize_inputs,
+    synthesize_labels,
+)
 from lorafx.passes.modes import align
 from lorafx.signature import Argument, Signature, SignatureCodeGen
 
@@ -135,7 +141,9 @@ def _arguments(trace: Trace, example: Example) -> tuple[Argument, ...]:
     return tuple(Argument(n, trace.leaves[n], trace.in_specs[n], n in example.optional) for n in order)
 
 
-def _build(model: nn.Module, trace: Trace, signature: Signature, example: dict[str, Any] | None) -> CapturedModule:
+def _build(
+    model: nn.Module, trace: Trace, signature: Signature, example: dict[str, Any] | None
+) -> CapturedModule:
     graph = trace.graph
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     root = mirror(model, called)
@@ -151,6 +159,8 @@ def _build(model: nn.Module, trace: Trace, signature: Signature, example: dict[s
     graph.set_codegen(SignatureCodeGen(signature))
     gm = CapturedModule(root, graph, type(model).__name__)
     gm.meta["example"] = example
+    gm.meta["output_layers"] = output_layers(model)
+    gm.meta["initializer_range"] = initializer_range(model)
     gm.check()
     return gm
 

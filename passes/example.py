@@ -90,7 +90,9 @@ def _grow(tensor: Tensor, roles: Mapping[int, str]) -> Tensor:
     return tensor
 
 
-def bind(model: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[str, Any], dict[str, inspect.Parameter]]:
+def bind(
+    model: nn.Module, example_inputs: ExampleInputs
+) -> tuple[dict[str, Any], dict[str, inspect.Parameter]]:
     """Example inputs by parameter name, and the parameters of ``forward`` that have names.
 
     Raises:
@@ -168,7 +170,9 @@ def make_example(
         else:
             roles[name] = tuple(_roles(name, leaf, decoder) for leaf in pytree.tree_leaves(value))
         if name in overrides and isinstance(wanted, Mapping):
-            dims = {d: getattr(v, "__name__", None) or roles[name][0].get(d, f"dim{d}") for d, v in wanted.items()}
+            dims = {
+                d: getattr(v, "__name__", None) or roles[name][0].get(d, f"dim{d}") for d, v in wanted.items()
+            }
             roles[name] = tuple(dims for _ in pytree.tree_leaves(value))
     return Example(tensors, constants, roles, parameters, optional, overrides)
 

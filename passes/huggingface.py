@@ -7,6 +7,7 @@ A model is treated as one of theirs when it has a ``config`` that can be written
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from lorafx.errors import CaptureError
 
 _BATCH, _LENGTH = 2, 8
 _LAYERDROP = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+_HEADS = ("classifier", "score", "classification_head")
 _SPEC_AUGMENT = ("mask_time_prob", "mask_feature_prob")
 
 
@@ -74,6 +76,25 @@ def capture_config(model: nn.Module) -> Iterator[None]:
             vars(config).update(fields)
 
 
+def output_layers(model: nn.Module) -> tuple[str, ...]:
+    """Paths of a Hugging Face model's output embedding and classification heads."""
+    if not is_hf(model):
+        return ()
+    names = {id(m): n for n, m in model.named_modules()}
+    embedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    found = [] if embedding is None else [names[id(embedding)]]
+    if type(model).__name__.endswith("Classification"):
+        found += [n for n, _ in model.named_children() if n in _HEADS]
+    return tuple(found)
+
+
+def initializer_range(model: nn.Module) -> float:
+    """The deviation that transformers initialises this model's layers with; NaN where it has none."""
+    return (
+        float(getattr(configs(model)[0], "initializer_range", None) or math.nan) if is_hf(model) else math.nan
+    )
+
+
 def synthesize_inputs(model: nn.Module) -> dict[str, Tensor] | None:
     """Example inputs for a model that nobody gave any for, from its config and ``forward``'s parameters.
 
@@ -99,7 +120,9 @@ def synthesize_inputs(model: nn.Module) -> dict[str, Tensor] | None:
         inputs["pixel_values"] = torch.zeros(shape, device=device, dtype=dtype)
     elif main == "input_features" and hasattr(config, "num_mel_bins"):
         frames = 2 * getattr(config, "max_source_positions", 1500)
-        inputs["input_features"] = torch.zeros((_BATCH, config.num_mel_bins, frames), device=device, dtype=dtype)
+        inputs["input_features"] = torch.zeros(
+            (_BATCH, config.num_mel_bins, frames), device=device, dtype=dtype
+        )
     else:
         return None
     if main == "input_ids" and "attention_mask" in names:
@@ -130,8 +153,12 @@ def synthesize_labels(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | N
         if problem == "multi_label_classification":
             return torch.zeros((main.shape[0], config.num_labels), device=main.device)
         regression = problem == "regression" or (problem is None and config.num_labels == 1)
-        return torch.zeros(main.shape[0], dtype=torch.float32 if regression else torch.long, device=main.device)
-    if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification", "ForConditionalGeneration")):
+        return torch.zeros(
+            main.shape[0], dtype=torch.float32 if regression else torch.long, device=main.device
+        )
+    if name.endswith(
+        ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification", "ForConditionalGeneration")
+    ):
         return torch.zeros_like(tokens) if isinstance(tokens, Tensor) else None
     return None
 

@@ -28,9 +28,15 @@ aten = torch.ops.aten
 
 #: Operators that change how values lie in memory, never the values.
 LAYOUT_ONLY = frozenset(
-    {aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
+    {
+        aten.contiguous.default,
+        aten.clone.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.lift_fresh_copy.default,
+    }
 )
-_ACCUMULATE = (aten.add_.Tensor, operator.iadd)
+ACCUMULATE = (aten.add_.Tensor, operator.iadd)
 _LITERALS = (bool, int, float, type(None))
 
 
@@ -168,7 +174,7 @@ def _switch_off(state: _Alignment, t: Node) -> bool:
         state.flips.append((t, named["train"][1], True, False))
         return True
     target = t.args[0] if t.args else None
-    updates_buffer = t.target in _ACCUMULATE and isinstance(target, Node) and target.op == "get_attr"
+    updates_buffer = t.target in ACCUMULATE and isinstance(target, Node) and target.op == "get_attr"
     if updates_buffer and isinstance(t.args[1], (int, float)):
         state.flips.append((t, 1, t.args[1], type(t.args[1])(0)))
         return True

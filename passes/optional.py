@@ -1,8 +1,8 @@
 """Make the loss an optional part of the graph: called without labels, none of it runs.
 
-    view = view(logits, [-1, 64])                      loss = call_module[loss](labels, logits)
-    loss = cross_entropy(view, labels)        ->       return (loss, logits)     # loss is None without labels
-    return (loss, logits)
+view = view(logits, [-1, 64])                      loss = call_module[loss](labels, logits)
+loss = cross_entropy(view, labels)        ->       return (loss, logits)     # loss is None without labels
+return (loss, logits)
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def outline(graph: Graph, holder: nn.Module, optional: frozenset[str]) -> None:
         return
     if any(n in labels for n in results):
         raise CaptureError(f"an output of the model is its input {[str(n.target) for n in labels]} unchanged")
-    outside = list(dict.fromkeys(a for n in tail for a in n.all_input_nodes if a not in tail and a not in labels))
+    outside = list(
+        dict.fromkeys(a for n in tail for a in n.all_input_nodes if a not in tail and a not in labels)
+    )
     values = [n for n in outside if n.op != "get_attr"]
     body = Graph()
     made: dict[Node, Node] = {n: body.placeholder(n.name) for n in [*labels, *values]}
@@ -75,7 +77,9 @@ def outline(graph: Graph, holder: nn.Module, optional: frozenset[str]) -> None:
     body.output(tuple(made[n] for n in results))
     root = nn.Module()
     for node in body.find_nodes(op="get_attr"):
-        setattr(root, str(node.target), get_path(holder, str(node.target)))
+        value = get_path(holder, str(node.target))
+        node.target = node.name
+        setattr(root, node.name, value)
     module = LossFromLabels(GraphModule(root, body), tuple(labels), len(results))
     setattr(holder, LOSS, module)
     with graph.inserting_before(output):

@@ -246,7 +246,7 @@ def _whisper() -> nn.Module:
 
 
 def _t5() -> nn.Module:
-    """With eager attention: the fused ones have no ONNX form for T5's position bias."""
+    """With eager attention: the ONNX exporter fails on the fused kind (a view of another layout)."""
     sizes: dict[str, Any] = {"d_model": 36, "d_kv": 10, "d_ff": 52, "num_layers": 2, "num_heads": 3}
     positions: dict[str, Any] = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
     special: dict[str, Any] = {"decoder_start_token_id": PAD, "attn_implementation": "eager"}

@@ -12,12 +12,9 @@ passage and fall on one side, whatever the order in which files are found.
 from __future__ import annotations
 
 import ast
-import hashlib
 import re
-import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 MIN_CHARS, MAX_CHARS = 30, 300
 MAX_PER_AREA, MIN_PER_AREA = 600, 60

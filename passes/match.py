@@ -1,0 +1,344 @@
+"""Match: which layers of a captured graph the specs mean. Changes nothing; the result is data.
+
+A *candidate* is every call of a layer on a parameter. Calls of one module are one candidate; a
+functional call on a bare parameter is named after the parameter.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from lorafx.checks import did_you_mean
+from lorafx.errors import MatchError
+from lorafx.graph import CapturedModule, get_path, named_tensors, notes
+from lorafx.ir import Site, same_memory
+from lorafx.passes.layers import LAYER_KINDS, find_operands
+from lorafx.spec import ALL_LINEAR, LoraSpec, matches
+from lorafx.variants import find_variant
+
+aten = torch.ops.aten
+
+#: Operators that move or cast values and compute nothing: a layer behind them makes the output.
+_SHAPE_ONLY = frozenset(
+    {
+        "view",
+        "reshape",
+        "slice",
+        "select",
+        "squeeze",
+        "unsqueeze",
+        "transpose",
+        "permute",
+        "t",
+        "flatten",
+        "to",
+    }
+    | {
+        "contiguous",
+        "clone",
+        "alias",
+        "detach",
+        "expand",
+        "unflatten",
+        "_to_copy",
+        "getitem",
+        "split",
+        "chunk",
+        "unbind",
+    }
+)
+
+
+class FrozenHeadWarning(UserWarning):
+    """A head that looks freshly initialised gets no adapter and does not train."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layer of the graph that could be adapted.
+
+    ``elsewhere`` lists the other uses of its weight; ``module`` says whether it is an nn module's call
+    rather than a functional one; ``is_output`` whether it makes an output of the model.
+    """
+
+    name: str
+    path: str
+    kind: str
+    nodes: tuple[Node, ...]
+    weight: str
+    bias: str | None
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+    module: bool
+    is_output: bool
+    elsewhere: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes of a candidate: its site and spec, or the reason why it is left out."""
+
+    candidate: Candidate
+    site: Site | None
+    spec: LoraSpec | None
+    reason: str
+
+
+def candidates(gm: CapturedModule) -> tuple[Candidate, ...]:
+    """Every layer of the graph that could be adapted, in order of first call."""
+    found: dict[str, Candidate] = {}
+    heads = tuple(gm.meta.get("output_layers", ()))
+    makers = _output_makers(gm)
+    for node in gm.graph.nodes:
+        match = find_operands(node)
+        if match is None:
+            continue
+        kind, operands = match
+        weight_name = str(operands.source.target)
+        weight = get_path(gm, weight_name)
+        if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+            continue
+        scope = str(notes(node).get("scope", ""))
+        is_module = weight_name == f"{scope}.weight"
+        name = scope if is_module else weight_name
+        if name in found:
+            known = found[name]
+            found[name] = replace(
+                known, nodes=(*known.nodes, node), is_output=known.is_output or node in makers
+            )
+            continue
+        shape = weight.shape if not LAYER_KINDS[kind].transposed else weight.shape[::-1]
+        output = node in makers or any(name == h or name.startswith(h + ".") for h in heads)
+        found[name] = Candidate(
+            name=name,
+            path=name if is_module else f"{name}_adapter",
+            kind=kind,
+            nodes=(node,),
+            weight=weight_name,
+            bias=None if operands.bias is None else str(operands.bias.target),
+            in_features=int(shape[1]),
+            out_features=int(shape[0]),
+            dtype=weight.dtype,
+            module=is_module,
+            is_output=output,
+            elsewhere=(),
+        )
+    uses = _WeightUses(gm)
+    return tuple(replace(c, elsewhere=uses.beside(c)) for c in found.values())
+
+
+def match(gm: CapturedModule, specs: Sequence[LoraSpec], adapter: str = "default") -> tuple[Choice, ...]:
+    """Decide for every candidate. Where several specs mean a layer, the first in the list has it.
+
+    Raises:
+        SpecError: a spec names an unknown variant or initialisation.
+        MatchError: a target names no layer, nothing is matched at all, or a matched weight has other
+            uses that a fold would change (``tied="refuse"``).
+    """
+    for spec in specs:
+        find_variant(spec.variant, spec.init)
+    found = candidates(gm)
+    choices: dict[str, Choice] = {}
+    for spec in specs:
+        _check_entries(gm, found, spec)
+        taken = 0
+        for candidate in found:
+            reason = _why_not(candidate, spec)
+            known = choices.get(candidate.name)
+            if known is not None and known.site is not None:
+                taken += reason is None
+                continue
+            site = None if reason is not None else _site(candidate, spec, adapter)
+            taken += site is not None
+            choices[candidate.name] = Choice(candidate, site, spec if site else None, reason or "")
+        if taken == 0:
+            raise MatchError(_nothing_matched(found, spec))
+    _refuse_shared(choices.values())
+    return tuple(choices.values())
+
+
+def _why_not(candidate: Candidate, spec: LoraSpec) -> str | None:
+    """The reason to leave a candidate out, or None to take it."""
+    if spec.exclude_modules is not None and matches(candidate.name, spec.exclude_modules):
+        return "excluded by exclude_modules"
+    if any(_is_under(candidate.name, m) for m in spec.modules_to_save):
+        return "trained whole (modules_to_save)"
+    if spec.target_modules != ALL_LINEAR:
+        return None if matches(candidate.name, spec.target_modules) else "not in target_modules"
+    if candidate.is_output:
+        return "output layer (name it in target_modules to adapt it)"
+    if not candidate.module:
+        return "functional call on a bare parameter (name it in target_modules to adapt it)"
+    return None
+
+
+def _site(candidate: Candidate, spec: LoraSpec, adapter: str) -> Site:
+    return Site(
+        name=candidate.name,
+        path=candidate.path,
+        adapter=adapter,
+        variant=spec.variant,
+        weight=candidate.weight,
+        bias=candidate.bias,
+        in_features=candidate.in_features,
+        out_features=candidate.out_features,
+        r=spec.rank_for(candidate.name),
+        alpha=spec.alpha_for(candidate.name),
+        scaling=spec.scaling_for(candidate.name),
+        dropout=spec.dropout,
+        transposed=LAYER_KINDS[candidate.kind].transposed,
+        apart=bool(candidate.elsewhere) and spec.tied == "untie",
+    )
+
+
+def _check_entries(gm: CapturedModule, found: Sequence[Candidate], spec: LoraSpec) -> None:
+    """Refuse every entry of a list that names no layer of the graph."""
+    modules = [n for n, _ in gm.named_modules(remove_duplicate=False) if n]
+    names = [c.name for c in found]
+    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+        entries = getattr(spec, field)
+        if entries is None or isinstance(entries, str):
+            continue
+        known = modules if field == "modules_to_save" else [*names, *modules]
+        for entry in entries:
+            if any(matches(n, (entry,)) for n in (names if field == "target_modules" else known)):
+                continue
+            raise MatchError(_unmatched(field, entry, names, modules))
+
+
+def _unmatched(field: str, entry: str, names: Sequence[str], modules: Sequence[str]) -> str:
+    if field == "target_modules" and (held := [m for m in modules if matches(m, (entry,))]):
+        inside = [n for n in names if any(n.startswith(m + ".") for m in held)]
+        advice = f"; linear layers below it: {', '.join(inside[:4])}" if inside else ""
+        return (
+            f"target_modules names '{entry}', which is the module '{held[0]}' but no linear layer that this graph calls "
+            f"(a layer these inputs never reach is not in the graph){advice}. Name linear layers, or remove the entry"
+        )
+    pool = names if field == "target_modules" else modules
+    suffixes = {".".join(n.split(".")[i:]) for n in pool for i in range(n.count(".") + 1)}
+    hint = did_you_mean(entry, sorted(suffixes))
+    return (
+        f"{field} names '{entry}', and the model has no such layer{hint or ''}. Its layers end in: "
+        + ", ".join(sorted({n.rpartition(".")[2] for n in names})[:12])
+    )
+
+
+def _nothing_matched(found: Sequence[Candidate], spec: LoraSpec) -> str:
+    if not found:
+        return "the graph has no linear layer on a parameter, so there is nothing to adapt"
+    reasons = [f"{c.name}: {_why_not(c, spec)}" for c in found[:5]]
+    return (
+        f"target_modules={spec.target_modules!r} leaves nothing to adapt among {len(found)} layers "
+        f"({'; '.join(reasons)}{'; ...' if len(found) > 5 else ''}). Name layers in target_modules"
+    )
+
+
+def _refuse_shared(choices: Iterable[Choice]) -> None:
+    for choice in choices:
+        site, candidate = choice.site, choice.candidate
+        if site is None or not candidate.elsewhere or site.apart:
+            continue
+        raise MatchError(
+            f"site '{site.name}' multiplies by '{site.weight}', which the graph also uses elsewhere: "
+            f"{'; '.join(candidate.elsewhere[:3])}. Folding the adapter into it would change that use as well. Exclude the "
+            f"layer (exclude_modules=['{site.name}']), or set tied=\"untie\": the adapted call then gets a weight of its "
+            "own when it is merged"
+        )
+
+
+class _WeightUses:
+    """Who reads each weight's memory: under its own name, an alias, or from a subgraph."""
+
+    def __init__(self, gm: CapturedModule) -> None:
+        self.readers: dict[int, list[tuple[Tensor, Node]]] = {}
+        for node in gm.graph.find_nodes(op="get_attr"):
+            value = get_path(gm, str(node.target))
+            if isinstance(value, Tensor):
+                self.readers.setdefault(value.untyped_storage()._cdata, []).append((value, node))
+        self.gm = gm
+
+    def beside(self, candidate: Candidate) -> tuple[str, ...]:
+        """Descriptions of the uses of a candidate's weight other than its own calls."""
+        weight = get_path(self.gm, candidate.weight)
+        own = set(candidate.nodes)
+        found = []
+        for value, node in self.readers.get(weight.untyped_storage()._cdata, []):
+            if not same_memory(weight, value):
+                continue
+            found += [_describe(n, str(node.target)) for n in _ends(node) if n not in own]
+        return tuple(dict.fromkeys(found))
+
+
+def _ends(node: Node) -> list[Node]:
+    """The calls that read a ``get_attr``, seen through casts of it."""
+    ends = []
+    for user in node.users:
+        cast = find_operands(user) is None and user.target in (
+            aten.to.dtype,
+            aten.to.device,
+            aten.to.dtype_layout,
+        )
+        ends += _ends(user) if cast else [user]
+    return ends
+
+
+def _describe(node: Node, weight: str) -> str:
+    scope = notes(node).get("scope") or "the model's own forward"
+    return f"{node.target} in '{scope}' (as '{weight}')"
+
+
+def _output_makers(gm: CapturedModule) -> set[Node]:
+    """Nodes that make an output of the graph with nothing but shape changes and casts after them."""
+    makers: set[Node] = set()
+    pending = list(gm.graph.output_node().all_input_nodes)
+    while pending:
+        node = pending.pop()
+        if find_operands(node) is not None:
+            makers.add(node)
+        name = getattr(
+            getattr(node.target, "overloadpacket", None), "__name__", getattr(node.target, "__name__", "")
+        )
+        if name in _SHAPE_ONLY or (node.op == "call_method" and node.target in _SHAPE_ONLY):
+            pending += [a for a in node.args[:1] if isinstance(a, Node)]
+    return makers
+
+
+def _is_under(name: str, module: str) -> bool:
+    atoms = name.split(".")
+    return any(matches(".".join(atoms[: i + 1]), (module,)) for i in range(len(atoms)))
+
+
+def warn_of_frozen_heads(gm: CapturedModule, choices: Sequence[Choice]) -> None:
+    """Warn of output layers that look freshly initialised and would stay as they are."""
+    initializer = float(gm.meta.get("initializer_range", math.nan))
+    tensors = dict(named_tensors(gm))
+    for choice in choices:
+        candidate = choice.candidate
+        if choice.site is not None or not candidate.is_output or "modules_to_save" in choice.reason:
+            continue
+        weight, bias = tensors[candidate.weight], tensors.get(candidate.bias or "")
+        if not weight.is_meta and _looks_untrained(weight, bias, initializer):
+            warnings.warn(
+                f"'{candidate.name}' is the model's head, looks freshly initialised, and gets no adapter: it will not train. "
+                f"Add modules_to_save=['{candidate.name.rpartition('.')[2]}'] to the spec, or load its trained weights first",
+                FrozenHeadWarning,
+                stacklevel=4,
+            )
+
+
+def _looks_untrained(weight: Tensor, bias: Tensor | None, initializer: float) -> bool:
+    """Whether values are as transformers (normal, zero bias) or nn.Linear (uniform) initialise them."""
+    std = float(weight.detach().float().std())
+    if abs(std - initializer) < 0.1 * initializer and (bias is None or not bool(bias.detach().any())):
+        return True
+    bound = 1.0 / math.sqrt(weight.shape[1])
+    uniform = abs(std - bound / math.sqrt(3.0)) < 0.1 * bound
+    return uniform and bool(weight.detach().abs().max() <= bound)

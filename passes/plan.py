@@ -1,0 +1,138 @@
+"""Plan: what ``apply`` would do, as data and as a table, before anything is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import StringIO
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.fx import Node
+
+from lorafx.graph import CapturedModule
+from lorafx.passes.match import Choice
+from lorafx.variants import VARIANTS
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One layer. Adapted: ``reason`` is empty; left out: it says why, and r and scale are None."""
+
+    site: str
+    kind: str
+    shape: tuple[int, int]
+    r: int | None
+    scaling: float | None
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be adapted.
+
+    ``trainable`` and ``total`` count parameters (the model's own plus the adapters');
+    ``optimizer_bytes`` is AdamW's state (two float32 values a trainable parameter);
+    ``activation_bytes`` is what the adapters keep for the backward pass at the example's sizes:
+    the rank-r activations, and with dropout a dropped input and its mask a site.
+    """
+
+    rows: tuple[PlanRow, ...]
+    trainable: int
+    total: int
+    optimizer_bytes: int
+    activation_bytes: int
+
+    @property
+    def adapted(self) -> tuple[PlanRow, ...]:
+        """The layers that get an adapter."""
+        return tuple(r for r in self.rows if not r.reason)
+
+    @property
+    def left_out(self) -> tuple[PlanRow, ...]:
+        """The layers that get none."""
+        return tuple(r for r in self.rows if r.reason)
+
+    def __str__(self) -> str:
+        table = Table(title="lorafx plan", title_justify="left")
+        for column in ("site", "shape", "r", "scale", "new parameters", "left out because"):
+            right = column in ("r", "scale", "new parameters")
+            table.add_column(column, justify="right" if right else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(
+                row.site,
+                f"{row.shape[0]} x {row.shape[1]}",
+                "" if row.r is None else str(row.r),
+                "" if row.scaling is None else f"{row.scaling:.4g}",
+                f"{row.parameters:,}" if row.parameters else "",
+                row.reason,
+            )
+        share = self.trainable / self.total if self.total else 0.0
+        out = StringIO()
+        console = Console(file=out, width=120)
+        console.print(table)
+        console.print(
+            f"{len(self.adapted)} layers adapted, {len(self.left_out)} left out. Trainable: {self.trainable:,} of "
+            f"{self.total:,} parameters ({share:.2%}). AdamW state: {_size(self.optimizer_bytes)}; activations kept for "
+            f"the adapters at the example's sizes: {_size(self.activation_bytes)}."
+        )
+        return out.getvalue()
+
+
+def make_plan(gm: CapturedModule, choices: Sequence[Choice], trained: Sequence[nn.Parameter] = ()) -> Plan:
+    """The plan of a captured (not yet adapted) graph; ``trained`` are base parameters that train whole."""
+    rows = []
+    trainable = sum(p.numel() for p in trained)
+    new = activations = 0
+    for choice in choices:
+        candidate, site, spec = choice.candidate, choice.site, choice.spec
+        count = 0
+        if site is not None and spec is not None:
+            shapes = VARIANTS[site.variant].shapes(site.out_features, site.in_features, site.r)
+            count = sum(math.prod(s) for s in shapes.values())
+            width = spec.dtype_for(candidate.dtype).itemsize
+            activations += sum(
+                _saved_bytes(n, site.r, site.dropout, site.in_features, width) for n in candidate.nodes
+            )
+        new += count
+        rows.append(
+            PlanRow(
+                candidate.name,
+                candidate.kind,
+                (candidate.out_features, candidate.in_features),
+                site.r if site else None,
+                site.scaling if site else None,
+                count,
+                choice.reason,
+            )
+        )
+    base = sum(p.numel() for p in gm.parameters())
+    trainable += new
+    return Plan(tuple(rows), trainable, base + new, 8 * trainable, activations)
+
+
+def _saved_bytes(node: Node, r: int, dropout: float, in_features: int, width: int) -> int:
+    value = node.meta.get("val")
+    if value is None:
+        return 0
+    tokens = math.prod(_hint(s) for s in value.shape[:-1])
+    return tokens * (r * width + (in_features * (width + 1) if dropout > 0.0 else 0))
+
+
+def _hint(size: Any) -> int:
+    """The size at the example inputs of a possibly symbolic dimension."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _size(count: int) -> str:
+    if count < 1024:
+        return f"{count} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        count_in_unit = count / 1024 ** (1 + ("KiB", "MiB", "GiB", "TiB").index(unit))
+        if count_in_unit < 1024 or unit == "TiB":
+            return f"{count_in_unit:.1f} {unit}"
+    raise AssertionError("unreachable")
