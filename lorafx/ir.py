@@ -184,6 +184,6 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    low = tensor.storage_offset()
+    low = int(tensor.storage_offset())
     high = low + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     return low * tensor.element_size(), high * tensor.element_size()

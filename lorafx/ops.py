@@ -8,13 +8,14 @@ implementations are operators of their own with the same schema; lowering exchan
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn import functional as F
 
-_LIBRARY = torch.library.Library("lorafx", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("lorafx", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def define_op(name: str, schema: str, reference: Callable[..., Tensor]) -> OpOverload:
@@ -38,7 +39,8 @@ def lora_linear_reference(
     """``y = x W^T + b + scaling * (drop(x) A^T) B^T`` (LoRA, arXiv 2106.09685, eq. 3).
 
     Args:
-        x: ``[..., in]``; weight: ``[out, in]``; bias: ``[out]`` or None; lora_A: ``[r, in]``; lora_B: ``[out, r]``.
+        x: ``[..., in]``; weight: ``[out, in]``; bias: ``[out]`` or None.
+        lora_A, lora_B: ``[r, in]`` and ``[out, r]``.
         scaling: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732).
         dropout: probability of dropping an element of the branch's input while ``training``.
 

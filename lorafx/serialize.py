@@ -56,10 +56,7 @@ class GraphRecord:
         for node in graph.nodes:
             target = node.target if isinstance(node.target, str) else target_name(node.target)
             kept = {k: node.meta[k] for k in ("custom", "stack_trace") if k in node.meta}
-            args, kwargs = (
-                map_aggregate(v, lambda a: NodeRef(a.name) if isinstance(a, Node) else a)
-                for v in (node.args, node.kwargs)
-            )
+            args, kwargs = (map_aggregate(v, _refer) for v in (node.args, node.kwargs))
             records.append(NodeRecord(node.op, node.name, target, _plain(args), _plain(kwargs), kept))
         return cls(tuple(records))
 
@@ -76,6 +73,10 @@ class GraphRecord:
             node.meta.update(record.meta)
             made[record.name] = node
         return graph
+
+
+def _refer(value: Any) -> Any:
+    return NodeRef(value.name) if isinstance(value, Node) else value
 
 
 def _plain(value: Any) -> Any:
@@ -113,7 +114,7 @@ def target_name(target: Callable[..., Any]) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return f"ops:{target}"
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return f"ops:higher_order.{target.name()}"
+        return f"ops:higher_order.{target}"
     module = getattr(target, "__module__", "") or ""
     name = getattr(target, "__qualname__", getattr(target, "__name__", ""))
     for candidate in (module, operator.__name__, "torch", "torch._C"):

@@ -222,7 +222,10 @@ class Call:
         """See :func:`flatten_argument`."""
         return flatten_argument(self.arguments[name], value)
 
-    @torch.compiler.disable  # a wrong call raises; nothing in it is worth tracing
     def check(self, given: Mapping[str, Any], extra_args: Sequence[Any], extra: Mapping[str, Any]) -> None:
         """See :func:`check_call`."""
-        check_call(self.signature, given, extra_args, extra)
+        _check_untraced(self.signature, given, extra_args, extra)
+
+
+# A wrong call raises; nothing in it is worth tracing.
+_check_untraced: Callable[..., None] = torch.compiler.disable(check_call)  # type: ignore[no-untyped-call]

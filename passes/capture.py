@@ -90,14 +90,16 @@ def _capture_export(model: nn.Module, example: Example, user: Example) -> Captur
     train, evaluated = traces
     if train.out_spec != evaluated.out_spec:
         raise CaptureError(
-            f"train and eval mode return different outputs: {train.out_spec} and {evaluated.out_spec}. Make the model "
+            f"train and eval mode return different outputs: {train.out_spec} and {evaluated.out_spec}. "
+            "Make the model "
             "return the same fields in both modes"
         )
     align(train, evaluated)
     dims, ranges, fixed = _dimensions(train, example)
     for name, dim, role, size in fixed:
         warnings.warn(
-            f"dimension {dim} of '{name}' ({role}) came out fixed at {size}: the model's code depends on it, and the "
+            f"dimension {dim} of '{name}' ({role}) came out fixed at {size}: the model's code depends on "
+            "it, and the "
             "graph works at that size only. Pass dynamic_shapes to say that this is meant",
             FixedDimensionWarning,
             stacklevel=4,

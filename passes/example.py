@@ -107,7 +107,8 @@ def bind(
         bound = signature.bind(*positional, **keyword)
     except TypeError as error:
         raise CaptureError(
-            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}. Give a tuple of its "
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}. Give a tuple "
+            "of its "
             "positional arguments or a dict of its keyword arguments"
         ) from error
     kinds = {n: p.kind for n, p in signature.parameters.items()}
@@ -115,7 +116,8 @@ def bind(
     for name, value in bound.arguments.items():
         if kinds[name] is inspect.Parameter.VAR_POSITIONAL:
             raise CaptureError(
-                f"{type(model).__name__}.forward takes *{name}, whose inputs have no names; give the model a forward "
+                f"{type(model).__name__}.forward takes *{name}, whose inputs have no names; give the model "
+                "a forward "
                 "with named parameters"
             )
         given.update(value if kinds[name] is inspect.Parameter.VAR_KEYWORD else {name: value})
@@ -149,14 +151,16 @@ def make_example(
             constants[name] = value
         else:
             raise CaptureError(
-                f"example input '{name}' is a {type(value).__name__}; inputs are tensors, containers of tensors "
+                f"example input '{name}' is a {type(value).__name__}; inputs are tensors, containers of "
+                "tensors "
                 "only, or plain constants"
             )
     overrides = dict(dynamic_shapes or {})
     unknown = sorted(set(overrides) - set(tensors))
     if unknown:
         raise CaptureError(
-            f"dynamic_shapes names {', '.join(unknown)}; the tensor inputs are {', '.join(tensors) or '(none)'}"
+            f"dynamic_shapes names {', '.join(unknown)}; the tensor inputs are "
+            f"{', '.join(tensors) or '(none)'}"
         )
     decoder = any(name.startswith("decoder_") for name in tensors)
     roles: dict[str, tuple[Mapping[int, str], ...]] = {}

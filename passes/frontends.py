@@ -67,10 +67,7 @@ def export_trace(model: nn.Module, example: Example) -> Trace:
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     ranges = {
-        str(symbol): (
-            int(bounds.lower),
-            None if bounds.upper in (torch.utils._sympy.numbers.int_oo,) else int(bounds.upper),
-        )
+        str(symbol): (int(bounds.lower), int(bounds.upper) if bounds.upper.is_Integer else None)
         for symbol, bounds in program.range_constraints.items()
     }
     return Trace(graph, module, leaves, specs, out_spec, ranges)
@@ -184,7 +181,7 @@ def _not_traceable(model: nn.Module, error: BaseException, by: str) -> CaptureEr
     advice = (
         "give example_inputs so that torch.export can run the model"
         if "symbolic" in by
-        else "branch on shapes or configuration instead of on tensor values there, or check the example inputs"
+        else "branch on shapes or configuration instead of on tensor values there, or check the inputs"
     )
     return CaptureError(f"{by} cannot trace {type(model).__name__}{where} ({reason}). What to do: {advice}")
 

@@ -53,15 +53,18 @@ def capture_config(model: nn.Module) -> Iterator[None]:
         for name in _LAYERDROP:
             if (getattr(config, name, 0.0) or 0.0) > 0.0:
                 raise CaptureError(
-                    f"{type(config).__name__}.{name} is {getattr(config, name)}: whole layers dropped at random cannot be "
+                    f"{type(config).__name__}.{name} is {getattr(config, name)}: whole layers dropped at "
+                    "random cannot be "
                     f"part of a graph. Set config.{name} = 0.0 (on the model's modules too) before apply"
                 )
         if getattr(config, "apply_spec_augment", False):
             for name in _SPEC_AUGMENT:
                 if (getattr(config, name, 0.0) or 0.0) > 0.0:
                     raise CaptureError(
-                        f"{type(config).__name__}.{name} is {getattr(config, name)}: SpecAugment draws its mask outside "
-                        "the graph, so one mask would be frozen in. Set config.apply_spec_augment = False and mask the "
+                        f"{type(config).__name__}.{name} is {getattr(config, name)}: SpecAugment draws its "
+                        "mask outside "
+                        "the graph, so one mask would be frozen in. Set config.apply_spec_augment = False "
+                        "and mask the "
                         "features in your data loader"
                     )
     saved = [dict(vars(c)) for c in held]
@@ -81,7 +84,8 @@ def output_layers(model: nn.Module) -> tuple[str, ...]:
     if not is_hf(model):
         return ()
     names = {id(m): n for n, m in model.named_modules()}
-    embedding = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find = getattr(model, "get_output_embeddings", None)
+    embedding = find() if callable(find) else None
     found = [] if embedding is None else [names[id(embedding)]]
     if type(model).__name__.endswith("Classification"):
         found += [n for n, _ in model.named_children() if n in _HEADS]

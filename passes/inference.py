@@ -11,14 +11,13 @@ Values stay what ``gm.eval()`` gives without labels, to the bit.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
-from lorafx.graph import CapturedModule, by_mode, named_tensors
+from lorafx.graph import CapturedModule, by_mode, share
 from lorafx.passes import optional
 from lorafx.passes.modes import ACCUMULATE
 from lorafx.signature import Signature, SignatureCodeGen
@@ -56,12 +55,6 @@ def inference(gm: CapturedModule, *, keep_loss: bool = False) -> CapturedModule:
     return twin
 
 
-def share(gm: CapturedModule) -> CapturedModule:
-    """A copy of the graph and its module tree over the same tensors."""
-    memo: dict[int, Any] = {id(tensor): tensor for _, tensor in named_tensors(gm)}
-    return copy.deepcopy(gm, memo)
-
-
 def _resolve(switch: Node, literal: Any) -> None:
     for user in list(switch.users):
         user.args, user.kwargs = (
@@ -72,7 +65,8 @@ def _resolve(switch: Node, literal: Any) -> None:
 
 def _adds_nothing(node: Node) -> bool:
     """Whether this updates a buffer by 0, as an update gated by the mode does in eval."""
-    return node.target in ACCUMULATE and type(node.args[1]) in (int, float) and node.args[1] == 0
+    amount = node.args[1] if node.target in ACCUMULATE else None
+    return isinstance(amount, (int, float)) and amount == 0
 
 
 def _without_optional(signature: Signature) -> Signature:

@@ -127,7 +127,8 @@ def trained_base(gm: CapturedModule, choices: Sequence[Choice], specs: Sequence[
         aliases = [n for n, p in parameters.items() if p is parameters[name] and n not in names]
         if aliases:
             raise MatchError(
-                f"'{name}' is to be trained whole (modules_to_save or bias), and is the same tensor as '{aliases[0]}', "
+                f"'{name}' is to be trained whole (modules_to_save or bias), and is the same tensor as "
+                f"'{aliases[0]}', "
                 "which is not. Name both modules in modules_to_save, or leave both out"
             )
     return tuple(names)

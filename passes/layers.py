@@ -24,7 +24,8 @@ _CASTS = frozenset(
 
 @dataclass(frozen=True)
 class Operands:
-    """What a call multiplies: ``x [..., in]`` by the matrix held by ``source`` (reached through ``weight``)."""
+    """What a call multiplies: ``x [..., in]`` by the matrix held by ``source`` (reached through "
+    "``weight``)."""
 
     x: Node
     weight: Node

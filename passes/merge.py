@@ -100,7 +100,8 @@ def merged_weight(gm: CapturedModule, site: Site) -> Tensor:
     for name, value in parameters.items():
         if not value.is_meta and not bool(torch.isfinite(value).all()):
             raise MergeError(
-                f"site '{site.name}': {name} holds NaN or Inf, so it cannot be folded. Training diverged: go back to an "
+                f"site '{site.name}': {name} holds NaN or Inf, so it cannot be folded. Training diverged: "
+                "go back to an "
                 "earlier adapter, or lower the learning rate"
             )
     weight = get_path(gm, site.weight).detach()
@@ -109,7 +110,8 @@ def merged_weight(gm: CapturedModule, site: Site) -> Tensor:
     merged = VARIANTS[site.variant].merge(matrix.to(wide), parameters, site.scaling).to(weight.dtype)
     if not merged.is_meta and not bool(torch.isfinite(merged).all()) and bool(torch.isfinite(weight).all()):
         raise MergeError(
-            f"site '{site.name}': the merged weight does not fit in {weight.dtype} (it overflows to Inf). Merge into a "
+            f"site '{site.name}': the merged weight does not fit in {weight.dtype} (it overflows to Inf). "
+            "Merge into a "
             "wider copy of the model, or lower the adapter's scaling"
         )
     return merged.t().contiguous() if site.transposed else merged
@@ -127,8 +129,10 @@ def merged_state_dict(gm: CapturedModule) -> dict[str, Tensor]:
     apart = [s for s in sites(gm) if s.apart]
     if apart:
         raise MergeError(
-            f"site '{apart[0].name}': its weight '{apart[0].weight}' has another use and was kept apart (tied=\"untie\"); "
-            "the original module has one tensor for both. Export the merged graph instead, or adapt without this layer"
+            f"site '{apart[0].name}': its weight '{apart[0].weight}' has another use and was kept apart "
+            '(tied="untie"); '
+            "the original module has one tensor for both. Export the merged graph instead, or adapt "
+            "without this layer"
         )
     return dict(merge(gm).state_dict())
 

@@ -198,9 +198,10 @@ def _insert_switches(graph: Graph, flips: list[tuple[Node, str | int, Any, Any]]
 def scope_node(graph: Graph, path: str) -> Node:
     """A node for the module at ``path``, placed after the inputs; an existing one is used again."""
     target = path or ROOT_MODE
-    for node in graph.find_nodes(op="get_attr"):
-        if node.target == target:
-            return node
+    existing: Node
+    for existing in graph.find_nodes(op="get_attr"):
+        if existing.target == target:
+            return existing
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
         return graph.create_node("get_attr", target, name=target.replace(".", "_") + "_module")
 
@@ -215,7 +216,8 @@ def _irreconcilable(t: Node | None, e: Node | None) -> CaptureError:
         return f"{node.target} (in {scope}{code})"
 
     return CaptureError(
-        f"train and eval mode compute different things. First difference: train has {show(t)}, eval has {show(e)}. "
+        f"train and eval mode compute different things. First difference: train has {show(t)}, eval has "
+        f"{show(e)}. "
         "Make the model's code do the same in both modes but for dropout and buffer updates, or set the "
         "configuration field behind it (such as layerdrop) to 0"
     )

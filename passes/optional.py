@@ -45,8 +45,10 @@ class LossFromLabels(nn.Module):
             assert label is not None
             if label.is_floating_point() != dtype.is_floating_point or label.dim() != rank:
                 raise InputError(
-                    f"'{name}' was captured as a {dtype} tensor of {rank} dimensions, this one is {label.dtype} of "
-                    f"{label.dim()}: the captured loss is another one. Put such labels into the example inputs"
+                    f"'{name}' was captured as a {dtype} tensor of {rank} dimensions, this one is "
+                    f"{label.dtype} of "
+                    f"{label.dim()}: the captured loss is another one. Put such labels into the example "
+                    "inputs"
                 )
         return tuple(self.body(*labels, *values))
 
@@ -60,7 +62,8 @@ def outline(graph: Graph, holder: nn.Module, optional: frozenset[str]) -> None:
     labels = [n for n in graph.find_nodes(op="placeholder") if n.target in optional]
     tail = _dependents(graph, labels)
     output = graph.output_node()
-    results = [n for n in output.args[0] if n in tail or n in labels]
+    outputs: Any = output.args[0]
+    results: list[Node] = [n for n in outputs if n in tail or n in labels]
     if not tail or not results:
         return
     if any(n in labels for n in results):
