@@ -33,6 +33,7 @@ from lorafx.passes.huggingface import (
     synthesize_inputs,
     synthesize_labels,
 )
+from lorafx.passes.mode_reads import same_in_eval, watch_mode_reads
 from lorafx.passes.modes import align
 from lorafx.signature import Argument, Signature, SignatureCodeGen
 
@@ -81,20 +82,20 @@ def capture(
 
 
 def _capture_export(model: nn.Module, example: Example, user: Example) -> CapturedModule:
-    traces = []
-    for training in (True, False):
-        model.train(training)
-        trace = export_trace(model, example)
-        canonicalize(trace, model, example.optional)
-        traces.append(trace)
-    train, evaluated = traces
-    if train.out_spec != evaluated.out_spec:
-        raise CaptureError(
-            f"train and eval mode return different outputs: {train.out_spec} and {evaluated.out_spec}. "
-            "Make the model "
-            "return the same fields in both modes"
-        )
-    align(train, evaluated)
+    model.train()
+    with watch_mode_reads() as reads:
+        train = export_trace(model, example)
+    canonicalize(train, model, example.optional)
+    if reads.decisive or not same_in_eval(train.graph):
+        model.eval()
+        evaluated = export_trace(model, example)
+        canonicalize(evaluated, model, example.optional)
+        if train.out_spec != evaluated.out_spec:
+            raise CaptureError(
+                f"train and eval mode return different outputs: {train.out_spec} and {evaluated.out_spec}. "
+                "Make the model return the same fields in both modes"
+            )
+        align(train, evaluated)
     dims, ranges, fixed = _dimensions(train, example)
     for name, dim, role, size in fixed:
         warnings.warn(

@@ -15,6 +15,7 @@ import dataclasses
 from typing import Any
 
 from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from lorafx.graph import CapturedModule, by_mode, share
@@ -58,8 +59,7 @@ def inference(gm: CapturedModule, *, keep_loss: bool = False) -> CapturedModule:
 def _resolve(switch: Node, literal: Any) -> None:
     for user in list(switch.users):
         user.args, user.kwargs = (
-            pytree.tree_map(lambda a: literal if a is switch else a, value)
-            for value in (user.args, user.kwargs)
+            map_aggregate(value, lambda a: literal if a is switch else a) for value in (user.args, user.kwargs)
         )
 
 

@@ -1,28 +1,34 @@
 """The demo's data: sentences from the standard library's documentation, labelled with their area.
 
 Every Python carries this text, so the demo needs no download. Sources are read with :mod:`ast` and
-never imported (some modules act when imported). The language reference comes from pydoc's topics, a
-dictionary literal in ``pydoc_data/topics.py``.
+never imported, since some modules act when imported. A text is the first paragraph of a docstring or,
+for the language itself, the first sentence of a paragraph of pydoc's topics.
 
-A passage is the opening of one docstring: as many of its leading paragraphs as fit. Splits are by
-docstring and by content: passages are ordered by a hash of their words, so equal texts are one
-passage and fall on one side, whatever the order in which files are found.
+Texts are told apart by their words, and ordered by a hash of them. So a text that occurs twice is
+there once and on one side of a split, a text that two areas share is left out, and the splits depend
+neither on the order in which files are found nor on a seed.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
-from collections.abc import Iterator
+import sysconfig
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+
+from lorafx.demo.errors import DemoError
 
 MIN_CHARS, MAX_CHARS = 30, 300
-MAX_PER_AREA, MIN_PER_AREA = 600, 60
+MIN_PER_AREA, MAX_PER_AREA = 100, 600
 TEST_SHARE, VALIDATION_SHARE = 0.25, 0.15
 
 # Area -> modules and packages. Those that a Python lacks are passed over: several left the library in
 # 3.12 and 3.13. tkinter and idlelib are not used, because distributions package them apart.
-AREAS: dict[str, tuple[str, ...]] = {
+MODULES: dict[str, tuple[str, ...]] = {
     "archives": ("tarfile", "zipfile", "gzip", "bz2", "lzma", "zipapp", "_compression"),
     "asyncio": ("asyncio",),
     "concurrency": ("multiprocessing", "concurrent", "threading", "subprocess", "queue", "_threading_local"),
@@ -30,7 +36,6 @@ AREAS: dict[str, tuple[str, ...]] = {
     "email": ("email", "mailbox", "quopri", "mailcap"),
     "files": ("os", "pathlib", "shutil", "posixpath", "ntpath", "genericpath", "glob", "tempfile", "_pyio"),
     "imports": ("importlib", "pkgutil", "runpy", "zipimport", "modulefinder", "imp", "site", "venv"),
-    "language": ("pydoc_data/topics",),
     "logging": ("logging", "warnings"),
     "network": (
         *("socket", "socketserver", "ssl", "ftplib", "imaplib", "nntplib", "poplib", "smtplib", "telnetlib"),
@@ -42,34 +47,107 @@ AREAS: dict[str, tuple[str, ...]] = {
     "web": ("http", "urllib", "wsgiref", "cgi", "html", "webbrowser", "xmlrpc"),
     "xml": ("xml", "plistlib"),
 }
+LANGUAGE = "language"  # the fifteenth area: pydoc's topics, the language reference
+AREAS: tuple[str, ...] = (*MODULES, LANGUAGE)
 
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One labelled text: ``label`` indexes :attr:`Corpus.areas`, ``source`` is relative to the library's root."""
+    """One text of 30 to 300 characters; ``label`` indexes :data:`AREAS`."""
 
     text: str
     label: int
-    source: str
 
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """Passages by split. No two splits share a text, and no two passages differ in case or punctuation only."""
+    """Passages by split. No two passages, of one split or of different splits, have the same words."""
 
-    areas: tuple[str, ...]
     train: tuple[Passage, ...]
     validation: tuple[Passage, ...]
     test: tuple[Passage, ...]
 
 
-def _docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and text of every docstring; of pydoc's topics, every paragraph of the one dictionary."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if text := ast.get_docstring(node):
-                yield getattr(node, "lineno", 1), text
+def load_corpus(library: Path | None = None) -> Corpus:
+    """Read and split the texts of all areas.
+
+    Args:
+        library: root of a standard library's sources; by default the running Python's.
+
+    Raises:
+        DemoError: an area has too few texts, as in a Python installed without its sources.
+    """
+    root = library or Path(sysconfig.get_path("stdlib"))
+    texts: dict[str, Iterable[str]] = {area: _docstrings(root, names) for area, names in MODULES.items()}
+    texts[LANGUAGE] = _topics(root / "pydoc_data" / "topics.py")
+
+    train: list[Passage] = []
+    validation: list[Passage] = []
+    test: list[Passage] = []
+    for label, chosen in enumerate(_select(texts).values()):
+        if len(chosen) < MIN_PER_AREA:
+            raise DemoError(
+                f"the demo needs {MIN_PER_AREA} texts about {AREAS[label]!r} and found {len(chosen)} in {root}: "
+                "this Python was installed without (all of) its sources; use one that has them"
+            )
+        passages = [Passage(text, label) for text in chosen]
+        first = round(len(passages) * TEST_SHARE)
+        second = first + round(len(passages) * VALIDATION_SHARE)
+        test += passages[:first]
+        validation += passages[first:second]
+        train += passages[second:]
+    return Corpus(tuple(train), tuple(validation), tuple(test))
 
 
-def paragraphs(text):
-    return [" ".join(p.split()) for p in re.split(r"\n\s*\n", text)]
+def words(text: str) -> str:
+    """What makes two texts the same: their words, without case, digits and punctuation."""
+    return " ".join(re.findall(r"[^\W\d_]+", text.casefold()))
+
+
+def _select(texts: dict[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Of each area the texts of the right length that no other area has, once each, in the order of their hashes."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)  # words -> area -> text
+    for area, candidates in texts.items():
+        for text in candidates:
+            if MIN_CHARS <= len(text) <= MAX_CHARS:
+                found[words(text)].setdefault(area, text)
+    selected: dict[str, list[str]] = {area: [] for area in texts}
+    for key in sorted(found, key=lambda key: hashlib.sha256(key.encode()).digest()):
+        (area, text), *others = found[key].items()
+        if not others and len(selected[area]) < MAX_PER_AREA:
+            selected[area].append(text)
+    return selected
+
+
+def _docstrings(root: Path, names: Iterable[str]) -> Iterator[str]:
+    """The first paragraph of every docstring in the named modules and packages."""
+    for path in (path for name in names for path in _sources(root, name)):
+        for node in ast.walk(ast.parse(path.read_bytes(), filename=str(path))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                if docstring := ast.get_docstring(node):
+                    yield _paragraphs(docstring)[0]
+
+
+def _topics(path: Path) -> Iterator[str]:
+    """The first sentence of every paragraph of prose in pydoc's topics, one literal dictionary."""
+    statements = ast.parse(path.read_bytes(), filename=str(path)).body if path.is_file() else []
+    for statement in statements:
+        if isinstance(statement, ast.Assign):
+            topics: dict[str, str] = ast.literal_eval(statement.value)
+            topics.pop("debugger", None)  # pdb's manual
+            for paragraph in (paragraph for topic in topics.values() for paragraph in _paragraphs(topic)):
+                if re.match(r"[A-Z]", paragraph) and paragraph.endswith((".", ":")) and "::=" not in paragraph:
+                    yield re.split(r"(?<=[.:]) (?=[A-Z])", paragraph, maxsplit=1)[0]
+
+
+def _sources(root: Path, name: str) -> Iterator[Path]:
+    """The files of a module or package, without its tests; none if this Python lacks it."""
+    if (root / f"{name}.py").is_file():
+        yield root / f"{name}.py"
+    for path in sorted((root / name).rglob("*.py")):
+        if not {"test", "tests"} & set(path.relative_to(root).parts):
+            yield path
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]

@@ -1,0 +1,99 @@
+"""What ``lorafx.apply`` costs beside the captures it cannot do without.
+
+A Llama of 8 B parameters on the meta device (no weights): ``apply`` over two bare ``torch.export`` calls
+(train and eval mode), in one process, alternating; and its own cost a layer from 4 to 64 layers, which
+should stay flat. Prints ratios; absolute times say little across machines.
+
+    python benchmarks/apply_time.py [--layers 32] [--rounds 3] [--depths 4,16,32,64]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import transformers
+from torch.export import Dim
+
+import lorafx
+
+
+def llama(layers: int) -> torch.nn.Module:
+    config = transformers.LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        use_cache=False,
+    )
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    ids = torch.zeros((2, 16), dtype=torch.long, device="meta")
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    with contextlib.redirect_stderr(io.StringIO()):
+        call()
+    return time.perf_counter() - start
+
+
+def bare_captures(model: torch.nn.Module) -> None:
+    """What apply cannot do without: one export a mode, labels included as apply includes them."""
+    batch = inputs()
+    batch["labels"] = torch.zeros_like(batch["input_ids"])
+    shapes = {name: {0: Dim.AUTO, 1: Dim.AUTO} for name in batch}
+    for training in (True, False):
+        model.train(training)
+        kwargs = {k: v.clone() for k, v in batch.items()}
+        torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def adapted(model: torch.nn.Module) -> None:
+    lorafx.apply(model, lorafx.LoraSpec(r=16), inputs())
+
+
+def compare(layers: int, rounds: int) -> tuple[float, float]:
+    """Median over rounds of apply / captures, and apply's own seconds a layer."""
+    model = llama(layers)
+    ratios, own = [], []
+    for index in range(rounds):
+        order = (bare_captures, adapted) if index % 2 == 0 else (adapted, bare_captures)
+        seconds = {call: timed(lambda call=call: call(model)) for call in order}
+        ratios.append(seconds[adapted] / seconds[bare_captures])
+        own.append((seconds[adapted] - seconds[bare_captures]) / layers)
+    return statistics.median(ratios), statistics.median(own)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--depths", default="4,16,32,64")
+    options = parser.parse_args()
+    bare_captures(llama(1))  # imports and caches
+    adapted(llama(1))
+    ratio, _ = compare(options.layers, options.rounds)
+    print(f"apply / two captures, {options.layers} layers: {ratio:.3f} (goal 1.30)")
+    per_layer = {}
+    for depth in map(int, options.depths.split(",")):
+        ratio, own = compare(depth, 1)
+        per_layer[depth] = own
+        print(f"  {depth:3d} layers: ratio {ratio:.3f}, own cost a layer {own * 1e3:.1f} ms")
+    first, *_, last = per_layer.values()
+    print(f"own cost a layer, deepest over shallowest: {last / first:.2f}")
+
+
+if __name__ == "__main__":
+    main()

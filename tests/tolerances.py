@@ -1,0 +1,58 @@
+"""Every tolerance of the tests, in one table, each with its reason. Nothing else in the tests compares within one.
+
+An error is measured as ``max|actual - expected| / max|expected|``: single small outputs of a sum that
+cancels have no accuracy of their own, so an element-wise relative error would say nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The largest allowed error, and why it is that."""
+
+    error: float
+    reason: str
+
+
+#: A sum of n products is off by about sqrt(n) * eps; n is at most a few hundred here.
+_SUMS = "two orders of summation over at most a few hundred terms"
+
+TOLERANCES: Mapping[tuple[str, torch.dtype], Tolerance] = MappingProxyType(
+    {
+        # One adapted layer against the linear layer with the merged weight.
+        ("layer", torch.float64): Tolerance(1e-13, f"{_SUMS}: 450 eps"),
+        ("layer", torch.float32): Tolerance(1e-5, f"{_SUMS}: 84 eps"),
+        ("layer", torch.float16): Tolerance(4e-3, "4 eps: the weight and the output are each rounded once"),
+        ("layer", torch.bfloat16): Tolerance(3e-2, "4 eps: the weight and the output are each rounded once"),
+        # A whole merged model against the unmerged one. Layers and normalisations amplify what one layer has.
+        ("model", torch.float64): Tolerance(1e-11, "100 times one layer's"),
+        ("model", torch.float32): Tolerance(5e-5, "5 times one layer's: two blocks of up to 7 layers each"),
+        ("model", torch.float16): Tolerance(2e-2, "5 times one layer's: two blocks of up to 7 layers each"),
+        ("model", torch.bfloat16): Tolerance(1.5e-1, "5 times one layer's: two blocks of up to 7 layers each"),
+    }
+)  # fmt: skip
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """``max|actual - expected| / max|expected|``, in float64; infinite where NaN or Inf differ."""
+    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
+    assert actual.dtype == expected.dtype, f"{actual.dtype} is not {expected.dtype}"
+    a, e = actual.detach().double(), expected.detach().double()
+    if not bool(torch.isfinite(a).all() and torch.isfinite(e).all()):
+        return 0.0 if torch.equal(a, e) else float("inf")
+    return float((a - e).abs().max() / e.abs().max().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def assert_close(what: str, actual: Tensor, expected: Tensor) -> None:
+    """Fail unless the error is within the table's tolerance for ``what`` and the tensors' dtype."""
+    tolerance = TOLERANCES[what, expected.dtype]
+    found = error(actual, expected)
+    assert found <= tolerance.error, f"error {found:.3g} > {tolerance.error:.3g} ({tolerance.reason})"
