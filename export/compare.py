@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 
@@ -67,7 +67,10 @@ class _Comparison:
 
     def models(self, left: ir.Model, right: ir.Model) -> Iterator[Difference]:
         for what in ("opset_imports", "functions"):
-            a, b = (sorted(getattr(m, what).items()) if what == "opset_imports" else sorted(m.functions) for m in (left, right))
+            a, b = (
+                sorted(getattr(m, what).items()) if what == "opset_imports" else sorted(m.functions)
+                for m in (left, right)
+            )
             yield from _unequal("the model", what, a, b)
         if self.names:
             a, b = (list(m.graph.initializers) for m in (left, right))
@@ -115,11 +118,18 @@ class _Comparison:
         self.pair[left] = right
         self.paired.add(right)
 
-    def use(self, left: ir.Value | None, right: ir.Value | None, where: str, what: str) -> Iterator[Difference]:
+    def use(
+        self, left: ir.Value | None, right: ir.Value | None, where: str, what: str
+    ) -> Iterator[Difference]:
         if left is None or right is None:
             yield from _unequal(where, what, left and left.name, right and right.name)
             return
-        if left not in self.pair and left.is_initializer() and right.is_initializer() and right not in self.paired:
+        if (
+            left not in self.pair
+            and left.is_initializer()
+            and right.is_initializer()
+            and right not in self.paired
+        ):
             yield from self.initializers(left, right, where, what)
             yield from self.define(left, right, f"{where}, {what}", typed=False)
         if self.pair.get(left) is not right:
@@ -143,7 +153,9 @@ class _Comparison:
             yield from self.graphs(left.as_graph(), right.as_graph(), f"{where}, {name}: ")
         elif left.type == ir.AttributeType.TENSOR:
             a, b = left.as_tensor(), right.as_tensor()
-            yield from _unequal(where, f"the type of {what}", (a.dtype, str(a.shape)), (b.dtype, str(b.shape)))
+            yield from _unequal(
+                where, f"the type of {what}", (a.dtype, str(a.shape)), (b.dtype, str(b.shape))
+            )
             if a.tobytes() != b.tobytes():
                 yield Difference(where, what, _show_array(a.numpy()), _show_array(b.numpy()))
         else:
@@ -164,5 +176,6 @@ def _show(node: ir.Node | None) -> str:
     return "missing" if node is None else f"{node.op_type} '{node.name}'"
 
 
-def _show_array(array: np.ndarray) -> str:
-    return np.array2string(array, threshold=6, separator=", ")
+def _show_array(array: npt.NDArray[Any]) -> str:
+    values = ", ".join(str(value) for value in array.reshape(-1)[:6])
+    return f"[{values}{', ...' if array.size > 6 else ''}]"

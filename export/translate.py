@@ -11,6 +11,7 @@ those follow from the model's configuration.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import warnings
@@ -73,51 +74,55 @@ def translate(
     with _quiet():
         try:
             program = _program(gm, example, dims)
-            model = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset).model
+            converted = torch.onnx.export(
+                program, dynamo=True, optimize=False, verbose=False, opset_version=opset
+            )
         except Exception as error:  # whatever torch, or an operator's translation, raises ends up here
             raise _not_expressible(error) from error
+        assert converted is not None
+        model = converted.model
         weights = {n: v for n, v in model.graph.initializers.items() if n in gm.state_dict()}
         for value in weights.values():
             value.const_value = None
         optimize_ir(model)
     folded = fold_weights(model, weights.values())
-    found = {}
-    for value in model.graph.inputs:
-        shape = value.shape or ()
-        found[str(value.name)] = {d: str(size) for d, size in enumerate(shape) if not isinstance(size, int)}
     _name_values(model, gm)
-    symbols = {
-        symbol: dims[name][dim]
-        for name, sizes in found.items()
-        for dim, symbol in sizes.items()
-        if dim in dims.get(name, {})
-    }
+    symbols: dict[str, str] = {}
+    for value in model.graph.inputs:
+        roles = dims.get(str(value.name), {})
+        symbols |= {symbol: roles[dim] for dim, symbol in _dynamic(value).items() if dim in roles}
     _name_dimensions(model, symbols)
     _clean(model)
-    dynamic = {n: {d: symbols.get(s, s) for d, s in sizes.items()} for n, sizes in found.items() if sizes}
+    named = {str(v.name): _dynamic(v) for v in model.graph.inputs}
     fixed = tuple(
         f"dimension {dim} of '{name}' ({role})"
         for name, roles in dims.items()
         for dim, role in roles.items()
-        if dim not in dynamic.get(name, {})
+        if dim not in named.get(name, {})
     )
-    return Translation(model, weights, folded, dynamic, fixed)
+    return Translation(model, weights, folded, named, fixed)
 
 
 def structure(gm: CapturedModule) -> str:
     """All that a translation depends on, as text: equal texts mean equal models, names included."""
-    tensors = list(named_tensors(gm))
-    first: dict[int, str] = {}
     lines = [format_graph(gm)]
-    saved = gm.state_dict().keys()
-    for name, tensor in tensors:
+    first: dict[int, str] = {}
+    weights = gm.state_dict().keys()
+    for name, tensor in named_tensors(gm):
         alias = first.setdefault(id(tensor), name)
-        value = "" if name in saved else f" = {tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes().hex()}"
-        lines.append(f"{name}: {tensor.dtype}{list(tensor.shape)} is {alias}{value}")
+        value = "a weight" if name in weights else _digest(tensor)
+        lines.append(f"{name}: {tensor.dtype}{list(tensor.shape)}, {value}, first seen as {alias}")
     return "\n".join(lines)
 
 
-def _program(gm: CapturedModule, example: Mapping[str, Tensor], dims: Mapping[str, Mapping[int, str]]) -> ExportedProgram:
+def _digest(tensor: Tensor) -> str:
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(data.tobytes()).hexdigest()
+
+
+def _program(
+    gm: CapturedModule, example: Mapping[str, Tensor], dims: Mapping[str, Mapping[int, str]]
+) -> ExportedProgram:
     """The graph with plain inputs and outputs, exported. No node keeps the place in a file it came from."""
     graph = Graph()
     outputs = graph.graph_copy(gm.graph, {})
@@ -149,7 +154,7 @@ def _class_at(gm: nn.Module, path: str) -> str:
 
 def _name_values(model: ir.Model, gm: CapturedModule) -> None:
     """Give inputs and outputs the names that a user knows; what else has such a name gives way."""
-    names = (*gm.signature.placeholders, *(n for n, v in zip(gm.signature.outputs, _outputs(gm), strict=True) if v))
+    names = (*gm.signature.placeholders, *output_names(gm))
     values = (*model.graph.inputs, *model.graph.outputs)
     for value in _all_values(model):
         if value.name in names and value not in values:
@@ -158,20 +163,31 @@ def _name_values(model: ir.Model, gm: CapturedModule) -> None:
         value.name = name
 
 
-def _outputs(gm: CapturedModule) -> list[bool]:
+def output_names(gm: CapturedModule) -> tuple[str, ...]:
+    """The names of the outputs that an ONNX file has: those that are no None."""
     returned: Any = gm.graph.output_node().args[0]
-    return [value is not None for value in returned]
+    return tuple(n for n, v in zip(gm.signature.outputs, returned, strict=True) if v is not None)
+
+
+def _dynamic(value: ir.Value) -> dict[int, str]:
+    """The dimensions of a value that have a name instead of a size."""
+    dims = {d: size.value for d, size in enumerate(value.shape or ()) if isinstance(size, ir.SymbolicDim)}
+    return {d: size for d, size in dims.items() if size is not None and not size.isdecimal()}
 
 
 def _name_dimensions(model: ir.Model, symbols: Mapping[str, str]) -> None:
+    """Write torch's symbols (``s72*s31``) as names (``batch*sequence``)."""
+
+    def name(size: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(size, int) or size.value is None:
+            return size if isinstance(size, int) else None
+        if size.value.isdecimal():  # torch writes a symbol that turned out to be a number like this
+            return int(size.value)
+        return _SYMBOL.sub(lambda match: symbols.get(match[0], match[0]), size.value)
+
     for value in _all_values(model):
-        if value.shape is not None and any(not isinstance(size, int) for size in value.shape):
-            value.shape = ir.Shape(
-                [
-                    size if isinstance(size, int) else _SYMBOL.sub(lambda m: symbols.get(m[0], m[0]), str(size))
-                    for size in value.shape
-                ]
-            )
+        if value.shape is not None:
+            value.shape = ir.Shape([name(size) for size in value.shape])
 
 
 def _all_values(model: ir.Model) -> Iterator[ir.Value]:
@@ -201,16 +217,18 @@ def _not_expressible(error: Exception) -> ExportError:
         root = root.__cause__
     lines = [line for line in str(root).strip().splitlines() if line.strip()]
     return ExportError(
-        f"torch cannot express the graph in ONNX: {lines[0] if lines else type(root).__name__}. Replace the operator in "
-        "the model (for Hugging Face models, another attn_implementation or experts_implementation often helps), or try "
-        "a newer opset"
+        f"torch cannot express the graph in ONNX: {lines[0] if lines else type(root).__name__}. Replace the "
+        "operator in the model (for Hugging Face models another attn_implementation or experts_implementation "
+        "often helps), or try a newer opset"
     )
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporters' logs off the user's screen; what matters in them comes as errors."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
+    loggers = [
+        logging.getLogger(n) for n in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
+    ]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

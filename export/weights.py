@@ -31,7 +31,7 @@ _NEVER = frozenset({"ConstantOfShape", "QuantizeLinear", "DequantizeLinear", "Dy
 
 @dataclass(frozen=True)
 class Folded:
-    """An initializer as an expression: one ONNX operator over other values (weights, constants, expressions)."""
+    """An initializer as an expression: one ONNX operator over weights, constants or other expressions."""
 
     value: ir.Value
     function: onnx.FunctionProto

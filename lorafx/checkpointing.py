@@ -30,6 +30,9 @@ from lorafx.errors import PassError
 #: A layer is what a dotted path names up to its first number: ``model.layers.3`` of ``model.layers.3.mlp``.
 _LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.|$)")
 
+#: What exported graphs compute with besides operators of torch: sizes, and results of several parts.
+_ON_SIZES = frozenset(getattr(operator, n) for n in "getitem add sub mul floordiv mod neg eq ne lt le gt ge".split())
+
 #: Operators that write running statistics, though their schemas don't say so.
 _UPDATE_STATISTICS = frozenset({torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default})
 
@@ -75,7 +78,9 @@ def checkpointed(graph: Graph, scopes: Mapping[Node, str], mode: str, choice: Ch
     chosen = {name: i % choice.every_n_layers == 0 for i, name in enumerate(_layers(scopes))}
     derived = Graph()
     derived.set_codegen(graph._codegen)
-    made: dict[Node, Node] = {n: derived.node_copy(n, lambda a: made[a]) for n in fixed}
+    made: dict[Node, Node] = {}
+    for node in fixed:
+        made[node] = derived.node_copy(node, made.__getitem__)
     mode_node = derived.get_attr(mode)
     count = 0
     for layer, nodes in _runs(graph, scopes, frozenset(fixed)):
@@ -132,7 +137,7 @@ def _runs(
 def _may_run_twice(node: Node) -> bool:
     if isinstance(node.target, OpOverload):
         return not node.target._schema.is_mutable and node.target not in _UPDATE_STATISTICS
-    return node.op == "call_function" and getattr(node.target, "__module__", "") != "torch.nn.functional"
+    return node.target in _ON_SIZES
 
 
 def _cut(nodes: Sequence[Node]) -> tuple[GraphModule, list[Node], list[Node], list[Node]]:

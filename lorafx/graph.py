@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
 
+from lorafx.checkpointing import Checkpointing, checkpointed
+from lorafx.errors import PassError
 from lorafx.serialize import GraphRecord
 from lorafx.signature import Call, Signature, SignatureCodeGen
 
@@ -51,9 +54,16 @@ class CapturedModule(GraphModule):
 
     accepts_loss_kwargs = False  # for the HF Trainer: losses are averaged by the graph itself
 
-    def __init__(self, root: nn.Module, graph: Graph, class_name: str = "CapturedModule") -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: Graph,
+        class_name: str = "CapturedModule",
+        meta: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__(nn.Module(), Graph(), class_name)
         adopt(root, self)
+        self.meta = meta or {}
         self.graph = graph
 
     @property
@@ -66,10 +76,57 @@ class CapturedModule(GraphModule):
     def recompile(self) -> Any:
         """Regenerate ``forward`` after an edit of the graph."""
         code = super().recompile()
+        if (choice := getattr(self, "meta", {}).get("checkpointing")) is not None:
+            flat, self._graph = self._graph, self._checkpointed(choice)
+            super().recompile()
+            self._graph, self._code = flat, code.src
         if isinstance(self.graph._codegen, SignatureCodeGen):
             self._call, self._out_spec = Call(self.signature), self.signature.out_spec
             type(self).forward.__signature__ = self.signature.python_signature()  # type: ignore[attr-defined]
         return code
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Recompute layers in backward instead of keeping their activations (:mod:`lorafx.checkpointing`).
+
+        Named and called as on Hugging Face models. The keyword arguments go to
+        :func:`torch.utils.checkpoint.checkpoint`. In eval mode, and without gradients, nothing changes.
+
+        Raises:
+            ValueError: ``offload``, or another option that is not supported.
+            PassError: the graph has no numbered layers that may run twice.
+        """
+        if offload:
+            raise ValueError("offload=True is not supported: activations are recomputed, not moved; leave it out")
+        self._set_checkpointing(Checkpointing(every_n_layers, activation_checkpointing_kwargs or {}))
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self._set_checkpointing(None)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """The older name of :meth:`activation_checkpointing_enable`, which trainers still call."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The older name of :meth:`activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
+
+    def _set_checkpointing(self, choice: Checkpointing | None) -> None:
+        if choice is not None:
+            self._checkpointed(choice)  # raises before anything is changed
+        self.meta["checkpointing"] = choice
+        self.recompile()
+
+    def _checkpointed(self, choice: Checkpointing) -> Graph:
+        scopes = {n: notes(n)["scope"] for n in self.graph.nodes if "scope" in notes(n)}
+        return checkpointed(self.graph, scopes, ROOT_MODE, choice)
 
     def check(self) -> None:
         """Lint the graph. fx warns of ``get_attr`` nodes it doesn't expect; ours are all deliberate."""
@@ -95,6 +152,28 @@ class CapturedModule(GraphModule):
                     rebind(self, tensor, tensor.detach().clone())
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CapturedModule:
+        """What ``to``, ``cuda`` and the like do; the devices that the trace wrote into the graph move along.
+
+        Raises:
+            PassError: the dtype of the base would change, which the captured casts would not follow.
+        """
+        tensors = [t for _, t in named_tensors(self)]
+        for tensor in tensors:
+            probe = torch.empty(0, dtype=tensor.dtype, device="cpu" if tensor.is_meta else tensor.device)
+            if tensor.is_floating_point() and not is_own(tensor) and fn(probe).dtype != tensor.dtype:
+                raise PassError(
+                    f"the graph was captured in {tensor.dtype} and holds casts to it: convert the model "
+                    "(model.to(dtype)) and apply again, or train under torch.autocast"
+                )
+        before = {t.device for t in tensors}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = {t.device for _, t in named_tensors(self)}
+        if before != after and len(after) == 1:
+            _move_literals(self.graph, before, after.pop())
+            self.recompile()
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         root = copy.deepcopy(adopt(self, Scope()), memo)
         for (_, old), (_, new) in zip(named_tensors(self), named_tensors(root), strict=True):
@@ -112,9 +191,7 @@ class CapturedModule(GraphModule):
 
 
 def _restore(root: nn.Module, graph: Graph, meta: dict[str, Any], name: str) -> CapturedModule:
-    result = CapturedModule(root, graph, name)
-    result.meta = meta
-    return result
+    return CapturedModule(root, graph, name, meta)
 
 
 def _unpickle(
@@ -151,6 +228,15 @@ def share(gm: CapturedModule) -> CapturedModule:
 
     root = visit(adopt(gm, Scope()))
     return _restore(root, copy.deepcopy(gm.graph), dict(gm.meta), type(gm).__name__)
+
+
+def _move_literals(graph: Graph, old: Collection[torch.device], new: torch.device) -> None:
+    def moved(value: Any) -> Any:
+        return new if isinstance(value, torch.device) and value in old else value
+
+    for node in graph.nodes:
+        node.args = map_aggregate(node.args, moved)
+        node.kwargs = map_aggregate(node.kwargs, moved)
 
 
 def adopt(source: nn.Module, target: nn.Module) -> nn.Module:

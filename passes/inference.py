@@ -12,10 +12,9 @@ Values stay what ``gm.eval()`` gives without labels, to the bit.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from torch.fx import Graph, Node
-from torch.fx.node import map_aggregate
+from torch.fx.node import Argument, map_aggregate
 from torch.utils import _pytree as pytree
 
 from lorafx.graph import CapturedModule, by_mode, share
@@ -56,10 +55,11 @@ def inference(gm: CapturedModule, *, keep_loss: bool = False) -> CapturedModule:
     return twin
 
 
-def _resolve(switch: Node, literal: Any) -> None:
+def _resolve(switch: Node, literal: Argument) -> None:
     for user in list(switch.users):
         user.args, user.kwargs = (
-            map_aggregate(value, lambda a: literal if a is switch else a) for value in (user.args, user.kwargs)
+            map_aggregate(value, lambda a: literal if a is switch else a)
+            for value in (user.args, user.kwargs)
         )
 
 

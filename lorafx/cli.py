@@ -1,0 +1,114 @@
+"""The command line: ``lorafx demo``, ``lorafx plan``, ``lorafx verify``. Thin; errors are one clear line."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+import lorafx
+from lorafx.errors import LorafxError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tune PyTorch models with adapters, fold them away, and write verified ONNX files.",
+)
+_console = Console()
+_errors = Console(stderr=True)
+
+
+def _version(show: bool) -> None:
+    if show:
+        _console.print(lorafx.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of every command."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the ONNX file and the report.")] = Path("demo-output"),
+    seed: Annotated[int, typer.Option(help="Seed of the split, the adapters and the batches.")] = 0,
+    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 200,
+) -> None:
+    """Fine-tune MiniLM on the standard library's documentation, merge, export, and check the result."""
+    from lorafx.demo.run import run_demo
+
+    run_demo(out, seed=seed, steps=steps, console=_console)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or package.module:function.")],
+    spec: Annotated[
+        Path | None, typer.Option(help="JSON file of a LoraSpec, or PEFT's adapter_config.json.")
+    ] = None,
+    r: Annotated[int, typer.Option(help="Rank (without --spec).", min=1)] = 8,
+    alpha: Annotated[float, typer.Option(help="Numerator of the scaling (without --spec).")] = 16,
+    target: Annotated[
+        list[str] | None, typer.Option(help="A layer's name or dotted suffix; may be repeated (without --spec).")
+    ] = None,
+) -> None:
+    """Show what would be adapted, and why the rest is left out. Changes and writes nothing."""
+    from lorafx.sources import find_model
+
+    found, inputs = find_model(model)
+    chosen = lorafx.LoraSpec.from_json(spec) if spec else lorafx.LoraSpec(
+        r=r, alpha=alpha, target_modules=target or "all-linear"
+    )
+    with _console.status("capturing the model"):
+        result = lorafx.plan(found, chosen, inputs)
+    _console.print(str(result), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def verify(
+    first: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    second: Annotated[Path, typer.Argument(help="The ONNX file to compare it with.")],
+    inputs: Annotated[
+        Path | None, typer.Option(help="An .npz file of inputs by name: run both files on them.")
+    ] = None,
+) -> None:
+    """Compare two ONNX files: the graphs node by node and, with inputs, the numbers. Exit status 1: they differ."""
+    from lorafx.export.verify import verify_files
+
+    with _console.status("comparing"):
+        result = verify_files(first, second, inputs)
+    _console.print(str(result), highlight=False, soft_wrap=True)
+    if not result.same:
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Run the command line; what lorafx refuses is printed as one line, with ``--debug`` as a traceback."""
+    warnings.showwarning = _show_warning
+    try:
+        app()
+    except LorafxError as error:
+        if "--debug" in sys.argv:
+            raise
+        _errors.print(f"lorafx: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    if category.__module__.startswith("lorafx"):
+        _errors.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

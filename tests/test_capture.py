@@ -1,0 +1,588 @@
+"""A captured graph behaves as the model it came from, in both modes, at any size, and leaves it alone."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lorafx
+from conftest import Zoo, leaves, loss_of, mixed_modes, same, state_of
+from lorafx.api import captured
+from lorafx.errors import CaptureError, InputError
+from lorafx.graph import CapturedModule
+from lorafx.ir import format_graph
+from lorafx.passes.capture import FixedDimensionWarning
+from lorafx.passes.huggingface import configs
+from zoo import FAMILIES, Family, Inputs
+
+SAMPLES: dict[str, Callable[[Family], Inputs]] = {
+    "inputs": lambda family: family.inputs(),
+    "other_inputs": lambda family: family.other_inputs(),
+    "one": lambda family: smallest(family),
+}
+modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+samples = pytest.mark.parametrize("sample", SAMPLES)
+
+
+def smallest(family: Family) -> Inputs:
+    """The inputs cut down to a batch of one and a sequence of one."""
+    return {n: t[:1, :1] if t.dim() == 2 and not t.is_floating_point() else t[:1] for n, t in family.inputs().items()}
+
+
+def both(gm: nn.Module, model: nn.Module, call: Callable[[nn.Module], Any]) -> tuple[Any, Any]:
+    """What a call gives on each from the same random state, which must also be left the same."""
+    torch.manual_seed(7)
+    actual, after = call(gm), torch.get_rng_state()
+    torch.manual_seed(7)
+    expected = call(model)
+    assert torch.equal(after, torch.get_rng_state()), "the graph draws other random numbers than the model"
+    return actual, expected
+
+
+# Over the zoo.
+
+
+@modes
+@samples
+def test_outputs_equal_the_models(zoo: Zoo, family: Family, sample: str, training: bool) -> None:
+    inputs = SAMPLES[sample](family)
+    gm, model = zoo.captured(family).train(training), zoo.eager(family).train(training)
+    if family.name == "convnet" and sample == "one" and training:
+        inputs = family.inputs()  # torch refuses BatchNorm's statistics of one value
+    actual, expected = both(gm, model, lambda m: m(**inputs))
+    assert same(actual, expected)
+    assert same(gm.state_dict(), model.state_dict())  # BatchNorm's buffers among it
+
+
+@modes
+def test_loss_and_gradients_equal_the_models(zoo: Zoo, family: Family, training: bool) -> None:
+    """With labels: the loss, and each parameter's gradient, once all are let train."""
+    gm, model = zoo.captured(family).train(training), zoo.eager(family).train(training)
+    gm.requires_grad_(True)
+    actual, expected = both(gm, model, lambda m: loss_of(m, family))
+    assert same(actual, expected)
+    actual.backward()
+    expected.backward()
+    wanted = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found = {n: p.grad for n, p in gm.named_parameters() if p.grad is not None}
+    assert wanted
+    assert same(found, wanted)
+
+
+def test_labels_are_optional_and_change_nothing_else(zoo: Zoo, hf_family: Family) -> None:
+    gm, inputs = zoo.captured(hf_family), hf_family.inputs()
+    without, labelled = gm(**inputs), gm(**inputs, labels=hf_family.labels())
+    assert without.loss is None
+    assert labelled.loss is not None
+    assert type(without) is type(labelled)
+    assert same(without.logits, labelled.logits)
+    assert same(gm(**inputs, labels=None), without)
+
+
+@modes
+def test_modules_have_modes_of_their_own(zoo: Zoo, family: Family, training: bool) -> None:
+    """Every module in turn may be put in the other mode (frozen BatchNorm, dropout kept in eval)."""
+    gm, model = zoo.captured(family), zoo.eager(family)
+    gm.train(training)
+    model.train(training)
+    for name, child in model.named_children():
+        gm.get_submodule(name).train(not training)
+        child.train(not training)
+        actual, expected = both(gm, model, lambda m: m(**family.inputs()))
+        assert same(actual, expected), name
+
+
+def test_modes_start_as_the_models_are(zoo: Zoo, family: Family) -> None:
+    capture = zoo.capture(family)
+    flags = {n: m.training for n, m in capture.model.named_modules(remove_duplicate=False)}
+    assert len(set(flags.values())) == 2
+    assert {n: m.training for n, m in capture.gm.named_modules(remove_duplicate=False) if n in flags} == flags
+
+
+def test_the_model_is_left_as_it_was(zoo: Zoo, family: Family) -> None:
+    capture = zoo.capture(family)
+    for what, before in capture.before.items():
+        assert same(before, capture.after[what]), what
+
+
+def test_names_ties_and_storage_are_the_models(zoo: Zoo, family: Family) -> None:
+    model, gm = zoo.capture(family).model, zoo.capture(family).gm
+    assert list(gm.state_dict()) == list(model.state_dict())
+    assert [n for n, _ in gm.named_parameters()] == [n for n, _ in model.named_parameters()]
+    ours, theirs = (dict(m.named_parameters(remove_duplicate=False)) for m in (gm, model))
+    for name, parameter in theirs.items():
+        assert ours[name].data_ptr() == parameter.data_ptr(), name
+        assert ours[name] is not parameter, name
+        assert not ours[name].requires_grad, name
+        assert [n for n in ours if ours[n] is ours[name]] == [n for n in theirs if theirs[n] is parameter]
+    mine, others = (dict(m.named_buffers(remove_duplicate=False)) for m in (gm, model))
+    for name, buffer in others.items():
+        assert mine[name].data_ptr() != buffer.data_ptr(), f"{name} is the model's own buffer"
+
+
+def test_running_the_graph_never_writes_into_the_model(zoo: Zoo, family: Family) -> None:
+    capture = zoo.capture(family)
+    before = state_of(capture.model)
+    gm = captured(capture.model, family.inputs(), None) if family.task == "plain" else capture.gm
+    training = gm.training
+    with torch.random.fork_rng(devices=[]):
+        gm.train()(**family.inputs())
+        gm.train(training)
+    mixed_modes(gm)
+    assert same(before, state_of(capture.model))
+
+
+def test_calls_bind_as_the_models_forward_does(zoo: Zoo, family: Family) -> None:
+    """By position, in the order of the model's forward; by keyword, in any order."""
+    gm, model, inputs = zoo.captured(family).eval(), zoo.eager(family), family.inputs()
+    order = list(inspect.signature(model.forward).parameters)
+    shown = list(inspect.signature(gm.forward).parameters)
+    assert shown == [n for n in order if n in shown], "the signature has another order"
+    assert {*inputs} <= {*shown}
+    last = max(order.index(n) for n in inputs)
+    positional = [inputs.get(n) for n in order[: last + 1]]
+    expected = model(**inputs)
+    assert same(gm(*positional), expected)
+    assert same(gm(*positional[:1], **{n: inputs[n] for n in reversed(order) if n in inputs and n != order[0]}), expected)
+
+
+def test_a_wrong_call_says_what_is_wrong(zoo: Zoo, family: Family) -> None:
+    gm, inputs = zoo.captured(family).eval(), family.inputs()
+    first, *rest = inputs
+    captured_with = r"the graph was captured with \(.*\); this call is different "
+    with pytest.raises(InputError, match=captured_with + rf"\(missing: {first}\)\. Call it with the captured"):
+        gm(**{n: inputs[n] for n in rest})
+    with pytest.raises(InputError, match=captured_with + r"\(not captured: head_mask_of_mine\)"):
+        gm(**inputs, head_mask_of_mine=torch.ones(1))
+    with pytest.raises(InputError, match=rf"missing: {first}; not captured: inputs_of_mine"):
+        gm(**{n: inputs[n] for n in rest}, inputs_of_mine=torch.ones(1))
+    if rest:
+        with pytest.raises(InputError, match=captured_with + rf"\(missing: {', '.join(rest)}\)"):
+            gm(inputs[first])
+
+
+def test_dimensions_have_names_and_bounds(zoo: Zoo, family: Family) -> None:
+    signature = zoo.capture(family).gm.signature
+    maximum = {"bert": 48, "distilbert": 48}.get(family.name)
+    for name, value in family.inputs().items():
+        dims = {0: "batch"}
+        if not value.is_floating_point():
+            dims[1] = "decoder_sequence" if name.startswith("decoder_") else "sequence"
+        assert signature.dims[name] == dims
+    assert signature.ranges["batch"] == (1, None)
+    if "sequence" in signature.ranges:
+        assert signature.ranges["sequence"] == (1, maximum)
+
+
+def test_outputs_have_the_names_a_user_knows(zoo: Zoo, family: Family) -> None:
+    expected = {"plain": ("output",), "text2text-generation": ("loss", "logits", "encoder_last_hidden_state")}
+    assert zoo.capture(family).gm.signature.outputs == expected.get(family.task, ("loss", "logits"))
+
+
+def test_an_example_of_one_stays_dynamic(zoo: Zoo, family: Family) -> None:
+    """torch.export freezes sizes of 1 without a word; the user's own example is kept as it is."""
+    model, example = zoo.eager(family), smallest(family)
+    if family.task != "plain":
+        labels = family.labels()
+        example["labels"] = labels[:1, :1] if labels.dim() == 2 else labels[:1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FixedDimensionWarning)
+        gm = captured(model, example, None)
+    assert same(gm.meta["example"], example)
+    for training in (True, False):
+        gm.train(training)
+        model.train(training)
+        for sample in ("inputs", "other_inputs", "one"):
+            if family.name == "convnet" and sample == "one" and training:
+                continue  # torch refuses BatchNorm's statistics of one value
+            actual, expected = both(gm, model, lambda m, s=sample: m(**SAMPLES[s](family)))
+            assert same(actual, expected), sample
+        actual, expected = both(gm, model, lambda m: loss_of(m, family))
+        assert same(actual, expected)
+
+
+def test_inputs_are_synthesised(zoo: Zoo, hf_family: Family) -> None:
+    """Without example inputs a Hugging Face model gets its own, with a mask, and works on others."""
+    model, before = zoo.eager(hf_family), torch.get_rng_state()
+    gm = captured(model, None, None)
+    assert torch.equal(before, torch.get_rng_state())
+    names = [a.name for a in gm.signature.arguments]
+    needed = {n for n in hf_family.inputs() if n != "decoder_attention_mask"}
+    assert needed <= {*names}
+    assert "labels" in names
+    for sample in (hf_family.inputs, hf_family.other_inputs):
+        inputs = {n: t for n, t in sample().items() if n in names}
+        for training in (True, False):
+            gm.train(training)
+            model.train(training)
+            actual, expected = both(gm, model, lambda m, i=inputs: m(**i))
+            assert same(actual, expected)
+
+
+def roundtrips(gm: CapturedModule) -> dict[str, CapturedModule]:
+    stream = io.BytesIO()
+    torch.save(gm, stream)
+    stream.seek(0)
+    return {
+        "deepcopy": copy.deepcopy(gm),
+        "pickle": pickle.loads(pickle.dumps(gm)),  # noqa: S301  # the bytes are our own
+        "torch.save": torch.load(stream, weights_only=False),
+    }
+
+
+def test_copies_are_the_same_graph(zoo: Zoo, family: Family) -> None:
+    gm = zoo.captured(family)
+    for how, twin in roundtrips(gm).items():
+        assert format_graph(twin) == format_graph(gm), how
+        assert twin.code == gm.code, how
+        assert twin.signature == gm.signature, how
+        assert same(twin.state_dict(), gm.state_dict()), how
+        assert {n: m.training for n, m in twin.named_modules()} == {n: m.training for n, m in gm.named_modules()}
+        groups = [
+            [[n for n, p in held if p is q] for _, q in held]
+            for held in (list(m.named_parameters(remove_duplicate=False)) for m in (gm, twin))
+        ]
+        assert groups[0] == groups[1], how
+        pointers = {p.data_ptr() for p in gm.parameters()}
+        assert not pointers & {p.data_ptr() for p in twin.parameters()}, how
+        for training in (True, False):
+            state = copy.deepcopy(gm.state_dict())
+            actual, expected = both(twin.train(training), gm.train(training), lambda m: m(**family.inputs()))
+            assert same(actual, expected), how
+            gm.load_state_dict(state)
+            twin.load_state_dict(state)
+
+
+# Plain modules, through both front ends.
+
+
+class Net(nn.Module):
+    """Layers of every kind that matters to a capture, called in every way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.drop = nn.Dropout(0.4)
+        self.matrix = nn.Parameter(torch.randn(8, 8) / 3)
+        self.register_buffer("offset", torch.randn(8))
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        h = self.drop(self.norm(self.first(x)))
+        h = h + self.block(F.linear(h, self.matrix)) + self.offset
+        h = self.block(F.dropout(h, 0.2, self.training))
+        return {"logits": self.head(h), "hidden": [h, F.linear(input=h, weight=self.matrix)]}
+
+
+EXAMPLES = {"export": (torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),), "symbolic": None}
+front_ends = pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+
+
+@modes
+@front_ends
+def test_plain_modules_run_as_in_eager(example: tuple[Tensor] | None, training: bool) -> None:
+    model = Net()
+    gm = captured(model, example, None).train(training)
+    twin = copy.deepcopy(model).train(training)
+    before = state_of(model)
+    for rows in (2, 5, 9):
+        actual, expected = both(gm, twin, lambda m, n=rows: m(torch.ones(n, 6).cumsum(0)))
+        assert same(actual, expected)
+        assert same(gm.state_dict(), twin.state_dict())
+    assert same(before["buffers"], state_of(model)["buffers"])
+    advanced = not torch.equal(gm.norm.running_mean, model.norm.running_mean)
+    assert advanced == training
+    assert int(gm.norm.num_batches_tracked) == (3 if training else 0)
+
+
+def test_front_ends_agree() -> None:
+    """The same layers under the same names, the same outputs, the same state dict."""
+    model, x = Net(), torch.randn(5, 6)
+    spec = lorafx.LoraSpec(r=2, target_modules=["first", "matrix", "block.0", "block.2"])
+    exported, symbolic = (lorafx.apply(model, spec, example, seed=1) for example in EXAMPLES.values())
+    assert lorafx.sites(exported) == lorafx.sites(symbolic)
+    assert exported.signature.outputs == symbolic.signature.outputs == ("logits", "hidden.0", "hidden.1")
+    assert list(exported.state_dict()) == list(symbolic.state_dict())
+    for training in (True, False):
+        actual, expected = both(symbolic.train(training), exported.train(training), lambda m: m(x))
+        assert same(actual, expected)
+
+
+@front_ends
+def test_capture_starts_in_the_models_modes(example: tuple[Tensor] | None) -> None:
+    model = Net().train()
+    model.norm.eval()
+    gm = lorafx.apply(model, lorafx.LoraSpec(dropout=0.5, target_modules=["first"]), example)
+    actual, expected = both(captured(model, example, None), copy.deepcopy(model), lambda m: m(torch.ones(4, 6)))
+    assert same(actual, expected)
+    assert gm.training
+    assert gm.first.training
+    assert not gm.norm.training
+
+
+@front_ends
+def test_forward_hooks_are_part_of_the_model(example: tuple[Tensor] | None) -> None:
+    """A hook on a layer changes what eager computes, so the graph computes it too (or capture refuses)."""
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)), torch.randn(4, 6)
+    model[0].register_forward_hook(lambda module, args, output: output * 2)
+    try:
+        gm = captured(model, example, None)
+    except CaptureError as error:
+        assert "hook" in str(error)
+    else:
+        assert torch.equal(gm(x), model(x))
+
+
+@front_ends
+def test_parametrized_layers_run_as_in_eager(example: tuple[Tensor] | None) -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+    model, x = nn.Sequential(normed, nn.Tanh(), nn.Linear(6, 2)), torch.randn(4, 6)
+    gm = captured(model, example, None)
+    assert torch.equal(gm(x), model(x))
+    assert list(gm.state_dict()) == list(model.state_dict())
+
+
+class WithDefaults(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, scale: float = 2.0, *, flip: bool = False, **extra: Any
+    ) -> Tensor:
+        h = self.layer(x)
+        h = h if mask is None else h * mask
+        out: Tensor = self.head(-h if flip else h) * scale
+        return out
+
+
+@front_ends
+def test_arguments_with_defaults(example: tuple[Tensor] | None) -> None:
+    """What has a default may be left out or given that value; another value is another graph."""
+    model, x = WithDefaults(), torch.randn(4, 6)
+    gm = captured(model, example, None)
+    for call in (lambda m: m(x), lambda m: m(x, None, 2.0), lambda m: m(x=x, scale=2.0, flip=False)):
+        assert torch.equal(call(gm), call(model))
+    for arguments, name in (({"mask": torch.ones(6)}, "mask"), ({"scale": 3.0}, "scale"), ({"flip": True}, "flip")):
+        with pytest.raises(InputError, match=rf"captured with \(x\); this call is different \(not captured: {name}\)"):
+            gm(x, **arguments)
+    with pytest.raises(InputError, match="not captured: colour"):
+        gm(x, colour=torch.ones(1))
+
+
+def test_arguments_given_as_examples_are_captured() -> None:
+    model, x, mask = WithDefaults(), torch.randn(4, 6), torch.randn(6)
+    shapes = {"mask": {}}
+    gm = captured(model, {"x": x, "mask": mask, "scale": 3.0, "flip": True}, shapes)
+    assert [a.name for a in gm.signature.arguments] == ["x", "mask"]
+    assert torch.equal(gm(x, mask), model(x, mask, 3.0, flip=True))
+    with pytest.raises(InputError, match="not captured: scale"):
+        gm(x, mask, 2.0)
+    with pytest.raises(InputError, match="missing: mask"):
+        gm(x)
+
+
+def test_structured_inputs_and_outputs() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, pair: tuple[Tensor, Tensor], named: dict[str, Tensor]) -> tuple[Any, ...]:
+            h = self.layer(pair[0]) + pair[1] * named["gain"]
+            return h, {"sum": h.sum(), "same": [pair[0]]}
+
+    model, x = Nested(), torch.randn(4, 6)
+    gm = captured(model, ((x, x.clone()), {"gain": x.clone()}), None)
+    given = ((torch.randn(3, 6), torch.randn(3, 6)), {"gain": torch.randn(3, 6)})
+    assert same(gm(*given), model(*given))
+    assert gm.signature.outputs == ("output_0", "1.sum", "1.same.0") or gm.signature.outputs[1].endswith("sum")
+    for wrong in (([x, x], {"gain": x}), ((x,), {"gain": x}), ((x, x), {"loss": x})):
+        with pytest.raises(InputError, match=r"argument '(pair|named)' was captured as .* and was given as"):
+            gm(*wrong)
+
+
+# Dimensions.
+
+
+class FixesBatch(nn.Module):
+    """The batch size decides what is computed."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layer, self.head = how, nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "reshape":
+            x = x.reshape(4, 6)
+        if self.how == "branch" and x.shape[0] == 4:
+            x = -x
+        out: Tensor = self.head(self.layer(x))
+        return out + torch.ones(4, 2) if self.how == "add" else out
+
+
+@pytest.mark.parametrize("how", ["reshape", "branch", "add"])
+def test_a_dimension_that_came_out_fixed_is_reported(how: str) -> None:
+    x = torch.randn(4, 6)
+    with pytest.warns(FixedDimensionWarning, match=r"dimension 0 of 'x' \(batch\) came out fixed at 4") as caught:
+        gm = lorafx.apply(FixesBatch(how), lorafx.LoraSpec(target_modules=["layer"]), (x,))
+    assert caught[0].filename == __file__, "the warning points elsewhere than at the call"
+    assert gm.signature.dims == {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured(FixesBatch(how), (x,), {"x": {}})  # said to be meant
+
+
+def test_dynamic_shapes_override_the_default() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+    example = torch.randn(2, 3, 5, 6)
+    named = captured(model, (example,), {"input": {0: "images", 2: "columns"}})
+    assert named.signature.dims == {"input": {0: "images", 2: "columns"}}
+    x = torch.randn(4, 3, 7, 6)
+    assert torch.equal(named(x), model(x))
+    bounded = captured(model, (example,), {"input": {0: torch.export.Dim("images", min=1, max=9)}})
+    assert bounded.signature.dims == {"input": {0: "images"}}
+    assert bounded.signature.ranges == {"images": (1, 9)}
+    assert captured(model, (example,), {"input": {}}).signature.dims == {}
+    assert captured(model, (example,), None).signature.dims == {"input": {0: "batch"}}
+    with pytest.raises(CaptureError, match=r"dynamic_shapes names image; the tensor inputs are input"):
+        captured(model, (example,), {"image": {0: "batch"}})
+
+
+# What cannot be captured.
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.layer(x)
+        if h.sum() > 0:
+            h = -h
+        return h
+
+
+@front_ends
+def test_a_branch_on_data_names_the_line(example: tuple[Tensor] | None, capfd: pytest.CaptureFixture[str]) -> None:
+    lines, first = inspect.getsourcelines(Branches.forward)
+    number = first + next(i for i, line in enumerate(lines) if "if h.sum()" in line)
+    model = Branches().train()
+    before = state_of(model)
+    with pytest.raises(CaptureError, match=rf"Branches at test_capture.py:{number} in forward: `if h.sum\(\) > 0:`") as caught:
+        captured(model, example, None)
+    assert "What to do: " + ("branch on shapes" if example else "give example_inputs") in str(caught.value)
+    assert same(before, state_of(model))
+    assert capfd.readouterr() == ("", ""), "torch's own report reached the user's screen"
+
+
+class DiffersByMode(Branches):
+    def forward(self, x: Tensor) -> Tensor:
+        h: Tensor = self.layer(x)
+        return h.sin() if self.training else h.cos()
+
+
+@front_ends
+def test_modes_that_differ_are_refused(example: tuple[Tensor] | None) -> None:
+    with pytest.raises(CaptureError, match=r"First difference: train has .*sin.*eval has .*cos") as caught:
+        captured(DiffersByMode(), example, None)
+    assert "layerdrop" in str(caught.value)
+
+
+def test_examples_that_do_not_fit_are_refused() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(4, 6)
+    with pytest.raises(CaptureError, match=r"do not fit Sequential.forward\(input\): too many positional"):
+        captured(model, (x, x), None)
+    with pytest.raises(CaptureError, match=r"missing a required argument: 'input'"):
+        captured(model, {"x": x}, None)
+    with pytest.raises(CaptureError, match=r"example input 'input' is a object; inputs are tensors"):
+        captured(model, (object(),), None)
+
+
+def whisper(**settings: Any) -> nn.Module:
+    sizes = {"vocab_size": 30, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 1, "decoder_attention_heads": 1}
+    widths = {"d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "num_mel_bins": 4, "max_source_positions": 6}
+    return hf.WhisperForConditionalGeneration(hf.WhisperConfig(**sizes, **layers, **widths, **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "field", "advice"),
+    [
+        ({"encoder_layerdrop": 0.1}, "WhisperConfig.encoder_layerdrop is 0.1", r"Set config.encoder_layerdrop = 0.0"),
+        ({"decoder_layerdrop": 0.2}, "WhisperConfig.decoder_layerdrop is 0.2", r"Set config.decoder_layerdrop = 0.0"),
+        (
+            {"apply_spec_augment": True, "mask_time_prob": 0.05},
+            "WhisperConfig.mask_time_prob is 0.05",
+            r"Set config.apply_spec_augment = False",
+        ),
+    ],
+    ids=["encoder_layerdrop", "decoder_layerdrop", "spec_augment"],
+)
+def test_randomness_outside_the_graph_is_refused(settings: dict[str, Any], field: str, advice: str) -> None:
+    model = whisper(**settings)
+    before = state_of(model)
+    with pytest.raises(CaptureError, match=rf"^{field}: .*{advice}"):
+        captured(model, None, None)
+    assert same(before, state_of(model))
+
+
+def test_cache_settings_are_put_back() -> None:
+    family = FAMILIES["llama"]
+    model = family.build()
+    assert [c.use_cache for c in configs(model)] == [True]
+    gm = captured(model, family.inputs(), None)
+    assert [c.use_cache for c in configs(model)] == [True]
+    assert "past_key_values" not in gm(**family.inputs())
+
+
+# Loading values.
+
+
+@pytest.mark.parametrize("name", ["gpt2", "convnet", "mlp"])
+def test_loading_never_writes_through(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.build()
+    gm = captured(model, family.inputs(), None)
+    before = state_of(model)
+    for holder in (gm, nn.ModuleDict({"inner": gm}), nn.Sequential(gm)):
+        values = {n: t + 1 if t.is_floating_point() else t for n, t in holder.state_dict().items()}
+        holder.load_state_dict(values)
+        assert same(dict(holder.state_dict()), values)
+        assert same(before, state_of(model)), type(holder).__name__
+    theirs, ours = (dict(m.named_parameters(remove_duplicate=False)) for m in (model, gm))
+    assert [[m for m in ours if ours[m] is ours[n]] for n in ours] == [
+        [m for m in theirs if theirs[m] is theirs[n]] for n in theirs
+    ]
+
+
+def test_loading_the_same_values_keeps_sharing() -> None:
+    family = FAMILIES["mlp"]
+    model = family.build()
+    gm = captured(model, family.inputs(), None)
+    gm.load_state_dict(model.state_dict())
+    assert {p.data_ptr() for p in gm.parameters()} == {p.data_ptr() for p in model.parameters()}
+
+
+def test_changing_the_dtype_leaves_the_model() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    gm = captured(model, (torch.randn(4, 6),), None)
+    before = state_of(model)
+    gm.double()
+    assert same(before, state_of(model))
+    assert gm(torch.randn(4, 6).double()).dtype == torch.float64
