@@ -20,7 +20,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import checkpoint
@@ -29,9 +29,6 @@ from lorafx.errors import PassError
 
 #: A layer is what a dotted path names up to its first number: ``model.layers.3`` of ``model.layers.3.mlp``.
 _LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.|$)")
-
-#: What exported graphs compute with besides operators of torch: sizes, and results of several parts.
-_ON_SIZES = frozenset(getattr(operator, n) for n in "getitem add sub mul floordiv mod neg eq ne lt le gt ge".split())
 
 #: Operators that write running statistics, though their schemas don't say so.
 _UPDATE_STATISTICS = frozenset({torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default})
@@ -55,7 +52,7 @@ class Checkpointing:
             raise ValueError(f"every_n_layers={self.every_n_layers} must be 1 or more")
         if self.options.get("use_reentrant"):
             raise ValueError(
-                "use_reentrant=True gives no gradients to adapters below frozen embeddings; leave it out or set it False"
+                "use_reentrant=True loses the gradients of adapters below frozen layers; leave it out"
             )
         kept = {k: v for k, v in self.options.items() if k != "use_reentrant"}
         object.__setattr__(self, "options", kept)
@@ -75,7 +72,8 @@ def checkpointed(graph: Graph, scopes: Mapping[Node, str], mode: str, choice: Ch
     """
     fixed = [n for n in graph.nodes if n.op in ("placeholder", "get_attr") or _is_switch(n)]
     fixed.sort(key=lambda n: n.op != "placeholder")  # neither depends on anything computed
-    chosen = {name: i % choice.every_n_layers == 0 for i, name in enumerate(_layers(scopes))}
+    layers = dict.fromkeys(filter(None, map(_layer, scopes.values())))
+    chosen = frozenset(list(layers)[:: choice.every_n_layers])
     derived = Graph()
     derived.set_codegen(graph._codegen)
     made: dict[Node, Node] = {}
@@ -84,7 +82,7 @@ def checkpointed(graph: Graph, scopes: Mapping[Node, str], mode: str, choice: Ch
     mode_node = derived.get_attr(mode)
     count = 0
     for layer, nodes in _runs(graph, scopes, frozenset(fixed)):
-        if not chosen.get(layer, False) or not all(map(_may_run_twice, nodes)):
+        if layer not in chosen or not _may_run_twice(nodes):
             for node in nodes:
                 made[node] = derived.node_copy(node, made.__getitem__)
             continue
@@ -96,9 +94,9 @@ def checkpointed(graph: Graph, scopes: Mapping[Node, str], mode: str, choice: Ch
         count += 1
     if not count:
         raise PassError(
-            "activation checkpointing: the graph has no numbered layers (such as model.layers.0) that may run twice. "
-            "Layers may not write buffers, as BatchNorm does, or activations in place; and models are to be "
-            "captured with example_inputs"
+            "activation checkpointing: the graph has no numbered layers (such as model.layers.0) that may run "
+            "twice. A layer may not write buffers, as BatchNorm does, nor its inputs in place; and the model "
+            "must have been captured with example_inputs"
         )
     return derived
 
@@ -118,14 +116,10 @@ def _layer(scope: str) -> str:
     return found.group() if found else ""
 
 
-def _layers(scopes: Mapping[Node, str]) -> Sequence[str]:
-    return [name for name in dict.fromkeys(map(_layer, scopes.values())) if name]
-
-
 def _runs(
     graph: Graph, scopes: Mapping[Node, str], fixed: frozenset[Node]
 ) -> Sequence[tuple[str, tuple[Node, ...]]]:
-    """Stretches of nodes of one layer (or of none: ``""``); a node without a scope goes with the one before."""
+    """Stretches of nodes of one layer (``""``: of none); a node without a scope goes with the one before."""
     labelled, layer = [], ""
     for node in graph.nodes:
         if node not in fixed:
@@ -134,10 +128,23 @@ def _runs(
     return [(name, tuple(n for _, n in run)) for name, run in groupby(labelled, key=lambda pair: pair[0])]
 
 
-def _may_run_twice(node: Node) -> bool:
-    if isinstance(node.target, OpOverload):
-        return not node.target._schema.is_mutable and node.target not in _UPDATE_STATISTICS
-    return node.target in _ON_SIZES
+def _may_run_twice(nodes: Sequence[Node]) -> bool:
+    """Whether a second run changes nothing: whatever the nodes write in place, they have made themselves."""
+    own: set[Any] = set()
+    for node in nodes:
+        aliased: Sequence[Any] = node.all_input_nodes
+        if isinstance(node.target, OpOverload) and node.target not in _UPDATE_STATISTICS:
+            arguments = node.target._schema.arguments
+            given = dict(zip((a.name for a in arguments), node.args, strict=False)) | node.kwargs
+            aliased = [given.get(a.name) for a in arguments if a.alias_info is not None]
+            written = [given.get(a.name) for a in arguments if a.is_write]
+            if not all(isinstance(w, Node) and w in own for w in written):
+                return False
+        elif getattr(node.target, "__module__", "") != "_operator":  # sizes, and one of several results
+            return False
+        if all(isinstance(a, Node) and a in own for a in aliased):
+            own.add(node)
+    return True
 
 
 def _cut(nodes: Sequence[Node]) -> tuple[GraphModule, list[Node], list[Node], list[Node]]:
@@ -159,8 +166,9 @@ def _recompute(body: GraphModule, attributes: int, layer: str, choice: Checkpoin
     """What stands for a layer's nodes: ``(mode, *attributes, *values) -> results``."""
 
     def run(mode: nn.Module, *given: Any) -> Any:
-        if not (mode.training and torch.is_grad_enabled()):
-            return body(*given)
+        recompute = mode.training and torch.is_grad_enabled()
+        if not (recompute and any(isinstance(g, Tensor) and g.requires_grad for g in given)):
+            return body(*given)  # below the first adapter nothing is kept anyway
         # weights are held, not saved: an option that moves what is saved is meant for activations
         held, values = given[:attributes], given[attributes:]
         return checkpoint(lambda *v: body(*held, *v), *values, use_reentrant=False, **choice.options)

@@ -101,7 +101,7 @@ class CapturedModule(GraphModule):
             PassError: the graph has no numbered layers that may run twice.
         """
         if offload:
-            raise ValueError("offload=True is not supported: activations are recomputed, not moved; leave it out")
+            raise ValueError("offload=True is not supported: leave it out, and activations are recomputed")
         self._set_checkpointing(Checkpointing(every_n_layers, activation_checkpointing_kwargs or {}))
 
     def activation_checkpointing_disable(self) -> None:

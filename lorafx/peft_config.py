@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from lorafx.checks import refuse_unknown
@@ -39,6 +40,15 @@ def _read_targets(value: Any) -> Any:
             'name the modules, or use "all-linear".'
         )
     return value
+
+#: The heads that PEFT's task models add to ``modules_to_save`` on their own.
+HEADS_OF_TASK: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "SEQ_CLS": ("classifier", "score"),
+        "TOKEN_CLS": ("classifier", "score"),
+        "QUESTION_ANS": ("qa_outputs",),
+    }
+)
 
 
 @dataclass(frozen=True)

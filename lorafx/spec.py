@@ -22,7 +22,7 @@ import torch
 
 from lorafx import checks
 from lorafx.errors import SpecError
-from lorafx.peft_config import METADATA, fields_from_peft, peft_from_fields
+from lorafx.peft_config import HEADS_OF_TASK, METADATA, fields_from_peft, peft_from_fields
 
 ALL_LINEAR = "all-linear"
 PEFT_CONFIG_NAME = "adapter_config.json"
@@ -112,6 +112,16 @@ class LoraSpec:
         """s in ``y = W x + s B A x``: alpha / r (arXiv 2106.09685), or alpha / sqrt(r) (arXiv 2312.03732)."""
         r = self.rank_for(site)
         return self.alpha_for(site) / (math.sqrt(r) if self.rslora else r)
+
+    @property
+    def heads_of_task(self) -> tuple[str, ...]:
+        """Modules that PEFT trains whole for the ``task_type`` among the metadata, where a model has them."""
+        return HEADS_OF_TASK.get(str(self.metadata.get("task_type")), ())
+
+    @property
+    def trained_modules(self) -> tuple[str, ...]:
+        """What trains whole: ``modules_to_save``, and the heads that a PEFT task type implies."""
+        return tuple(dict.fromkeys((*self.modules_to_save, *self.heads_of_task)))
 
     def dtype_for(self, base: torch.dtype) -> torch.dtype:
         """dtype of the adapter's parameters over a base weight of dtype ``base``."""

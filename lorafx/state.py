@@ -13,37 +13,31 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import tempfile
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lorafx.adapter_config import adapter_config, peft_modules, trained_modules
 from lorafx.errors import AdapterError, SpecError
-from lorafx.graph import ROOT_MODE, CapturedModule, get_path
+from lorafx.graph import CapturedModule, get_path
 from lorafx.ir import Site, Stage, sites, stage
-from lorafx.peft_config import TASK_HEADS
-from lorafx.spec import ALL_LINEAR, PEFT_CONFIG_NAME, LoraSpec, matches
+from lorafx.spec import PEFT_CONFIG_NAME, LoraSpec
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-
-#: Fields of which PEFT's config has one value for all sites, and no pattern.
-_COMMON_FIELDS = ("variant", "rslora", "dropout", "init", "bias")
 
 
 def adapter_state_dict(gm: CapturedModule) -> dict[str, Tensor]:
     """What training changes, under its names in ``gm.state_dict()`` and sharing its memory.
 
-    Adapters, trained biases, and the parameters and persistent buffers of ``modules_to_save``. It goes back by
-    ``gm.load_state_dict(state, strict=False)``. Other buffers (those of a BatchNorm outside
+    Adapters, trained biases, and the parameters and persistent buffers of ``modules_to_save``; it goes
+    back by ``gm.load_state_dict(state, strict=False)``. Other buffers (those of a BatchNorm outside
     ``modules_to_save``) are not in it, as they are not in PEFT's files.
 
     Raises:
@@ -53,7 +47,7 @@ def adapter_state_dict(gm: CapturedModule) -> dict[str, Tensor]:
     names = dict.fromkeys(n for site in _adapted(gm) for n in site.parameter_names.values())
     whole = {id(get_path(gm, n)) for n in gm.meta["original"]}
     names.update((n, None) for n, p in gm.named_parameters(remove_duplicate=False) if id(p) in whole)
-    modules = tuple(f"{m}." for m in _trained_modules(gm))
+    modules = tuple(f"{m}." for m in trained_modules(gm))
     names.update((n, None) for n in state if n.startswith(modules))
     return {name: state[name] for name in names}
 
@@ -64,10 +58,10 @@ def save_adapter(
     """Write the adapter to ``directory`` so that PEFT and :func:`load_adapter` read it.
 
     Both files are written whole inside the directory and then renamed; other files there are kept. Where
-    the settings are those of the adapter that is there already, one rename replaces the weights. Otherwise the old
-    pair goes first and the new config comes last: a process killed in between leaves a directory
-    without ``adapter_config.json``, which nothing loads, and never the weights of one adapter under the
-    scaling of another. With several processes, call it in one.
+    the config is the one that is there already, one rename replaces the weights. Otherwise the old pair
+    goes first and the new config comes last: a process killed in between leaves a directory without
+    ``adapter_config.json``, which nothing loads, and never the weights of one adapter under the scaling
+    of another. With several processes, call it in one.
 
     Args:
         gm: a graph from :func:`lorafx.apply`.
@@ -82,7 +76,7 @@ def save_adapter(
         SpecError: a metadata key is none of PEFT's.
     """
     keys = _peft_keys(gm)
-    config = _peft_config(gm, metadata or {})
+    config = adapter_config(gm, metadata or {})
     state = adapter_state_dict(gm)
     if problems := [f"{name}: {why}" for name, tensor in state.items() if (why := _unusable(tensor))]:
         raise AdapterError(_listing("the adapter cannot be saved; nothing was written", problems))
@@ -125,12 +119,12 @@ def load_adapter(gm: CapturedModule, directory: str | os.PathLike[str]) -> None:
                 values[name] = given[key].to(device=target.device, dtype=target.dtype)
             else:
                 problems.append(f"{key}: {why}")
-    problems += [f"not of this graph's adapter: {key!r}" for key in _extra(given, keys, _trained_modules(gm))]
+    problems += [f"not of this graph's adapter: {key!r}" for key in _extra(given, keys, trained_modules(gm))]
     problems += _broken_ties(gm, values)
     if problems:
         found = _listing(f"{directory}: the adapter does not fit this graph; nothing was loaded", problems)
         raise AdapterError(
-            f"{found}\nAdapt the model that it was trained on with its own settings: lorafx.apply(model, directory)"
+            f"{found}\nAdapt the model that it was trained on, with its settings: lorafx.apply(model, directory)"
         )
     with torch.no_grad():
         for name, value in values.items():
@@ -140,21 +134,9 @@ def load_adapter(gm: CapturedModule, directory: str | os.PathLike[str]) -> None:
 def _adapted(gm: CapturedModule) -> tuple[Site, ...]:
     if stage(gm) is not Stage.INSERTED:
         raise AdapterError(
-            f"the graph is {stage(gm).value} and has no adapters; adapt a model with lorafx.apply(model, spec)"
+            f"the graph is {stage(gm).value} and has no adapters; make them by lorafx.apply(model, spec)"
         )
     return sites(gm)
-
-
-def _modules(gm: CapturedModule) -> tuple[str, ...]:
-    """Names of the original's modules, as PEFT lists them: each module under its first name."""
-    adapters = {name.rpartition(".")[0] for site in sites(gm) for name in site.parameter_names.values()}
-    return tuple(n for n, _ in gm.named_modules() if n and n != ROOT_MODE and n not in adapters)
-
-
-def _trained_modules(gm: CapturedModule) -> tuple[str, ...]:
-    """The modules that ``modules_to_save`` means."""
-    wanted = tuple(m for spec in gm.meta["specs"] for m in spec.modules_to_save)
-    return tuple(n for n, _ in gm.named_modules(remove_duplicate=False) if n and matches(n, wanted))
 
 
 def _peft_keys(gm: CapturedModule) -> dict[str, str]:
@@ -163,12 +145,13 @@ def _peft_keys(gm: CapturedModule) -> dict[str, str]:
     Raises:
         AdapterError: a site is no module's.
     """
-    found, modules = _adapted(gm), frozenset(_modules(gm))
+    found, modules = _adapted(gm), frozenset(peft_modules(gm))
     if misplaced := [s.name for s in found if s.name != s.path or s.name not in modules]:
         raise AdapterError(
-            f"site '{misplaced[0]}' is no module of its own (it is a functional call on a bare parameter, or another name "
-            "of a shared module), and PEFT's format has no place for its adapter. Leave it out (exclude_modules="
-            f"{misplaced!r}), or keep this adapter with safetensors.torch.save_file(lorafx.adapter_state_dict(gm), path)"
+            f"site '{misplaced[0]}' is no module of its own (it is a functional call on a bare parameter, or "
+            "another name of a shared module), and PEFT's format has no place for its adapter. Leave it out "
+            f"(exclude_modules={misplaced!r}), or keep this adapter as "
+            "safetensors.torch.save_file(adapter_state_dict(gm), path)"
         )
     wrapped = {s.name for s in found}
     keys = {n: f"{PREFIX}{s.name}.{p}.weight" for s in found for p, n in s.parameter_names.items()}
@@ -179,52 +162,111 @@ def _peft_keys(gm: CapturedModule) -> dict[str, str]:
     return keys
 
 
-def _peft_config(gm: CapturedModule, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """``adapter_config.json`` for a graph: the settings by which PEFT finds exactly its sites."""
-    found = _adapted(gm)
-    spec = _combined(gm.meta["specs"], found, metadata)
-    noted = {**spec.metadata, **metadata}
-    spec = replace(spec, metadata={key: value for key, value in noted.items() if value is not None})
-    spec = replace(spec, modules_to_save=_modules_to_save(gm, spec))
-    spec = _targeting({s.name for s in found}, _modules(gm), spec)
-    transposed = any(s.transposed for s in found)
-    return {"inference_mode": True, **spec.to_peft(), "fan_in_fan_out": transposed}
+def _write(directory: Path, config: str, tensors: Mapping[str, Tensor]) -> None:
+    """Put both files in place. The new ones are made inside, since a rename cannot cross file systems."""
+    directory.mkdir(parents=True, exist_ok=True)
+    target = {name: directory / name for name in (PEFT_CONFIG_NAME, WEIGHTS_NAME)}
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".adapter-") as beside:
+        new = {name: Path(beside, name) for name in target}
+        old = {name: Path(beside, f"old_{name}") for name in target}
+        new[PEFT_CONFIG_NAME].write_text(config, encoding="utf-8")
+        save_file(dict(tensors), new[WEIGHTS_NAME], metadata={"format": "pt"})
+        for path in new.values():
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+        if target[PEFT_CONFIG_NAME].is_file() and target[PEFT_CONFIG_NAME].read_text("utf-8") == config:
+            new[WEIGHTS_NAME].replace(target[WEIGHTS_NAME])
+            return
+        aside = [name for name in target if target[name].exists()]
+        try:
+            for name in aside:
+                target[name].replace(old[name])
+            for name in (WEIGHTS_NAME, PEFT_CONFIG_NAME):
+                new[name].replace(target[name])
+        except BaseException:
+            for name in reversed(aside):
+                if old[name].exists():
+                    old[name].replace(target[name])
+            raise
 
 
-def _combined(specs: Sequence[LoraSpec], found: Sequence[Site], metadata: Mapping[str, Any]) -> LoraSpec:
-    """One spec for all sites. Of several, patterns with exact names hold what differs in rank and alpha.
-
-    Raises:
-        AdapterError: they differ in what PEFT has one value for.
-    """
-    first, *others = specs
-    if not others:
-        return first
-    differing = [f for f in _COMMON_FIELDS if any(getattr(o, f) != getattr(first, f) for o in others)]
-    noted: dict[str, Any] = {}
-    for spec in specs:
-        for key, value in spec.metadata.items():
-            if noted.setdefault(key, value) != value and key not in metadata:
-                differing.append(f"metadata[{key!r}]")
-    if differing:
+def _read_spec(directory: Path) -> LoraSpec:
+    if not directory.is_dir():
         raise AdapterError(
-            f"the graph was adapted by {len(specs)} specs that differ in {', '.join(dict.fromkeys(differing))}, and PEFT's "
-            "config has one value of each for all sites (only targets, ranks and alphas may differ). Give the specs the same "
-            "value (metadata can be given to save_adapter)"
+            f"{directory}: no such directory. Give a local one that holds {PEFT_CONFIG_NAME} and "
+            f"{WEIGHTS_NAME}; an adapter on a hub must be downloaded first"
         )
-    r, rank_pattern = _exactly({s.name: s.r for s in found})
-    alpha, alpha_pattern = _exactly({s.name: s.alpha for s in found})
-    return replace(
-        first,
-        r=r,
-        rank_pattern=rank_pattern,
-        alpha=alpha,
-        alpha_pattern=alpha_pattern,
-        target_modules=tuple(s.name for s in found),
-        exclude_modules=None,
-        modules_to_save=tuple(m for spec in specs for m in spec.modules_to_save),
-        metadata=noted,
-    )
+    try:
+        return LoraSpec.from_json(directory / PEFT_CONFIG_NAME)
+    except (SpecError, OSError) as error:
+        raise AdapterError(str(error)) from error
 
 
-def _exactly[T](values: Mapping[str, T]) -> tuple[T, dict[str, T]]: ...
+def _read_tensors(directory: Path) -> dict[str, Tensor]:
+    path = directory / WEIGHTS_NAME
+    if not path.is_file():
+        pickles = sorted(p.name for p in directory.glob("adapter_model.*"))
+        advice = (
+            f"{pickles[0]} is not read: a pickle can run any code. If you trust it, convert it with PEFT: "
+            "PeftModel.from_pretrained(model, directory).save_pretrained(directory)"
+            if pickles
+            else "lorafx.save_adapter and PEFT's save_pretrained write it; look for the directory with both files"
+        )
+        raise AdapterError(f"{path}: no such file. {advice}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{path}: not a whole safetensors file ({error}). It was cut off or damaged; copy it again"
+        ) from error
+
+
+def _site_differences(found: Iterable[Site], spec: LoraSpec) -> dict[Site, str]:
+    """The sites that a config means otherwise than the graph, and how."""
+    odd = {}
+    for site in found:
+        r, scaling = spec.rank_for(site.name), spec.scaling_for(site.name)
+        if (spec.variant, r) != (site.variant, site.r) or not math.isclose(scaling, site.scaling):
+            odd[site] = (
+                f"site '{site.name}': {site.variant}, r={site.r}, scaling={site.scaling:g} in the graph; "
+                f"{spec.variant}, r={r}, scaling={scaling:g} in {PEFT_CONFIG_NAME}"
+            )
+    return odd
+
+
+def _misfit(value: Tensor, target: Tensor) -> str | None:
+    """Why a tensor cannot be loaded into another, or None if it can."""
+    if value.shape != target.shape:
+        return f"shape {tuple(value.shape)}, expected {tuple(target.shape)}"
+    if (value.is_floating_point(), value.is_complex()) != (target.is_floating_point(), target.is_complex()):
+        return f"dtype {value.dtype}, expected {target.dtype} or one of its kind"
+    if target.is_meta:
+        return "the graph's tensor is on the meta device and cannot take values"
+    return _unusable(value.to(target.dtype))
+
+
+def _unusable(tensor: Tensor) -> str | None:
+    if tensor.is_meta:
+        return "has no data (it is on the meta device)"
+    return None if bool(torch.isfinite(tensor).all()) else f"holds NaN or Inf as {tensor.dtype}"
+
+
+def _extra(given: Iterable[str], keys: Mapping[str, str], modules: Iterable[str]) -> list[str]:
+    """Keys that nothing in the graph takes. By ``bias="all"`` PEFT repeats biases of ``modules_to_save``."""
+    known = set(keys.values())
+    repeated = tuple(f"{PREFIX}{m}.{c}." for m in modules for c in ("original_module", "modules_to_save"))
+    return [k for k in given if k not in known and not (k.startswith(repeated) and k.endswith(".bias"))]
+
+
+def _broken_ties(gm: CapturedModule, values: Mapping[str, Tensor]) -> list[str]:
+    first: dict[int, str] = {}
+    ties = [(first.setdefault(id(get_path(gm, name)), name), name) for name in values]
+    return [
+        f"'{a}' and '{b}' are one tensor in the graph and differ in the file"
+        for a, b in ties
+        if not torch.equal(values[a], values[b])
+    ]
+
+
+def _listing(what: str, problems: Iterable[str]) -> str:
+    return "\n  - ".join((f"{what}:", *problems))

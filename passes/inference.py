@@ -56,11 +56,14 @@ def inference(gm: CapturedModule, *, keep_loss: bool = False) -> CapturedModule:
 
 
 def _resolve(switch: Node, literal: Argument) -> None:
+    def put(argument: Argument) -> Argument:
+        return literal if argument is switch else argument
+
     for user in list(switch.users):
-        user.args, user.kwargs = (
-            map_aggregate(value, lambda a: literal if a is switch else a)
-            for value in (user.args, user.kwargs)
-        )
+        args, kwargs = map_aggregate(user.args, put), map_aggregate(user.kwargs, put)
+        assert isinstance(args, tuple)
+        assert isinstance(kwargs, dict)
+        user.args, user.kwargs = args, kwargs
 
 
 def _adds_nothing(node: Node) -> bool:

@@ -116,7 +116,7 @@ def trained_base(gm: CapturedModule, choices: Sequence[Choice], specs: Sequence[
     modules = [n for n, _ in gm.named_modules(remove_duplicate=False) if n]
     for spec in specs:
         for module in modules:
-            if matches(module, spec.modules_to_save):
+            if matches(module, spec.trained_modules):
                 names.update(dict.fromkeys(n for n in parameters if n.startswith(module + ".")))
         if spec.bias == "all":
             names.update(dict.fromkeys(n for n in parameters if n.rpartition(".")[2].endswith("bias")))

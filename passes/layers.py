@@ -109,3 +109,11 @@ def _operands(x: Any, weight: Any, bias: Any) -> Operands | None:
     if not isinstance(x, Node) or not isinstance(source, Node) or source.op != "get_attr":
         return None
     return Operands(x, weight, bias if isinstance(bias, Node) else None, source)
+
+
+def readers(source: Node) -> list[Node]:
+    """The calls that read a ``get_attr`` node, seen through casts of it."""
+    found = []
+    for user in source.users:
+        found += readers(user) if user.target in _CASTS or user.target is aten.t.default else [user]
+    return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,7 @@ from lorafx.checks import did_you_mean
 from lorafx.errors import MatchError
 from lorafx.graph import CapturedModule, get_path, named_tensors, notes
 from lorafx.ir import Site, same_memory
-from lorafx.passes.layers import LAYER_KINDS, find_operands
+from lorafx.passes.layers import LAYER_KINDS, find_operands, readers
 from lorafx.spec import ALL_LINEAR, LoraSpec, matches
 from lorafx.variants import find_variant
 
@@ -169,7 +170,7 @@ def _why_not(candidate: Candidate, spec: LoraSpec) -> str | None:
     """The reason to leave a candidate out, or None to take it."""
     if spec.exclude_modules is not None and matches(candidate.name, spec.exclude_modules):
         return "excluded by exclude_modules"
-    if any(_is_under(candidate.name, m) for m in spec.modules_to_save):
+    if any(_is_under(candidate.name, m) for m in spec.trained_modules):
         return "trained whole (modules_to_save)"
     if spec.target_modules != ALL_LINEAR:
         return None if matches(candidate.name, spec.target_modules) else "not in target_modules"
@@ -208,8 +209,11 @@ def _check_entries(gm: CapturedModule, found: Sequence[Candidate], spec: LoraSpe
         if entries is None or isinstance(entries, str):
             continue
         known = modules if field == "modules_to_save" else [*names, *modules]
+        implied = spec.heads_of_task if field == "modules_to_save" else ()
         for entry in entries:
-            if any(matches(n, (entry,)) for n in (names if field == "target_modules" else known)):
+            if entry in implied or any(
+                matches(n, (entry,)) for n in (names if field == "target_modules" else known)
+            ):
                 continue
             raise MatchError(_unmatched(field, entry, names, modules))
 
@@ -236,10 +240,15 @@ def _unmatched(field: str, entry: str, names: Sequence[str], modules: Sequence[s
 def _nothing_matched(found: Sequence[Candidate], spec: LoraSpec) -> str:
     if not found:
         return "the graph has no linear layer on a parameter, so there is nothing to adapt"
-    reasons = [f"{c.name}: {_why_not(c, spec)}" for c in found[:5]]
+    counts = Counter(_why_not(c, spec) for c in found)
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+    endings = sorted({c.name.rpartition(".")[2] for c in found})
+    hint = did_you_mean(spec.target_modules, endings) if isinstance(spec.target_modules, str) else ""
     return (
-        f"target_modules={spec.target_modules!r} leaves nothing to adapt among {len(found)} layers "
-        f"({'; '.join(reasons)}{'; ...' if len(found) > 5 else ''}). Name layers in target_modules"
+        f"target_modules={spec.target_modules!r} leaves nothing to adapt among {len(found)} layers: "
+        f"{reasons}{hint}. "
+        "A string is a regex for the whole name, a list holds names or their dotted suffixes, such as "
+        f"{endings[:12]}"
     )
 
 
@@ -277,21 +286,8 @@ class _WeightUses:
         for value, node in self.readers.get(weight.untyped_storage()._cdata, []):
             if not same_memory(weight, value):
                 continue
-            found += [_describe(n, str(node.target)) for n in _ends(node) if n not in own]
+            found += [_describe(n, str(node.target)) for n in readers(node) if n not in own]
         return tuple(dict.fromkeys(found))
-
-
-def _ends(node: Node) -> list[Node]:
-    """The calls that read a ``get_attr``, seen through casts of it."""
-    ends = []
-    for user in node.users:
-        cast = find_operands(user) is None and user.target in (
-            aten.to.dtype,
-            aten.to.device,
-            aten.to.dtype_layout,
-        )
-        ends += _ends(user) if cast else [user]
-    return ends
 
 
 def _describe(node: Node, weight: str) -> str:

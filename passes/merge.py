@@ -29,7 +29,7 @@ from lorafx.graph import (
 )
 from lorafx.ir import Site, Stage, format_graph, site_nodes, sites
 from lorafx.passes.base import Pass, PassResult
-from lorafx.passes.layers import LAYER_KINDS
+from lorafx.passes.layers import LAYER_KINDS, readers
 from lorafx.variants import VARIANTS
 
 
@@ -149,8 +149,9 @@ def _restore(node: Node) -> None:
 def _write(gm: CapturedModule, site: Site, nodes: list[Node], weight: Tensor) -> None:
     parameter = nn.Parameter(weight, requires_grad=False)
     mark_own(parameter)
-    if not site.apart:
-        set_tensor(gm, site.weight, parameter)
+    named = [n for n in gm.graph.find_nodes(op="get_attr") if n.target == site.weight]
+    if not any(reader not in nodes for source in named for reader in readers(source)):
+        set_tensor(gm, site.weight, parameter)  # another use, if any, has a name of its own
         return
     name = f"{site.path}.merged_weight"
     set_tensor(gm, name, parameter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorafx.demo.batches import Texts
-from lorafx.demo.model import SentenceClassifier
 
 PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3)  # L2 of the probe's weights, chosen on the validation split
 BATCH_SIZE = 32
@@ -24,11 +23,10 @@ class Probe:
 
     weight: Tensor
     bias: Tensor
-    penalty: float
 
-    def accuracy(self, embeddings: Tensor, labels: Tensor) -> float:
-        """Share of ``embeddings`` ``[n, hidden]`` that get their label."""
-        return accuracy(F.linear(embeddings, self.weight, self.bias), labels)
+    def logits(self, embeddings: Tensor) -> Tensor:
+        """``[n, classes]`` of ``embeddings`` ``[n, hidden]``."""
+        return F.linear(embeddings, self.weight, self.bias)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -37,56 +35,50 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 @torch.no_grad()
-def embed(model: SentenceClassifier, texts: Texts, advance: Callable[[int], None]) -> Tensor:
-    """Embeddings ``[n, hidden]`` of all texts; ``advance`` hears how many each batch brought."""
-    out = torch.empty(len(texts), model.head.in_features)
+def compute(function: Callable[..., Tensor], width: int, texts: Texts, advance: Callable[[int], None]) -> Tensor:
+    """``[n, width]``: what ``function(input_ids=, attention_mask=)`` gives for each text.
+
+    ``advance`` hears how many texts each batch brought.
+    """
+    out = torch.empty(len(texts), width)
     for batch in texts.in_order():
-        out[batch.rows] = model.embed(**batch.inputs)
+        out[batch.rows] = function(**batch.inputs)
         advance(len(batch.rows))
     return out
 
 
-@torch.no_grad()
-def predict(logits_of: Callable[..., Tensor], texts: Texts, classes: int) -> Tensor:
-    """Logits ``[n, classes]`` of all texts from ``logits_of(input_ids=, attention_mask=)``."""
-    out = torch.empty(len(texts), classes)
-    for batch in texts.in_order():
-        out[batch.rows] = logits_of(**batch.inputs)
-    return out
-
-
-def fit_probe(
-    train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], classes: int
-) -> Probe:
+def fit_probe(train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], classes: int) -> Probe:
     """The converged softmax regression on ``(embeddings, labels)`` whose L2 penalty validates best.
 
-    Convex, so L-BFGS from zero finds the one optimum of each penalty, whatever the seed.
+    Each penalty's problem is convex, so the result depends on no seed.
     """
-    probes = (_softmax_regression(*train, classes, penalty) for penalty in PENALTIES)
-    return max(probes, key=lambda probe: probe.accuracy(*validation))
+    embeddings, labels = validation
+    probes = [_softmax_regression(*train, classes, penalty) for penalty in PENALTIES]
+    return max(probes, key=lambda probe: accuracy(probe.logits(embeddings), labels))
 
 
 def _softmax_regression(embeddings: Tensor, labels: Tensor, classes: int, penalty: float) -> Probe:
     weight = torch.zeros(classes, embeddings.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=1000, tolerance_grad=1e-5, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight, bias], max_iter=1000, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(F.linear(embeddings, weight, bias), labels) + penalty * weight.square().sum()
-        loss.backward()
+        torch.autograd.backward(loss)
         return loss
 
     optimizer.step(closure)
-    return Probe(weight.detach(), bias.detach(), penalty)
+    return Probe(weight.detach(), bias.detach())
 
 
-def fine_tune(
-    model: nn.Module, texts: Texts, steps: int, generator: torch.Generator, after_step: Callable[[int, float], None]
-) -> None:
-    """Train what requires gradients for ``steps`` batches: AdamW, a short warm-up, then linearly down to zero.
+def fine_tune(model: nn.Module, texts: Texts, steps: int, generator: torch.Generator) -> Iterator[float]:
+    """Train what requires gradients, one batch a step, yielding each step's loss.
 
-    ``model`` is called as SentenceClassifier is; ``after_step`` hears the number of steps done and the loss.
+    AdamW with a short warm-up and a linear descent to zero. ``model`` is called as SentenceClassifier is;
+    between steps it may be put in eval mode.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0)
@@ -94,13 +86,15 @@ def fine_tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
     )
-    model.train()
-    for step, batch in zip(range(1, steps + 1), texts.shuffled(BATCH_SIZE, generator), strict=False):
+    batches = texts.shuffled(BATCH_SIZE, generator)
+    for _ in range(steps):
+        batch = next(batches)
+        model.train()
         loss = F.cross_entropy(model(**batch.inputs)["logits"], batch.labels)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         schedule.step()
-        after_step(step, loss.item())
+        yield loss.item()
     model.eval()
