@@ -1,4 +1,4 @@
-"""Tell from one capture in train mode that eval mode would give the same graph, so that it need not be traced.
+"""Tell from one capture in train mode that eval mode would give the same graph and need not be traced.
 
 While the model is traced, every read of a module's ``training`` flag is noted with the line that made
 it. A read is harmless when the line shows that nothing follows from it on this module:
@@ -80,7 +80,7 @@ def same_in_eval(graph: Graph) -> bool:
         if node.target is aten.dropout.default and node.args[1] == 0.0:
             node.args = (node.args[0], 0.0, False)
         elif node.target is aten.scaled_dot_product_attention.default:
-            if len(node.args) > 4 and node.args[4] != 0.0 or node.kwargs.get("dropout_p", 0.0) != 0.0:
+            if (len(node.args) > 4 and node.args[4] != 0.0) or node.kwargs.get("dropout_p", 0.0) != 0.0:
                 return False
         elif node.op == "call_module" or _is_random(node) or _writes_attribute(node):
             return False
