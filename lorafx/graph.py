@@ -31,11 +31,15 @@ ROOT_MODE = "_mode"
 
 
 class Scope(nn.Module):
-    """A module of the original as the graph sees it: a holder of parameters, buffers and a mode."""
+    """A module of the original as the graph sees it: a holder of parameters, buffers and a mode.
 
-    def __init__(self, origin: str = "") -> None:
+    ``origin`` is the original's class, ``linear`` whether that is a layer and not just code that calls one.
+    """
+
+    def __init__(self, origin: str = "", linear: bool = False) -> None:
         super().__init__()
         self.origin = origin
+        self.linear = linear
 
     def extra_repr(self) -> str:
         return self.origin

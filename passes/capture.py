@@ -199,7 +199,7 @@ def mirror(model: nn.Module, kept: set[str]) -> nn.Module:
             target = copy.copy(source)
             target._parameters, target._buffers, target._modules = {}, {}, {}
         else:
-            target = Scope(type(source).__name__)
+            target = Scope(type(source).__name__, _is_linear(source))
         modules[id(source)] = target
         target.training = source.training
         for name, parameter in source._parameters.items():
@@ -213,6 +213,11 @@ def mirror(model: nn.Module, kept: set[str]) -> nn.Module:
         return target
 
     return visit(model, "", False)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer: torch's, or transformers' Conv1D (which it is but in name)."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _dimensions(

@@ -28,32 +28,8 @@ aten = torch.ops.aten
 
 #: Operators that move or cast values and compute nothing: a layer behind them makes the output.
 _SHAPE_ONLY = frozenset(
-    {
-        "view",
-        "reshape",
-        "slice",
-        "select",
-        "squeeze",
-        "unsqueeze",
-        "transpose",
-        "permute",
-        "t",
-        "flatten",
-        "to",
-    }
-    | {
-        "contiguous",
-        "clone",
-        "alias",
-        "detach",
-        "expand",
-        "unflatten",
-        "_to_copy",
-        "getitem",
-        "split",
-        "chunk",
-        "unbind",
-    }
+    "view reshape slice select squeeze unsqueeze transpose permute t flatten unflatten expand contiguous "
+    "clone alias detach to _to_copy getitem split chunk unbind".split()
 )
 
 
@@ -65,8 +41,8 @@ class FrozenHeadWarning(UserWarning):
 class Candidate:
     """A layer of the graph that could be adapted.
 
-    ``elsewhere`` lists the other uses of its weight; ``module`` says whether it is an nn module's call
-    rather than a functional one; ``is_output`` whether it makes an output of the model.
+    ``elsewhere`` lists the other uses of its weight; ``module`` says whether a
+    linear layer makes the call, rather than other code with a parameter; ``is_output`` whether it makes an output of the model.
     """
 
     name: str
@@ -108,8 +84,8 @@ def candidates(gm: CapturedModule) -> tuple[Candidate, ...]:
         if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
             continue
         scope = str(notes(node).get("scope", ""))
-        is_module = weight_name == f"{scope}.weight"
-        name = scope if is_module else weight_name
+        owned = weight_name == f"{scope}.weight"
+        name = scope if owned else weight_name
         if name in found:
             known = found[name]
             found[name] = replace(
@@ -120,7 +96,7 @@ def candidates(gm: CapturedModule) -> tuple[Candidate, ...]:
         output = node in makers or any(name == h or name.startswith(h + ".") for h in heads)
         found[name] = Candidate(
             name=name,
-            path=name if is_module else f"{name}_adapter",
+            path=name if owned else f"{name}_adapter",
             kind=kind,
             nodes=(node,),
             weight=weight_name,
@@ -128,7 +104,7 @@ def candidates(gm: CapturedModule) -> tuple[Candidate, ...]:
             in_features=int(shape[1]),
             out_features=int(shape[0]),
             dtype=weight.dtype,
-            module=is_module,
+            module=owned and bool(getattr(get_path(gm, scope), "linear", False)),
             is_output=output,
             elsewhere=(),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -112,9 +112,24 @@ def make_plan(gm: CapturedModule, choices: Sequence[Choice], trained: Sequence[n
                 choice.reason,
             )
         )
+    rows += _never_called(gm, {c.candidate.name for c in choices})
     base = sum(p.numel() for p in gm.parameters())
     trainable += new
     return Plan(tuple(rows), trainable, base + new, 8 * trainable, activations)
+
+
+def _never_called(gm: CapturedModule, known: Collection[str]) -> list[PlanRow]:
+    """Rows for the linear layers that the captured inputs do not reach."""
+    rows = []
+    for name, module in gm.named_modules():
+        if (
+            getattr(module, "linear", False)
+            and name not in known
+            and (weight := module._parameters.get("weight")) is not None
+        ):
+            shape = (int(weight.shape[0]), int(weight.shape[1]))
+            rows.append(PlanRow(name, "linear", shape, None, None, 0, "never called with these inputs"))
+    return rows
 
 
 def _saved_bytes(node: Node, r: int, dropout: float, in_features: int, width: int) -> int:
