@@ -27,10 +27,11 @@ from lorafx.variants import find_variant
 aten = torch.ops.aten
 
 #: Operators that move or cast values and compute nothing: a layer behind them makes the output.
-_SHAPE_ONLY = frozenset(
-    "view reshape slice select squeeze unsqueeze transpose permute t flatten unflatten expand contiguous "
-    "clone alias detach to _to_copy getitem split chunk unbind".split()
-)
+_SHAPE_ONLY_NAMES = """
+    view reshape slice select squeeze unsqueeze transpose permute t flatten unflatten expand contiguous
+    clone alias detach to _to_copy getitem split chunk unbind
+"""
+_SHAPE_ONLY = frozenset(_SHAPE_ONLY_NAMES.split())
 
 
 class FrozenHeadWarning(UserWarning):
@@ -41,8 +42,8 @@ class FrozenHeadWarning(UserWarning):
 class Candidate:
     """A layer of the graph that could be adapted.
 
-    ``elsewhere`` lists the other uses of its weight; ``module`` says whether a
-    linear layer makes the call, rather than other code with a parameter; ``is_output`` whether it makes an output of the model.
+    ``elsewhere`` lists the other uses of its weight; ``module`` says whether a linear layer makes the call,
+    rather than other code with a parameter; ``is_output`` whether it makes an output of the model.
     """
 
     name: str
