@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
@@ -159,7 +160,14 @@ class _Comparison:
             if a.tobytes() != b.tobytes():
                 yield Difference(where, what, _show_array(a.numpy()), _show_array(b.numpy()))
         else:
-            yield from _unequal(where, what, left.value, right.value)
+            yield from _unequal(where, what, _stored(left), _stored(right))
+
+
+def _stored(attribute: ir.Attr) -> Any:
+    """An attribute's value as a file keeps it: numbers in float32."""
+    if attribute.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):
+        return np.float32(attribute.value).tolist()
+    return attribute.value
 
 
 def _unequal(where: str, what: str, left: Any, right: Any) -> Iterator[Difference]:

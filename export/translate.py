@@ -218,8 +218,8 @@ def _not_expressible(error: Exception) -> ExportError:
     lines = [line for line in str(root).strip().splitlines() if line.strip()]
     return ExportError(
         f"torch cannot express the graph in ONNX: {lines[0] if lines else type(root).__name__}. Replace the "
-        "operator in the model (for Hugging Face models another attn_implementation or experts_implementation often "
-        "helps), or try a newer opset"
+        "operator in the model (in Hugging Face models another attn_implementation or experts_implementation "
+        "may do), or try a newer opset"
     )
 
 

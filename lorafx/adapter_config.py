@@ -1,4 +1,4 @@
-"""The ``adapter_config.json`` of an adapted graph: the settings by which PEFT finds its sites, and no others."""
+"""The ``adapter_config.json`` of an adapted graph: settings by which PEFT finds its sites and no others."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _exactly(values: Mapping[str, V]) -> tuple[V, dict[str, V]]:
 
 
 def _modules_to_save(gm: CapturedModule, spec: LoraSpec) -> tuple[str, ...]:
-    """Names by which PEFT, which compares the ends of names without regard to dots, finds what trains whole."""
+    """Names by which PEFT finds what trains whole. It compares the ends of names, without regard to dots."""
     trained = set(trained_modules(gm))
     modules = [n for n, _ in gm.named_modules(remove_duplicate=False)]
     wrapped: set[str] = set()
@@ -97,10 +97,10 @@ def _modules_to_save(gm: CapturedModule, spec: LoraSpec) -> tuple[str, ...]:
         if wrapped == trained:
             return names
     raise AdapterError(
-        f"PEFT would take {sorted(wrapped - trained)} for trained whole and expect its tensors: it compares the "
-        f"ends of module names with modules_to_save={sorted(trained)}, to which "
-        f"task_type={spec.metadata.get('task_type')!r} adds {list(spec.heads_of_task)}. Name these modules in "
-        'modules_to_save when adapting, or save with metadata={"task_type": None}'
+        f"PEFT would take {sorted(wrapped - trained)} for trained whole and expect its tensors: it compares "
+        f"the ends of names with modules_to_save={sorted(trained)}, to which "
+        f"task_type={spec.metadata.get('task_type')!r} adds {list(spec.heads_of_task)}. Name these modules "
+        'in modules_to_save when adapting, or save with metadata={"task_type": None}'
     )
 
 

@@ -57,7 +57,7 @@ class GraphRecord:
             target = node.target if isinstance(node.target, str) else target_name(node.target)
             kept = {k: node.meta[k] for k in ("custom", "stack_trace") if k in node.meta}
             args, kwargs = (map_aggregate(v, _refer) for v in (node.args, node.kwargs))
-            records.append(NodeRecord(node.op, node.name, target, _plain(args), _plain(kwargs), kept))
+            records.append(NodeRecord(node.op, node.name, target, plain_containers(args), plain_containers(kwargs), kept))
         return cls(tuple(records))
 
     def to_graph(self) -> Graph:
@@ -79,14 +79,14 @@ def _refer(value: Any) -> Any:
     return NodeRef(value.name) if isinstance(value, Node) else value
 
 
-def _plain(value: Any) -> Any:
+def plain_containers(value: Any) -> Any:
     """fx's immutable containers as ordinary ones."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain_containers(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         if hasattr(value, "_fields"):
-            return type(value)(*(_plain(v) for v in value))
-        return (tuple if isinstance(value, tuple) else list)(_plain(v) for v in value)
+            return type(value)(*(plain_containers(v) for v in value))
+        return (tuple if isinstance(value, tuple) else list)(plain_containers(v) for v in value)
     return value
 
 

@@ -90,9 +90,12 @@ class Signature:
         return flat
 
     def python_signature(self) -> inspect.Signature:
-        """The signature that ``inspect.signature(gm.forward)`` shows: the original's parameter names."""
+        """The signature of the class's ``forward``: ``self``, then the original's parameter names.
+
+        A function's own ``self`` is dropped where a bound ``gm.forward`` is inspected.
+        """
         by_name = {a.name: a for a in self.arguments}
-        parameters = []
+        parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
         for index, name in enumerate(self.order):
             positional = index < self.positional
             kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if positional else inspect.Parameter.KEYWORD_ONLY

@@ -83,7 +83,7 @@ def save_adapter(
     # Copies, since safetensors refuses tensors that share memory, as tied ones do.
     tensors = {keys[name]: tensor.to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     try:
-        _write(Path(directory), json.dumps(config, indent=2) + "\n", tensors)
+        _write(Path(directory), (json.dumps(config, indent=2) + "\n").encode(), tensors)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{directory}: the adapter could not be written: {error}") from error
 
@@ -124,7 +124,7 @@ def load_adapter(gm: CapturedModule, directory: str | os.PathLike[str]) -> None:
     if problems:
         found = _listing(f"{directory}: the adapter does not fit this graph; nothing was loaded", problems)
         raise AdapterError(
-            f"{found}\nAdapt the model that it was trained on, with its settings: lorafx.apply(model, directory)"
+            f"{found}\nAdapt the model that it was trained on, with its settings: apply(model, directory)"
         )
     with torch.no_grad():
         for name, value in values.items():
@@ -162,19 +162,19 @@ def _peft_keys(gm: CapturedModule) -> dict[str, str]:
     return keys
 
 
-def _write(directory: Path, config: str, tensors: Mapping[str, Tensor]) -> None:
+def _write(directory: Path, config: bytes, tensors: Mapping[str, Tensor]) -> None:
     """Put both files in place. The new ones are made inside, since a rename cannot cross file systems."""
     directory.mkdir(parents=True, exist_ok=True)
     target = {name: directory / name for name in (PEFT_CONFIG_NAME, WEIGHTS_NAME)}
     with tempfile.TemporaryDirectory(dir=directory, prefix=".adapter-") as beside:
         new = {name: Path(beside, name) for name in target}
         old = {name: Path(beside, f"old_{name}") for name in target}
-        new[PEFT_CONFIG_NAME].write_text(config, encoding="utf-8")
+        new[PEFT_CONFIG_NAME].write_bytes(config)
         save_file(dict(tensors), new[WEIGHTS_NAME], metadata={"format": "pt"})
         for path in new.values():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-        if target[PEFT_CONFIG_NAME].is_file() and target[PEFT_CONFIG_NAME].read_text("utf-8") == config:
+        if target[PEFT_CONFIG_NAME].is_file() and target[PEFT_CONFIG_NAME].read_bytes() == config:
             new[WEIGHTS_NAME].replace(target[WEIGHTS_NAME])
             return
         aside = [name for name in target if target[name].exists()]
@@ -210,7 +210,7 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
             f"{pickles[0]} is not read: a pickle can run any code. If you trust it, convert it with PEFT: "
             "PeftModel.from_pretrained(model, directory).save_pretrained(directory)"
             if pickles
-            else "lorafx.save_adapter and PEFT's save_pretrained write it; look for the directory with both files"
+            else "save_adapter and PEFT's save_pretrained write it; look for the directory with both files"
         )
         raise AdapterError(f"{path}: no such file. {advice}")
     try:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from lorafx.graph import named_tensors, notes
-from lorafx.passes.frontends import Trace
+from lorafx.graph import annotate, named_tensors, notes
+from lorafx.passes.frontends import Trace, note_scope
 
 aten = torch.ops.aten
 
@@ -26,6 +26,7 @@ def canonicalize(trace: Trace, model: nn.Module, last_inputs: frozenset[str] = f
     for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
         graph.erase_node(node)
     _inline_grad_regions(graph, trace.holder)
+    _name_modules_once(graph, model)
     _share_sizes(graph, last_inputs)
     _name_weights_by_use(graph, model)
     for node in reversed(list(graph.nodes)):
@@ -73,6 +74,7 @@ def _inline(graph: Graph, before: Node, body: Graph, operands: list[Any]) -> lis
             if node.target is aten._assert_tensor_metadata.default:
                 continue
             made[node] = graph.node_copy(node, lambda n: made[n])
+            note_scope(made[node])
             if "scope" not in notes(node):
                 made[node].meta.setdefault("custom", before.meta.get("custom", {}))
     raise AssertionError("a graph has an output")
@@ -102,6 +104,16 @@ def _share_sizes(graph: Graph, last_inputs: frozenset[str]) -> None:
         tensor, dim = size.args
         if isinstance(tensor, Node) and tensor.target in last_inputs:
             size.args = source.get(str(tensor.meta["val"].shape[dim]), (tensor, dim))
+
+
+def _name_modules_once(graph: Graph, model: nn.Module) -> None:
+    """Call a module that has several paths by its first, whichever of them the code called it by."""
+    first = {id(module): path for path, module in model.named_modules()}
+    paths = {path: first[id(m)] for path, m in model.named_modules(remove_duplicate=False)}
+    for node in graph.nodes:
+        scope = notes(node).get("scope")
+        if scope is not None and paths.get(scope, scope) != scope:
+            annotate(node, scope=paths[scope])
 
 
 def _name_weights_by_use(graph: Graph, model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
 from lorafx.errors import CaptureError
@@ -64,21 +65,31 @@ def capture(
             modes cannot be reconciled.
     """
     with capture_config(model), _unchanged(model):
-        given = example_inputs if example_inputs is not None else synthesize_inputs(model)
-        if given is None:
-            return _capture_symbolic(model)
-        bound, parameters = bind(model, given)
-        labels = frozenset(_LABELS & bound.keys())
-        example = make_example(bound, parameters, dynamic_shapes, labels)
-        if not labels and (synthetic := synthesize_labels(model, bound)) is not None:
-            try:
-                extended = make_example(
-                    {**bound, "labels": synthetic}, parameters, dynamic_shapes, frozenset({"labels"})
-                )
-                return _capture_export(model, extended, example)
-            except CaptureError:
-                pass  # the model's loss cannot be captured; without labels it may well be
-        return _capture_export(model, example, example)
+        gm = _captured(model, example_inputs, dynamic_shapes)
+    for name, module in model.named_modules(remove_duplicate=False):
+        gm.get_submodule(name).training = module.training
+    gm.get_submodule(ROOT_MODE).training = model.training
+    return gm
+
+
+def _captured(
+    model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Mapping[str, Any] | None
+) -> CapturedModule:
+    given = example_inputs if example_inputs is not None else synthesize_inputs(model)
+    if given is None:
+        return _capture_symbolic(model)
+    bound, parameters = bind(model, given)
+    labels = frozenset(_LABELS & bound.keys())
+    example = make_example(bound, parameters, dynamic_shapes, labels)
+    if not labels and (synthetic := synthesize_labels(model, bound)) is not None:
+        try:
+            extended = make_example(
+                {**bound, "labels": synthetic}, parameters, dynamic_shapes, frozenset({"labels"})
+            )
+            return _capture_export(model, extended, example)
+        except CaptureError:
+            pass  # the model's loss cannot be captured; without labels it may well be
+    return _capture_export(model, example, example)
 
 
 def _capture_export(model: nn.Module, example: Example, user: Example) -> CapturedModule:
@@ -103,7 +114,7 @@ def _capture_export(model: nn.Module, example: Example, user: Example) -> Captur
             "it, and the "
             "graph works at that size only. Pass dynamic_shapes to say that this is meant",
             FixedDimensionWarning,
-            stacklevel=4,
+            stacklevel=6,
         )
     optional.outline(train.graph, train.holder, example.optional)
     signature = Signature(
@@ -232,10 +243,10 @@ def _dimensions(
         for leaf, roles in zip(leaves, example.roles[argument], strict=True):
             for dim, role in roles.items():
                 size = values[leaf].shape[dim]
-                if isinstance(size, int):
+                if is_concrete_int(size):
                     # only matrices of indices and batches are sure to be meant as dynamic
                     if dim == 0 or not values[leaf].is_floating_point():
-                        fixed.append((leaf, dim, role, size))
+                        fixed.append((leaf, dim, role, int(size)))
                     continue
                 dims.setdefault(leaf, {})[dim] = role
                 low, high = trace.ranges.get(str(size), (1, None))

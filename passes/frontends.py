@@ -8,13 +8,16 @@ Both give a :class:`Trace` in the mode the model is in. Each node notes the modu
 
 from __future__ import annotations
 
+import inspect
 import logging
+import operator
 import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,13 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from lorafx.errors import CaptureError
 from lorafx.graph import annotate
 from lorafx.passes.example import Example
+from lorafx.serialize import plain_containers
 
 aten = torch.ops.aten
 
@@ -63,7 +68,7 @@ def export_trace(model: nn.Module, example: Example) -> Trace:
     graph = module.graph
     leaves, specs = _name_placeholders(graph, kwargs, example)
     for node in graph.nodes:
-        _note_scope(node)
+        note_scope(node)
     out_spec = program.call_spec.out_spec
     assert out_spec is not None
     ranges = {
@@ -90,20 +95,35 @@ def symbolic_trace(model: nn.Module, parameters: tuple[str, ...]) -> Trace:
     except Exception as error:  # whatever the model's own code raises under tracing ends up here
         raise _not_traceable(model, error, "torch.fx.symbolic_trace without example inputs") from error
     for node in graph.nodes:
-        _note_scope(node)
-        if node.op == "placeholder" and node.target not in parameters:
-            raise CaptureError(f"{type(model).__name__}.forward takes '{node.target}': give example_inputs")
+        note_scope(node)
+    for node in graph.find_nodes(op="placeholder"):
+        if node.target not in parameters:
+            _drop_default(model, node)
     _linear_modules_to_calls(graph, model)
     output = graph.output_node()
-    flat, out_spec = pytree.tree_flatten(output.args[0])
+    flat, out_spec = pytree.tree_flatten(plain_containers(output.args[0]))
     output.args = (tuple(flat),)
     leaf = pytree.tree_flatten(0)[1]
     return Trace(graph, model, {n: (n,) for n in parameters}, dict.fromkeys(parameters, leaf), out_spec)
 
 
-def _forward_parameters(model: nn.Module) -> Mapping[str, Any]:
-    import inspect
+def _drop_default(model: nn.Module, placeholder: Node) -> None:
+    """Remove a parameter that keeps its default, with fx's check that a call gives no other value.
 
+    Raises:
+        CaptureError: the graph reads it (as it would ``**kwargs``).
+    """
+    graph = placeholder.graph
+    checks = (operator.eq, torch._assert, torch.fx._symbolic_trace._assert_is_none)
+    for user in [*placeholder.users, *(u for n in placeholder.users for u in n.users)][::-1]:
+        if user.target in checks and not user.users:
+            graph.erase_node(user)
+    if placeholder.users:
+        raise CaptureError(f"{type(model).__name__}.forward reads '{placeholder.target}': give example_inputs")
+    graph.erase_node(placeholder)
+
+
+def _forward_parameters(model: nn.Module) -> Mapping[str, Any]:
     return inspect.signature(model.forward).parameters
 
 
@@ -118,8 +138,9 @@ def _linear_modules_to_calls(graph: Graph, model: nn.Module) -> None:
             continue
         layer = model.get_submodule(str(node.target))
         annotate(node, scope=node.target, kind=_class_name(type(layer)))
-        if type(layer).forward is not nn.Linear.forward:
-            continue
+        hooked = layer._forward_hooks or layer._forward_pre_hooks
+        if type(layer).forward is not nn.Linear.forward or hooked or is_parametrized(layer):
+            continue  # stays the call of a module: it computes more than its weight and bias say
         with graph.inserting_before(node):
             operands = [graph.get_attr(f"{node.target}.weight")]
             if layer.bias is not None:
@@ -155,7 +176,8 @@ def _class_name(cls: Any) -> str:
     return cls if isinstance(cls, str) else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _note_scope(node: Node) -> None:
+def note_scope(node: Node) -> None:
+    """Note the module whose code made a node, from what the tracer wrote down, and drop the latter."""
     stack = list(node.meta.get("nn_module_stack", {}).values())
     if stack:
         path, cls = stack[-1]
@@ -167,11 +189,11 @@ def _note_scope(node: Node) -> None:
 
 def _not_traceable(model: nn.Module, error: BaseException, by: str) -> CaptureError:
     library = str(Path(torch.__file__).parent)
-    here = str(Path(__file__).parent)
+    ours = [str(Path(f).resolve().parent) for f in (__file__, inspect.getfile(CaptureError))]
     frames = [
         f
         for f in traceback.extract_tb(error.__traceback__)
-        if not f.filename.startswith((library, here, "<")) and "lorafx" not in Path(f.filename).parts
+        if not f.filename.startswith((library, "<")) and str(Path(f.filename).resolve().parent) not in ours
     ]
     where = ""
     if frames:
@@ -189,12 +211,14 @@ def _not_traceable(model: nn.Module, error: BaseException, by: str) -> CaptureEr
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep torch's own log of what it traces away from the user's screen."""
-    loggers = [logging.getLogger(n) for n in ("torch.export", "torch.fx", "torch._dynamo")]
+    names = ("torch.export", "torch.fx", "torch._dynamo", "torch._subclasses")
+    loggers = [logging.getLogger(n) for n in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        # torch.export prints the graph it had when it failed
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -309,7 +309,7 @@ def warn_of_frozen_heads(gm: CapturedModule, choices: Sequence[Choice]) -> None:
                 f"Add modules_to_save=['{candidate.name.rpartition('.')[2]}'] to the spec, or load its "
                 "trained weights first",
                 FrozenHeadWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import lorafx
 from conftest import Zoo, leaves, loss_of, mixed_modes, same, state_of
 from lorafx.api import captured
-from lorafx.errors import CaptureError, InputError
+from lorafx.errors import CaptureError, InputError, PassError
 from lorafx.graph import CapturedModule
 from lorafx.ir import format_graph
 from lorafx.passes.capture import FixedDimensionWarning
@@ -69,7 +69,8 @@ def test_outputs_equal_the_models(zoo: Zoo, family: Family, sample: str, trainin
 def test_loss_and_gradients_equal_the_models(zoo: Zoo, family: Family, training: bool) -> None:
     """With labels: the loss, and each parameter's gradient, once all are let train."""
     gm, model = zoo.captured(family).train(training), zoo.eager(family).train(training)
-    gm.requires_grad_(True)
+    for module in (gm, model):
+        module.requires_grad_(True)  # whisper's positions are frozen in the model
     actual, expected = both(gm, model, lambda m: loss_of(m, family))
     assert same(actual, expected)
     actual.backward()
@@ -243,12 +244,13 @@ def roundtrips(gm: CapturedModule) -> dict[str, CapturedModule]:
 
 def test_copies_are_the_same_graph(zoo: Zoo, family: Family) -> None:
     gm = zoo.captured(family)
+    modes = {n: m.training for n, m in gm.named_modules()}
     for how, twin in roundtrips(gm).items():
         assert format_graph(twin) == format_graph(gm), how
         assert twin.code == gm.code, how
         assert twin.signature == gm.signature, how
         assert same(twin.state_dict(), gm.state_dict()), how
-        assert {n: m.training for n, m in twin.named_modules()} == {n: m.training for n, m in gm.named_modules()}
+        assert {n: m.training for n, m in twin.named_modules()} == modes, how
         groups = [
             [[n for n, p in held if p is q] for _, q in held]
             for held in (list(m.named_parameters(remove_duplicate=False)) for m in (gm, twin))
@@ -410,9 +412,9 @@ def test_structured_inputs_and_outputs() -> None:
     gm = captured(model, ((x, x.clone()), {"gain": x.clone()}), None)
     given = ((torch.randn(3, 6), torch.randn(3, 6)), {"gain": torch.randn(3, 6)})
     assert same(gm(*given), model(*given))
-    assert gm.signature.outputs == ("output_0", "1.sum", "1.same.0") or gm.signature.outputs[1].endswith("sum")
+    assert gm.signature.outputs == ("output_0", "output_1.sum", "output_1.same.0")
     for wrong in (([x, x], {"gain": x}), ((x,), {"gain": x}), ((x, x), {"loss": x})):
-        with pytest.raises(InputError, match=r"argument '(pair|named)' was captured as .* and was given as"):
+        with pytest.raises(InputError, match=r"^argument '(pair|named)' was captured as .* and was given as .*$"):
             gm(*wrong)
 
 
@@ -579,10 +581,11 @@ def test_loading_the_same_values_keeps_sharing() -> None:
     assert {p.data_ptr() for p in gm.parameters()} == {p.data_ptr() for p in model.parameters()}
 
 
-def test_changing_the_dtype_leaves_the_model() -> None:
+def test_the_dtype_cannot_be_changed_after_capture() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
     gm = captured(model, (torch.randn(4, 6),), None)
     before = state_of(model)
-    gm.double()
+    with pytest.raises(PassError, match=r"captured in torch.float32 .*\(model.to\(dtype\)\) and apply again"):
+        gm.double()
     assert same(before, state_of(model))
-    assert gm(torch.randn(4, 6).double()).dtype == torch.float64
+    assert {t.dtype for t in gm.parameters()} == {torch.float32}

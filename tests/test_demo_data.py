@@ -10,10 +10,12 @@ import pytest
 
 from lorafx.demo.data import (
     AREAS,
+    LANGUAGE,
     MAX_CHARS,
     MAX_PER_AREA,
     MIN_CHARS,
     MIN_PER_AREA,
+    MODULES,
     Corpus,
     load_corpus,
     words,
@@ -57,49 +59,47 @@ def test_every_area_is_in_every_split_in_the_same_proportion(corpus: Corpus) -> 
         assert test[label] / total == pytest.approx(0.25, abs=0.01)
 
 
-def test_where_a_text_falls_does_not_depend_on_the_files_it_is_in(tmp_path: Path) -> None:
-    """The same docstrings, spread over other files in another order, split the same way."""
-    docstrings = {
-        area: [f"What {area} does, told in the words of docstring {_letters(i)}." for i in range(120)] for area in AREAS
-    }
+def test_where_a_text_falls_does_not_depend_on_the_order_it_is_found_in(tmp_path: Path) -> None:
+    docstrings = _docstrings()
     one = load_corpus(_library(tmp_path / "one", docstrings))
-    other = load_corpus(_library(tmp_path / "other", {area: texts[::-1] for area, texts in docstrings.items()}))
+    other = load_corpus(
+        _library(tmp_path / "other", {area: texts[::-1] for area, texts in docstrings.items()})
+    )
     assert one == other
-    assert len(one.train) == 15 * 72
+    assert [len(one.train), len(one.validation), len(one.test)] == [15 * 72, 15 * 18, 15 * 30]
 
 
 def test_a_text_of_two_areas_is_left_out_and_a_repeated_one_is_there_once(tmp_path: Path) -> None:
-    own = {area: [f"What {area} does, told in the words of docstring {_letters(i)}." for i in range(120)] for area in AREAS}
-    shared = "Raised when a shared thing goes wrong."
-    own["email"] += [shared, "Return the message in one long string."]
-    own["xml"] += [shared.upper()]
-    own["email"] += ["Return THE message, in one long string!"]
-    found = load_corpus(_library(tmp_path, own))
+    docstrings = _docstrings()
+    docstrings["email"] += ["Raised when something goes wrong.", "Return the message in one long string."]
+    docstrings["xml"] += ["raised WHEN something goes wrong"]
+    docstrings["email"] += ["Return THE message, in one long string!"]
+    found = load_corpus(_library(tmp_path, docstrings))
     texts = [words(p.text) for p in found.train + found.validation + found.test]
-    assert words(shared) not in texts
+    assert "raised when something goes wrong" not in texts
     assert texts.count("return the message in one long string") == 1
 
 
 def test_a_library_without_sources_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DemoError, match="needs 100 texts about 'archives' and found 0 .* without .* its sources"):
+    with pytest.raises(
+        DemoError, match=r"needs 100 texts about 'archives' and found 0 .* without .* sources"
+    ):
         load_corpus(tmp_path)
 
 
-def _letters(number: int) -> str:
-    """A word for a number: digits do not tell texts apart."""
-    return "".join(chr(ord("a") + int(digit)) for digit in str(number))
+def _docstrings() -> dict[str, list[str]]:
+    """120 texts for each area; numbers are spelt with letters, since digits do not tell texts apart."""
+    letters = str.maketrans("0123456789", "abcdefghij")
+    numbers = [str(i).translate(letters) for i in range(120)]
+    return {area: [f"What {area} does, in the words of docstring {n}." for n in numbers] for area in AREAS}
 
 
 def _library(root: Path, docstrings: dict[str, list[str]]) -> Path:
     """A standard library of one module an area, with a function for each docstring."""
-    modules = {
-        **{"archives": "tarfile", "concurrency": "threading", "debugging": "pdb", "files": "os", "imports": "runpy"},
-        **{"network": "socket", "numbers": "random", "testing": "doctest", "types": "enum", "web": "http"},
-    }
     (root / "pydoc_data").mkdir(parents=True)
-    for area, texts in docstrings.items():
-        source = "".join(f"def f{i}():\n    {text!r}\n\n" for i, text in enumerate(texts))
-        (root / f"{modules.get(area, area)}.py").write_text(source)
-    topics = {str(i): text for i, text in enumerate(docstrings["language"])}
+    for area, (module, *_) in MODULES.items():
+        source = "".join(f"def f{i}():\n    {text!r}\n\n" for i, text in enumerate(docstrings[area]))
+        (root / f"{module}.py").write_text(source)
+    topics = {f"topic {i}": text for i, text in enumerate(docstrings[LANGUAGE])}
     (root / "pydoc_data" / "topics.py").write_text(f"topics = {topics!r}\n")
     return root

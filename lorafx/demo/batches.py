@@ -1,4 +1,4 @@
-"""Tokenised texts and the two ways to batch them. Both put texts of similar length together, to pad little."""
+"""Tokenised texts, and two ways to batch them that both put texts of similar length together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PAD = 0  # BERT's [PAD]; the mask is what counts
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """``input_ids``, ``attention_mask``: ``[batch, sequence]``; ``labels``, ``rows``: ``[batch]``; all int64."""
+    """int64 tensors: the model's inputs ``[batch, sequence]``, and ``labels`` and ``rows`` ``[batch]``."""
 
     input_ids: Tensor
     attention_mask: Tensor

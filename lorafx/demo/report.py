@@ -23,10 +23,10 @@ class Accuracy:
 class DemoResult:
     """Everything that the demo measured.
 
-    ``probe``: the frozen base with a converged linear head. ``adapted``: the adapted, unmerged graph in torch.
-    ``exported``: the merged ONNX file in ONNX Runtime. ``gained``, ``lost``: test texts that only the adapted
-    model, or only the probe, got right. ``max_difference``: between the logits of the unmerged graph and of the
-    ONNX file, over the whole test split. ``seconds``: wall time by part. ``export``: the ExportReport's dict.
+    ``probe``: the frozen base with a converged linear head. ``adapted``: the unmerged graph in torch.
+    ``exported``: the merged file in ONNX Runtime. ``gained``, ``lost``: test texts that only the adapted
+    model, or only the probe, got right. ``max_difference``: of the logits of the unmerged graph and of the
+    ONNX file over the test split. ``seconds``: wall time of each part. ``export``: the ExportReport's dict.
     """
 
     seed: int
@@ -44,7 +44,6 @@ class DemoResult:
     max_difference: float
     path: Path
     file_bytes: int
-    adapter_bytes: int
     seconds: dict[str, float]
     export: dict[str, Any]
 
@@ -60,10 +59,11 @@ class DemoResult:
         yield Group(self._accuracies(), self._facts())
 
     def _accuracies(self) -> Table:
+        points = 100 * (self.adapted.test - self.probe.test)
         table = Table(
-            title=f"Which of {len(self.areas)} areas of the standard library is it about?",
-            caption=f"{self.texts['test']:,} test texts, none seen in training. Of these, {self.gained} are right only "
-            f"with adapters and {self.lost} only without: {100 * (self.adapted.test - self.probe.test):+.1f} points.",
+            title=f"Which of {len(self.areas)} areas of the standard library is a sentence about?",
+            caption=f"Of {self.texts['test']:,} test sentences, {self.gained} are right only with adapters "
+            f"and {self.lost} only without: {points:+.1f} points.",
         )
         table.add_column("model")
         table.add_column("run by")
@@ -79,20 +79,14 @@ class DemoResult:
         return table
 
     def _facts(self) -> Table:
+        share = self.trainable / self.parameters
+        times = ", ".join(f"{name} {seconds:.0f}" for name, seconds in self.seconds.items())
         table = Table(show_header=False)
         table.add_column(style="bold")
         table.add_column()
-        table.add_row("adapted layers", f"{self.sites}")
-        table.add_row(
-            "trained", f"{self.trainable:,} of {self.parameters:,} parameters ({self.trainable / self.parameters:.2%})"
-        )
-        table.add_row("largest difference", f"{self.max_difference:.1e} (logits, unmerged torch and merged ONNX)")
-        table.add_row("ONNX file", f"{self.path} ({_mebibytes(self.file_bytes)})")
-        table.add_row("adapters alone", _mebibytes(self.adapter_bytes))
-        total = sum(self.seconds.values())
-        table.add_row("time", f"{total:.0f} s: " + ", ".join(f"{k} {v:.0f} s" for k, v in self.seconds.items()))
+        table.add_row("sites", f"{self.sites} linear layers adapted")
+        table.add_row("trainable share", f"{share:.2%} ({self.trainable:,} of {self.parameters:,})")
+        table.add_row("largest difference", f"{self.max_difference:.1e} (unmerged torch to merged ONNX)")
+        table.add_row("file", f"{self.path} ({self.file_bytes / 2**20:.1f} MiB)")
+        table.add_row("time", f"{sum(self.seconds.values()):.0f} s ({times})")
         return table
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"

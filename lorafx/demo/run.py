@@ -15,26 +15,29 @@ from lorafx.demo.batches import Texts
 from lorafx.demo.data import AREAS, load_corpus
 from lorafx.demo.model import load_model, load_tokenizer
 from lorafx.demo.progress import Parts
-from lorafx.demo.report import Accuracy, DemoResult, Example
+from lorafx.demo.report import Accuracy, DemoResult
 from lorafx.demo.train import accuracy, compute, fine_tune, fit_probe
 from lorafx.ir import sites
 from lorafx.spec import LoraSpec
 
 SPEC = LoraSpec(r=16, alpha=32, target_modules="all-linear", modules_to_save=("head",))
 VALIDATE_EVERY = 100  # steps
-EXAMPLES = 3
+LOSS_WINDOW = 20  # steps that the running loss is the mean of
 
 
 def run_demo(out_dir: Path, seed: int = 0, steps: int = 200, console: Console | None = None) -> DemoResult:
     """Fine-tune MiniLM to tell which area of the standard library a sentence is about, and export it.
 
     Writes ``model.onnx`` and ``demo.json`` to ``out_dir`` (made if missing); prints progress and the report.
-    ``seed`` sets the adapters' initial values and the order of the batches; texts and probe do not depend on it.
+    ``seed`` sets the adapters' initial values and the order of the batches; the splits do not depend on it.
 
     Raises:
         DemoError: the weights, transformers or the library's sources are missing.
+        ValueError: ``steps`` is below 1.
         ParityError: the exported file is not the trained model's twin.
     """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}; training needs at least 1")
     console = console or Console()
     out_dir.mkdir(parents=True, exist_ok=True)
     path = out_dir / "model.onnx"
@@ -42,7 +45,9 @@ def run_demo(out_dir: Path, seed: int = 0, steps: int = 200, console: Console | 
     with Parts(console) as parts:
         with parts.part("read"):
             corpus, tokenizer, model = load_corpus(), load_tokenizer(), load_model(classes)
-            splits = [Texts(passages, tokenizer) for passages in (corpus.train, corpus.validation, corpus.test)]
+            splits = [
+                Texts(passages, tokenizer) for passages in (corpus.train, corpus.validation, corpus.test)
+            ]
             train, validation, test = splits
 
         with parts.part("embed", total=sum(map(len, splits))) as advance:
@@ -63,8 +68,59 @@ def run_demo(out_dir: Path, seed: int = 0, steps: int = 200, console: Console | 
 
         with parts.part("train", total=steps) as advance:
             losses: list[float] = []
-            validated = 0.0
-            for loss in fine_tune(gm, train, steps, torch.Generator().manual_seed(seed)):
-                losses = [*losses[-19:], loss]
-                note = f"loss {sum(losses) / len(losses):.3f}"
-                advance(1, note)
+            note = ""
+            for step, loss in enumerate(fine_tune(gm, train, steps, torch.Generator().manual_seed(seed)), 1):
+                losses.append(loss)
+                if step % VALIDATE_EVERY == 0 or step == steps:
+                    gm.eval()
+                    validated = accuracy(compute(adapted, classes, validation), validation.labels)
+                    note = f", validation {validated:.1%}"
+                recent = losses[-LOSS_WINDOW:]
+                advance(1, f"loss {sum(recent) / len(recent):.3f}{note}")
+
+        with parts.part("evaluate", total=len(test)) as advance:
+            adapted_logits = compute(adapted, classes, test, advance)
+
+        with parts.part("export"):
+            report = merge_and_export(gm, path)
+
+        with parts.part("run ONNX", total=len(test)) as advance:
+            exported_logits = compute(_onnx_model(path), classes, test, advance)
+
+    probe_logits = probe.logits(test_x)
+    before, after = (logits.argmax(1) == test.labels for logits in (probe_logits, adapted_logits))
+    result = DemoResult(
+        seed=seed,
+        steps=steps,
+        areas=AREAS,
+        texts={"train": len(train), "validation": len(validation), "test": len(test)},
+        sites=len(sites(gm)),
+        trainable=sum(p.numel() for p in gm.parameters() if p.requires_grad),
+        parameters=sum(p.numel() for p in gm.parameters()),
+        probe=Accuracy(
+            accuracy(probe.logits(validation_x), validation.labels), accuracy(probe_logits, test.labels)
+        ),
+        adapted=Accuracy(validated, accuracy(adapted_logits, test.labels)),
+        exported=Accuracy(None, accuracy(exported_logits, test.labels)),
+        gained=int((after & ~before).sum()),
+        lost=int((before & ~after).sum()),
+        max_difference=float((adapted_logits - exported_logits).abs().max()),
+        path=path,
+        file_bytes=sum(file.stat().st_size for file in out_dir.glob(f"{path.name}*")),
+        seconds=parts.seconds,
+        export=report.to_dict(),
+    )
+    result.save(out_dir / "demo.json")
+    console.print(result)
+    return result
+
+
+def _onnx_model(path: Path) -> Callable[..., Tensor]:
+    """The file in ONNX Runtime, called as the model is: its logits ``[batch, classes]``."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def logits(**inputs: Tensor) -> Tensor:
+        [output] = session.run(["logits"], {name: value.numpy() for name, value in inputs.items()})
+        return torch.from_numpy(output)
+
+    return logits

@@ -35,7 +35,12 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 @torch.no_grad()
-def compute(function: Callable[..., Tensor], width: int, texts: Texts, advance: Callable[[int], None]) -> Tensor:
+def compute(
+    function: Callable[..., Tensor],
+    width: int,
+    texts: Texts,
+    advance: Callable[[int], None] = lambda count: None,
+) -> Tensor:
     """``[n, width]``: what ``function(input_ids=, attention_mask=)`` gives for each text.
 
     ``advance`` hears how many texts each batch brought.
@@ -60,15 +65,15 @@ def fit_probe(train: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor], c
 def _softmax_regression(embeddings: Tensor, labels: Tensor, classes: int, penalty: float) -> Probe:
     weight = torch.zeros(classes, embeddings.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
+    optimizer: torch.optim.Optimizer = torch.optim.LBFGS(
         [weight, bias], max_iter=1000, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
     )
 
-    def closure() -> Tensor:
+    def closure() -> float:
         optimizer.zero_grad()
         loss = F.cross_entropy(F.linear(embeddings, weight, bias), labels) + penalty * weight.square().sum()
         torch.autograd.backward(loss)
-        return loss
+        return loss.item()
 
     optimizer.step(closure)
     return Probe(weight.detach(), bias.detach())
@@ -92,7 +97,7 @@ def fine_tune(model: nn.Module, texts: Texts, steps: int, generator: torch.Gener
         model.train()
         loss = F.cross_entropy(model(**batch.inputs)["logits"], batch.labels)
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         schedule.step()

@@ -1,0 +1,759 @@
+"""Which layers a spec means: PEFT's grammar, what all-linear leaves out, shared and tied weights, the plan."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lorafx
+from conftest import Zoo, randomize, same
+from lorafx import LoraSpec, MatchError
+from lorafx.errors import SpecError
+from lorafx.passes.match import FrozenHeadWarning, candidates, match
+from tolerances import assert_close
+from zoo import FAMILIES, Family
+
+FRONT_ENDS = pytest.mark.parametrize("exported", [True, False], ids=["export", "symbolic"])
+
+
+def names(path: str, layers: str, count: int = 2) -> set[str]:
+    """``path`` with each layer's number, and each of the modules of a layer."""
+    return {f"{path.format(i)}.{layer}" for i in range(count) for layer in layers.split()}
+
+
+QKVO = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
+SPEECH = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj fc1 fc2"
+CROSS = "encoder_attn.q_proj encoder_attn.k_proj encoder_attn.v_proj encoder_attn.out_proj"
+GATED = f"{QKVO} mlp.gate_proj mlp.up_proj mlp.down_proj"
+
+#: What "all-linear" adapts in each family, and which layers it leaves out.
+ALL_LINEAR: dict[str, tuple[set[str], set[str]]] = {
+    "bert": (
+        names(
+            "bert.encoder.layer.{}",
+            "attention.self.query attention.self.key attention.self.value attention.output.dense"
+            " intermediate.dense output.dense",
+        )
+        | {"bert.pooler.dense"},
+        {"classifier"},
+    ),
+    "distilbert": (
+        names(
+            "distilbert.transformer.layer.{}",
+            "attention.q_lin attention.k_lin attention.v_lin attention.out_lin ffn.lin1 ffn.lin2",
+        )
+        | {"pre_classifier"},
+        {"classifier"},
+    ),
+    "modernbert": (names("model.layers.{}", "attn.Wqkv attn.Wo mlp.Wi mlp.Wo") | {"head.dense"}, {"decoder"}),
+    "llama": (names("model.layers.{}", GATED), {"lm_head"}),
+    "qwen3": (names("model.layers.{}", GATED), {"lm_head"}),
+    "gemma": (names("model.layers.{}", GATED), {"lm_head"}),
+    "phi": (
+        names("model.layers.{}", f"{QKVO.replace('o_proj', 'dense')} mlp.fc1 mlp.fc2"),
+        {"lm_head"},
+    ),
+    "gpt2": (names("transformer.h.{}", "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj"), {"lm_head"}),
+    "mixtral": (  # the routers are no Linear modules: by name only
+        names("model.layers.{}", QKVO),
+        {"lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"},
+    ),
+    "whisper": (
+        names("model.encoder.layers.{}", SPEECH) | names("model.decoder.layers.{}", f"{SPEECH} {CROSS}"),
+        {"proj_out"},
+    ),
+    "t5": (
+        names(
+            "encoder.block.{}.layer",
+            "0.SelfAttention.q 0.SelfAttention.k 0.SelfAttention.v 0.SelfAttention.o"
+            " 1.DenseReluDense.wi 1.DenseReluDense.wo",
+        )
+        | names(
+            "decoder.block.{}.layer",
+            "0.SelfAttention.q 0.SelfAttention.k 0.SelfAttention.v 0.SelfAttention.o"
+            " 1.EncDecAttention.q 1.EncDecAttention.k 1.EncDecAttention.v 1.EncDecAttention.o"
+            " 2.DenseReluDense.wi 2.DenseReluDense.wo",
+        ),
+        {"lm_head"},
+    ),
+    "vit": (
+        names(
+            "vit.layers.{}",
+            "attention.q_proj attention.k_proj attention.v_proj attention.o_proj mlp.fc1 mlp.fc2",
+        ),
+        {"classifier"},
+    ),
+    "mlp": ({"0", "3"}, {"5"}),
+    "convnet": ({"hidden"}, {"head"}),
+}
+
+
+def adapted(gm: Any, **fields: Any) -> set[str]:
+    choices = match(gm, (LoraSpec(**fields),))
+    return {c.candidate.name for c in choices if c.site is not None}
+
+
+def test_all_linear_leaves_out_output_layers(zoo: Zoo, family: Family) -> None:
+    taken, left = ALL_LINEAR[family.name]
+    choices = match(zoo.capture(family).gm, (LoraSpec(),))
+    assert {c.candidate.name for c in choices if c.site is not None} == taken
+    assert {c.candidate.name for c in choices if c.site is None} == left
+    for choice in choices:
+        if choice.site is None:
+            router = choice.candidate.name.endswith(".gate")
+            assert choice.reason.startswith("functional call on a bare parameter" if router else "output layer")
+
+
+def test_all_linear_is_what_peft_takes(zoo: Zoo, hf_family: Family) -> None:
+    """But for classification heads, which PEFT leaves out only where it trains them as modules_to_save."""
+    wrapped = peft.get_peft_model(zoo.eager(hf_family), peft.LoraConfig(target_modules="all-linear"))
+    heads = {"classifier"} if hf_family.task.endswith("classification") else set()
+    assert {*wrapped.base_model.targeted_module_names} == ALL_LINEAR[hf_family.name][0] | heads
+
+
+def test_sites_describe_their_layers(zoo: Zoo, family: Family) -> None:
+    capture = zoo.capture(family)
+    spec = LoraSpec(r=3, alpha=5, dropout=0.1, rslora=True)
+    for choice in match(capture.gm, (spec,)):
+        if (site := choice.site) is None:
+            continue
+        module = capture.model.get_submodule(site.name)
+        shape = module.weight.shape[::-1] if site.transposed else module.weight.shape
+        assert (site.out_features, site.in_features) == tuple(shape)
+        assert site.transposed == (type(module).__name__ == "Conv1D")
+        assert (site.weight, site.path) == (f"{site.name}.weight", site.name)
+        assert site.bias == (None if module.bias is None else f"{site.name}.bias")
+        assert (site.r, site.alpha, site.dropout, site.adapter) == (3, 5, 0.1, "default")
+        assert site.scaling == pytest.approx(5 / 3**0.5)
+        assert not site.apart
+
+
+# The grammar, on one model that has names of every kind.
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(6, 6)
+        self.v_proj = nn.Linear(6, 6, bias=False)
+        self.router = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.v_proj(self.q_proj(x).tanh()) * F.linear(x, self.router).sigmoid()
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(Block(), Block())
+        self.my_proj = nn.Linear(6, 6)
+        self.proj = nn.Linear(6, 6)
+        self.head = nn.Linear(6, 3)
+        self.spare = nn.Linear(6, 6)  # never called
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.proj(self.my_proj(self.blocks(x)).tanh()))
+        return out.transpose(0, 1).contiguous()
+
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+
+def graph(model: nn.Module | None = None, exported: bool = True) -> Any:
+    return lorafx.api.captured(Model() if model is None else model, (X,) if exported else None, None)
+
+
+QS = {"blocks.0.q_proj", "blocks.1.q_proj"}
+VS = {"blocks.0.v_proj", "blocks.1.v_proj"}
+
+
+@FRONT_ENDS
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["q_proj"], QS),
+        (["proj"], {"proj"}),  # a dotted suffix, not any suffix: neither my_proj nor q_proj
+        (["0.q_proj", "my_proj"], {"blocks.0.q_proj", "my_proj"}),
+        (["blocks.1.v_proj"], {"blocks.1.v_proj"}),
+        ([r"blocks.0.router"], {"blocks.0.router"}),
+        (["head"], {"head"}),
+        (r".*\.(q|v)_proj", QS | VS),
+        ("proj", {"proj"}),  # a full match
+        (r".*proj", QS | VS | {"my_proj", "proj"}),
+        (r".*router", {"blocks.0.router", "blocks.1.router"}),
+        ("all-linear", QS | VS | {"my_proj", "proj"}),
+    ],
+    ids=str,
+)
+def test_targets(targets: Any, expected: set[str], exported: bool) -> None:
+    assert adapted(graph(exported=exported), target_modules=targets) == expected
+
+
+@pytest.mark.parametrize(
+    ("exclude", "expected"),
+    [
+        (["q_proj"], VS | {"my_proj", "proj"}),
+        (["0.q_proj", "proj"], {"blocks.1.q_proj"} | VS | {"my_proj"}),
+        (r"blocks\..*", {"my_proj", "proj"}),
+        (["spare"], QS | VS | {"my_proj", "proj"}),  # a layer of the model, though not of the graph
+    ],
+    ids=str,
+)
+def test_exclude_wins_over_targets(exclude: Any, expected: set[str]) -> None:
+    gm = graph()
+    everything = [*QS, *VS, "my_proj", "proj"]
+    assert adapted(gm, exclude_modules=exclude) == expected
+    assert adapted(gm, target_modules=everything, exclude_modules=exclude) == expected
+    reasons = {c.candidate.name: c.reason for c in match(gm, (LoraSpec(exclude_modules=exclude),))}
+    assert all(reasons[n] == "excluded by exclude_modules" for n in {*everything} - expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"target_modules": ["q_proj", "v_prj"]},
+            r"target_modules names 'v_prj', and the model has no such layer \(did you mean '.*v_proj'",
+        ),
+        ({"target_modules": ["q_proj", "wte"]}, r"target_modules names 'wte', .*\. Its layers end in: .*q_proj"),
+        (
+            {"target_modules": ["blocks"]},
+            r"names 'blocks', which is the module 'blocks' but no linear layer .*; linear layers below it: blocks\.0",
+        ),
+        ({"target_modules": ["spare"]}, r"'spare' but no linear layer that this graph calls \(a layer these inputs"),
+        ({"exclude_modules": ["q_prj"]}, r"exclude_modules names 'q_prj', .*did you mean '.*q_proj'"),
+        ({"modules_to_save": ["haed"]}, r"modules_to_save names 'haed', .*did you mean 'head'"),
+        (
+            {"target_modules": r"transformer\..*"},
+            r"target_modules='transformer.*' leaves nothing to adapt among 9 layers: 9 not in target_modules",
+        ),
+        ({"exclude_modules": r".*"}, r"'all-linear' leaves nothing to adapt .*excluded by exclude_modules"),
+        ({"modules_to_save": ["blocks", "proj", "my_proj", "head"]}, r"trained whole \(modules_to_save\)"),
+    ],
+    ids=str,
+)
+def test_what_matches_nothing_is_an_error(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(MatchError, match=message):
+        lorafx.apply(Model(), LoraSpec(**fields), (X,))
+
+
+def test_every_unmatched_entry_is_named() -> None:
+    with pytest.raises(MatchError, match=r"(?s)aaa.*bbb|bbb.*aaa"):
+        lorafx.apply(Model(), LoraSpec(target_modules=["q_proj", "aaa", "bbb"]), (X,))
+
+
+def test_a_model_without_layers_is_an_error() -> None:
+    with pytest.raises(MatchError, match="no linear layer on a parameter, so there is nothing to adapt"):
+        lorafx.apply(nn.Sequential(nn.Tanh()), LoraSpec(), (X,))
+
+
+def test_an_unknown_variant_is_an_error() -> None:
+    with pytest.raises(SpecError, match=r"variant='lroa' is not known \(did you mean 'lora'\?\); allowed: 'lora'"):
+        lorafx.apply(Model(), LoraSpec(variant="lroa"), (X,))
+
+
+def test_patterns_give_ranks_and_alphas() -> None:
+    spec = LoraSpec(
+        r=2,
+        alpha=3,
+        target_modules=r".*proj",
+        rank_pattern={"q_proj": 4, r"blocks\.\d\..*": 5},
+        alpha_pattern={"1.q_proj": 8, "proj": 7},
+    )
+    sites = {s.name: (s.r, s.alpha, s.scaling) for s in lorafx.sites(lorafx.apply(Model(), spec, (X,)))}
+    assert sites == {
+        "blocks.0.q_proj": (4, 3, 3 / 4),
+        "blocks.1.q_proj": (4, 8, 8 / 4),
+        "blocks.0.v_proj": (5, 3, 3 / 5),
+        "blocks.1.v_proj": (5, 3, 3 / 5),
+        "my_proj": (2, 3, 3 / 2),
+        "proj": (2, 7, 7 / 2),
+    }
+
+
+def test_of_several_specs_the_first_has_a_layer() -> None:
+    specs = [
+        LoraSpec(r=2, target_modules=["0.q_proj", "proj"], dropout=0.1),
+        {"r": 3, "target_modules": ["q_proj"], "rslora": True},
+        LoraSpec(r=4, exclude_modules=["my_proj"]),
+    ]
+    sites = {s.name: (s.r, s.dropout) for s in lorafx.sites(lorafx.apply(Model(), specs, (X,)))}
+    expected = {"blocks.0.q_proj": (2, 0.1), "proj": (2, 0.1), "blocks.1.q_proj": (3, 0.0)}
+    assert sites == expected | dict.fromkeys(VS, (4, 0.0))
+    with pytest.raises(MatchError, match="'nothing'"):
+        lorafx.apply(Model(), [specs[0], LoraSpec(target_modules=["nothing"])], (X,))
+
+
+@FRONT_ENDS
+def test_all_linear_leaves_the_output_layer_behind_shape_changes(exported: bool) -> None:
+    class Shapes(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.head(self.proj(self.my_proj(self.blocks(x)).tanh()))
+            return h.unsqueeze(0).permute(0, 2, 1).reshape(-1).view(3, -1).double()
+
+    assert adapted(graph(Shapes(), exported)) == QS | VS | {"my_proj", "proj"}
+
+
+@FRONT_ENDS
+def test_a_layer_whose_output_is_used_further_is_no_output_layer(exported: bool) -> None:
+    class Normed(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.softmax(self.head(self.proj(self.my_proj(self.blocks(x)).tanh())), -1)
+
+    assert adapted(graph(Normed(), exported)) == QS | VS | {"my_proj", "proj", "head"}
+
+
+# One module called twice; two names for one module; tied weights; weights read elsewhere.
+
+
+class Shared(nn.Module):
+    """One layer under two names, called under each, the first twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.again = self.layer
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(self.layer(x).tanh()).tanh()
+        out: Tensor = self.head(self.again(h).tanh())
+        return out
+
+
+class SharedBlock(nn.Module):
+    """A block used twice under two names, as ALBERT's layers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block()])
+        self.blocks.append(self.blocks[0])
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.head(x)
+        return out
+
+
+@FRONT_ENDS
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [(Shared, ["layer"]), (SharedBlock, ["blocks.0.q_proj", "blocks.0.v_proj"])],
+    ids=["layer", "block"],
+)
+def test_a_shared_module_is_one_site(build: type[nn.Module], expected: list[str], exported: bool) -> None:
+    model = build()
+    gm = lorafx.apply(model, LoraSpec(r=2), (X,) if exported else None)
+    assert [s.name for s in lorafx.sites(gm)] == expected
+    randomize(gm)
+    adapted_outputs = gm(X)
+    assert_close("model", lorafx.merge(gm)(X), adapted_outputs)
+    model.load_state_dict(lorafx.merged_state_dict(gm))
+    assert_close("model", model(X), adapted_outputs)
+
+
+class Tied(nn.Module):
+    """Two modules with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.two(self.one(x).tanh()).tanh())
+        return out
+
+
+class ReadElsewhere(nn.Module):
+    """A weight that the model also reads without its layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        penalty = torch.cat([self.one.weight, self.one.weight.t()]).square().mean()
+        out: Tensor = self.head(self.one(x).tanh()) + penalty
+        return out
+
+
+class PartRead(ReadElsewhere):
+    """Half of a fused weight, sliced, as models that split q from kv do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.one(x).tanh() + F.linear(x, self.one.weight[:3]).repeat(1, 2))
+        return out
+
+
+class Viewed(ReadElsewhere):
+    """Another parameter over the same storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(self.one.weight.detach()[1:3])
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.one(x).tanh()) + self.rows.sum()
+        return out
+
+
+class EmbeddingTied(nn.Module):
+    """An output projection by the embedding's own weight, called functionally."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.one = nn.Embedding(9, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x[:, 0].abs().long().clamp(max=8))
+        return F.linear(h + self.one(h).tanh(), self.embed.weight)
+
+
+class CastRead(ReadElsewhere):
+    """A float64 weight, cast for the call and read uncast elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one.weight = nn.Parameter(self.one.weight.detach().double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.one.weight.to(x.dtype), self.one.bias)
+        out: Tensor = self.head(h.tanh()) + self.one.weight.sum().to(x.dtype)
+        return out
+
+
+#: The model, the site's name, its weight's, the name that the other use has it by, and a description of that use.
+ELSEWHERE: list[tuple[type[nn.Module], str, str, str, str]] = [
+    (Tied, "one", "one.weight", "two.weight", r"aten.linear.default in 'two' \(as 'two.weight'\)"),
+    (ReadElsewhere, "one", "one.weight", "one.weight", r"aten.\w+.default in 'the model's own forward' \(as 'one.weight'\)"),
+    (PartRead, "one", "one.weight", "one.weight", r"aten.slice.Tensor in 'the model's own forward'"),
+    (Viewed, "one", "one.weight", "rows", r"\(as 'rows'\)"),
+    (EmbeddingTied, "embed.weight", "embed.weight", "embed.weight", r"aten.embedding.default in 'embed' \(as 'embed.weight'\)"),
+    (CastRead, "one.weight", "one.weight", "one.weight", r"aten.sum.* in 'the model's own forward' \(as 'one.weight'\)"),
+]
+elsewhere = pytest.mark.parametrize(
+    ("build", "site", "weight", "other", "place"), ELSEWHERE, ids=[case[0].__name__ for case in ELSEWHERE]
+)
+
+
+@elsewhere
+def test_a_weight_used_elsewhere_is_refused_with_both_places(
+    build: type[nn.Module], site: str, weight: str, other: str, place: str
+) -> None:
+    with pytest.raises(MatchError, match=rf"site '{site}' multiplies by '{weight}', which .*elsewhere: .*{place}") as caught:
+        lorafx.apply(build(), LoraSpec(target_modules=[site]), (X,))
+    assert f"exclude_modules=['{site}']" in str(caught.value)
+    assert 'tied="untie"' in str(caught.value)
+
+
+@elsewhere
+def test_untied_the_fold_leaves_the_other_use_alone(
+    build: type[nn.Module], site: str, weight: str, other: str, place: str
+) -> None:
+    model = build()
+    gm = lorafx.apply(model, LoraSpec(r=2, target_modules=[site], tied="untie"), (X,))
+    assert torch.equal(gm(X), model(X))
+    (found,) = lorafx.sites(gm)
+    assert found.apart
+    randomize(gm)
+    merged = lorafx.merge(gm)
+    assert_close("model", merged(X), gm(X))
+    assert torch.equal(merged.get_parameter(other), model.get_parameter(other))
+    assert torch.equal(lorafx.unadapted(gm)(X), model(X))
+    with pytest.raises(lorafx.MergeError, match=rf"site '{site}': its weight '{weight}' has another use and was kept apart"):
+        lorafx.merged_state_dict(gm)
+
+
+def test_both_of_two_tied_layers_untied() -> None:
+    model = Tied()
+    gm = lorafx.apply(model, LoraSpec(r=2, tied="untie"), (X,))
+    assert [s.name for s in lorafx.sites(gm)] == ["one", "two"]
+    randomize(gm)
+    assert_close("model", lorafx.merge(gm)(X), gm(X))
+
+
+def test_a_tied_weight_that_the_graph_reads_once_is_folded_under_each_name() -> None:
+    """Nothing else uses it, so it may be adapted; the state dict then has W' under both names."""
+
+    class OneCalled(Tied):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(self.one(x).tanh())
+            return out
+
+    model = OneCalled()
+    gm = lorafx.apply(model, LoraSpec(r=2), (X,))
+    randomize(gm)
+    values, adapted_outputs = lorafx.merged_state_dict(gm), gm(X)
+    assert torch.equal(values["one.weight"], values["two.weight"])
+    model.load_state_dict(values)
+    assert_close("model", model(X), adapted_outputs)
+
+
+# Forms of calls.
+
+
+@FRONT_ENDS
+def test_functional_calls_go_by_the_parameters_name(exported: bool) -> None:
+    model = Model()
+    gm = lorafx.apply(model, LoraSpec(r=2, target_modules=["router"]), (X,) if exported else None)
+    assert [(s.name, s.weight, s.bias) for s in lorafx.sites(gm)] == [
+        ("blocks.0.router", "blocks.0.router", None),
+        ("blocks.1.router", "blocks.1.router", None),
+    ]
+    assert {*gm.state_dict()} - {*model.state_dict()} == {
+        f"blocks.{i}.router_adapter.lora_{m}.default" for i in (0, 1) for m in "AB"
+    }
+    randomize(gm)
+    merged = lorafx.merge(gm)
+    assert_close("model", merged(X), gm(X))
+    assert {*merged.state_dict()} == {*model.state_dict()}
+
+
+def test_a_module_that_is_no_linear_layer_is_functional_though_it_holds_a_weight() -> None:
+    """Routers of mixtures of experts are such: all-linear means Linear modules."""
+
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight).sigmoid()
+
+    model = nn.Sequential(nn.Linear(6, 6), Router(), nn.Linear(6, 2))
+    for exported in (True, False):
+        gm = graph(model, exported)
+        assert adapted(gm) == {"0"}
+        assert adapted(gm, target_modules=["1"]) == {"1"}
+
+
+def test_a_subclass_of_linear_is_a_linear_layer() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    class Plain(nn.Linear):
+        pass
+
+    model = nn.Sequential(Scaled(6, 6), Plain(6, 6), nn.Linear(6, 2))
+    for exported in (True, False):
+        gm = lorafx.apply(model, LoraSpec(r=2), (X,) if exported else None)
+        assert [s.name for s in lorafx.sites(gm)] == ["0", "1"]
+        assert torch.equal(gm(X), model(X))
+        randomize(gm)
+        assert_close("model", lorafx.merge(gm)(X), gm(X))
+
+
+def test_a_weight_behind_a_cast() -> None:
+    class Cast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(6, 6).to(torch.bfloat16)
+            self.head = nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = F.linear(x, self.one.weight.to(x.dtype), self.one.bias.to(x.dtype))
+            out: Tensor = self.head(h.tanh())
+            return out
+
+    model = Cast()
+    gm = lorafx.apply(model, LoraSpec(r=2, target_modules=["one.weight"]), (X,))
+    assert torch.equal(gm(X), model(X))
+    randomize(gm)
+    merged = lorafx.merge(gm)
+    assert merged.one.weight.dtype == torch.bfloat16
+    reference = copy.deepcopy(model)
+    reference.load_state_dict(lorafx.merged_state_dict(gm))
+    assert torch.equal(merged(X), reference(X))
+    rounded = (merged(X) - gm(X)).abs().max() / gm(X).abs().max()
+    assert rounded < 4 * torch.finfo(torch.bfloat16).eps  # W' is stored in bfloat16
+
+
+def test_a_computed_bias_is_no_parameter_of_the_site() -> None:
+    class Computed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.head = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.head(F.linear(x, self.one.weight, self.one.bias * 2).tanh())
+            return out
+
+    model = Computed()
+    gm = lorafx.apply(model, LoraSpec(r=2, target_modules=["one.weight"], bias="lora_only"), (X,))
+    assert [s.bias for s in lorafx.sites(gm)] == [None]
+    randomize(gm)
+    assert_close("model", lorafx.merge(gm)(X), gm(X))
+
+
+def test_layers_without_gradient_stay_so() -> None:
+    """Inside torch.no_grad: adapted when asked, the same values, and no gradient reaches the adapter there."""
+
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                h = self.one(x).tanh()
+            out: Tensor = self.head(self.two(h))
+            return out
+
+    model = Detached()
+    gm = lorafx.apply(model, LoraSpec(r=2), (X,))
+    assert [s.name for s in lorafx.sites(gm)] == ["one", "two"]
+    assert torch.equal(gm(X), model(X))
+    randomize(gm)
+    gm(X).sum().backward()
+    with_gradient = {n for n, p in gm.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert with_gradient == {"two.lora_A.default", "two.lora_B.default"}
+    assert_close("model", lorafx.merge(gm)(X), gm(X))
+
+
+def test_conv1d_is_transposed_and_back(zoo: Zoo) -> None:
+    family = FAMILIES["gpt2"]
+    gm = zoo.adapted(family, LoraSpec(r=3, target_modules=["c_attn"]))
+    randomize(gm)
+    first = lorafx.sites(gm)[0]
+    assert first.transposed
+    assert gm.get_parameter(first.weight).shape == (first.in_features, first.out_features) == (36, 108)
+    assert gm.get_parameter(first.parameter_name("lora_A")).shape == (3, 36)
+    assert gm.get_parameter(first.parameter_name("lora_B")).shape == (108, 3)
+    merged = lorafx.merge(gm).get_parameter(first.weight)
+    a, b = (p.detach().double() for p in first.parameters(gm).values())
+    exact = gm.get_parameter(first.weight).double() + first.scaling * (b @ a).T
+    assert merged.is_contiguous()
+    assert torch.equal(merged, exact.float())
+
+
+def test_a_tied_lm_head_is_refused_or_untied(zoo: Zoo) -> None:
+    family = FAMILIES["gpt2"]
+    with pytest.raises(MatchError, match=r"site 'lm_head' multiplies by 'lm_head.weight', .*aten.embedding.default in 'transformer.wte'"):
+        match(zoo.capture(family).gm, (LoraSpec(target_modules=["lm_head"]),))
+    gm = zoo.adapted(family, LoraSpec(r=2, target_modules=["lm_head"], tied="untie")).eval()
+    randomize(gm)
+    merged = lorafx.merge(gm)
+    inputs = family.inputs()
+    assert_close("model", merged(**inputs).logits, gm(**inputs).logits)
+    assert torch.equal(merged.transformer.wte.weight, gm.transformer.wte.weight)
+
+
+def test_routers_by_name(zoo: Zoo) -> None:
+    gm = zoo.capture(FAMILIES["mixtral"]).gm
+    wanted = {f"model.layers.{i}.mlp.gate" for i in (0, 1)}
+    assert adapted(gm, target_modules=["gate"]) == wanted
+    assert {c.name for c in candidates(gm) if not c.module} == wanted
+
+
+# The plan.
+
+
+def test_plan_counts_what_apply_makes(zoo: Zoo, family: Family) -> None:
+    spec = LoraSpec(r=3, dropout=0.1, rank_pattern={"lin1|fc1|0": 5})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FrozenHeadWarning)
+        plan = lorafx.plan(zoo.eager(family), spec, family.inputs())
+    gm = zoo.adapted(family, spec)
+    sites = {s.name: s for s in lorafx.sites(gm)}
+    taken, left = ALL_LINEAR[family.name]
+    assert {r.site for r in plan.adapted} == taken == {*sites}
+    assert {r.site for r in plan.left_out} == left
+    for row in plan.adapted:
+        site = sites[row.site]
+        assert row.parameters == sum(p.numel() for p in site.parameters(gm).values())
+        assert (row.shape, row.r, row.scaling) == ((site.out_features, site.in_features), site.r, site.scaling)
+        assert row.reason == ""
+    for row in plan.left_out:
+        assert (row.r, row.scaling, row.parameters) == (None, None, 0)
+        assert row.reason
+    assert plan.trainable == sum(p.numel() for p in gm.parameters() if p.requires_grad)
+    assert plan.total == sum(p.numel() for p in gm.parameters())
+    assert plan.optimizer_bytes == 8 * plan.trainable
+    assert plan.activation_bytes > 0
+
+
+def test_plan_prints_a_table() -> None:
+    spec = LoraSpec(r=2, exclude_modules=["0.q_proj"], modules_to_save=["head"])
+    plan = lorafx.plan(Model(), spec, (X,))
+    text = str(plan)
+    for word in (
+        "blocks.1.q_proj",
+        "excluded by exclude_modules",
+        "functional call on a bare parameter",
+        "trained whole (modules_to_save)",
+        "6 x 6",
+        "3 x 6",
+        "5 layers adapted, 4 left out",
+    ):
+        assert word in text.replace("\n", " "), text
+    rows = {r.site: r.parameters for r in plan.rows}
+    assert rows["my_proj"] == 2 * (6 + 6)
+    head = 3 * 6 + 3
+    assert plan.trainable == 5 * 2 * (6 + 6) + head
+    base = sum(p.numel() for p in Model().parameters())
+    assert plan.total == base + 5 * 2 * (6 + 6)
+    # Four rows of x: the activations behind A are [4, 2] float32 a site.
+    assert plan.activation_bytes == 5 * 4 * 2 * 4
+    dropped = lorafx.plan(Model(), LoraSpec(r=2, dropout=0.1, target_modules=["my_proj"]), (X,))
+    assert dropped.activation_bytes == 4 * 2 * 4 + 4 * 6 * (4 + 1)  # and the dropped input and its mask
+
+
+def test_plan_changes_nothing_and_raises_as_apply_does() -> None:
+    model, before = Model(), torch.get_rng_state()
+    values = copy.deepcopy(model.state_dict())
+    lorafx.plan(model, LoraSpec(), (X,))
+    assert same(dict(model.state_dict()), dict(values))
+    assert torch.equal(before, torch.get_rng_state())
+    with pytest.raises(MatchError, match="'nothing'"):
+        lorafx.plan(model, LoraSpec(target_modules=["nothing"]), (X,))
+    with pytest.raises(MatchError, match="which the graph also uses elsewhere"):
+        lorafx.plan(Tied(), LoraSpec(), (X,))
+
+
+def heads_warned_of(call: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    found = [w for w in caught if w.category is FrozenHeadWarning]
+    return [str(w.message).split("'")[1] for w in found]
+
+
+def trained_head(model: Model) -> Model:
+    with torch.no_grad():
+        model.head.weight.mul_(3)
+        model.head.bias.add_(1)
+    return model
+
+
+def test_a_fresh_head_that_stays_frozen_is_warned_of() -> None:
+    def warned(model: nn.Module, **fields: Any) -> Iterable[str]:
+        return heads_warned_of(lambda: lorafx.apply(model, LoraSpec(**fields), (X,)))
+
+    assert warned(Model()) == ["head"]
+    assert heads_warned_of(lambda: lorafx.plan(Model(), LoraSpec(), (X,))) == ["head"]
+    assert warned(Model(), modules_to_save=["head"]) == []
+    assert warned(Model(), target_modules=["head"]) == []
+    assert warned(trained_head(Model())) == []
+    with pytest.warns(FrozenHeadWarning, match=r"Add modules_to_save=\['head'\] to the spec, or load its trained") as caught:
+        lorafx.apply(Model(), LoraSpec(), (X,))
+    assert caught[0].filename == __file__, "the warning points elsewhere than at the call"
+
+
+def test_a_fresh_classification_head_is_warned_of() -> None:
+    """As from_pretrained leaves it: normal with initializer_range, zero bias."""
+    model = FAMILIES["bert"].build()
+    assert heads_warned_of(lambda: lorafx.plan(model, LoraSpec(), FAMILIES["bert"].inputs())) == []
+    model = type(model)(model.config)
+    assert heads_warned_of(lambda: lorafx.plan(model, LoraSpec(), FAMILIES["bert"].inputs())) == ["classifier"]
