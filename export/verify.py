@@ -84,7 +84,7 @@ def open_runtime(path: Path, graph: CapturedModule, dtype: torch.dtype, scratch:
     write_model(twin, scratch / "twin.onnx", external_data=True)
     note = (
         f"the file itself: ONNX Runtime's CPU provider has no {str(dtype).removeprefix('torch.')}; its "
-        "float32 twin ran, with the same nodes and exactly the same weights, beside the torch graph in float32"
+        "float32 twin ran, with the same nodes and exactly the same weights, beside torch in float32"
     )
     session = Session(scratch / "twin.onnx", "its float32 twin")
     return Runtime(session, widen_graph(graph), "unmerged, in float32", widen_tensor, note)

@@ -22,9 +22,13 @@ from lorafx.errors import (
     SpecError,
     VerifyError,
 )
+from lorafx.export.export import export_base, merge_and_export
+from lorafx.export.report import ExportReport
 from lorafx.ir import Site, sites
 from lorafx.passes.merge import merge, merged_state_dict, unadapted
+from lorafx.passes.plan import Plan
 from lorafx.spec import LoraSpec
+from lorafx.state import adapter_state_dict, load_adapter, save_adapter
 
 __version__ = "0.1.0"
 
@@ -32,6 +36,7 @@ __all__ = [
     "AdapterError",
     "CaptureError",
     "ExportError",
+    "ExportReport",
     "InputError",
     "LoraSpec",
     "LorafxError",
@@ -40,13 +45,19 @@ __all__ = [
     "MergeError",
     "ParityError",
     "PassError",
+    "Plan",
     "Site",
     "SpecError",
     "VerifyError",
+    "adapter_state_dict",
     "apply",
+    "export_base",
+    "load_adapter",
     "merge",
+    "merge_and_export",
     "merged_state_dict",
     "plan",
+    "save_adapter",
     "sites",
     "unadapted",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 from rich.console import Console
@@ -53,22 +53,27 @@ def demo(
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or package.module:function.")],
+    model: Annotated[
+        str, typer.Argument(help="Folder of a Hugging Face checkpoint, or package.module:function.")
+    ],
     spec: Annotated[
         Path | None, typer.Option(help="JSON file of a LoraSpec, or PEFT's adapter_config.json.")
     ] = None,
     r: Annotated[int, typer.Option(help="Rank (without --spec).", min=1)] = 8,
     alpha: Annotated[float, typer.Option(help="Numerator of the scaling (without --spec).")] = 16,
     target: Annotated[
-        list[str] | None, typer.Option(help="A layer's name or dotted suffix; may be repeated (without --spec).")
+        list[str] | None,
+        typer.Option(help="A layer's name or dotted suffix; may be repeated (without --spec)."),
     ] = None,
 ) -> None:
     """Show what would be adapted, and why the rest is left out. Changes and writes nothing."""
     from lorafx.sources import find_model
 
     found, inputs = find_model(model)
-    chosen = lorafx.LoraSpec.from_json(spec) if spec else lorafx.LoraSpec(
-        r=r, alpha=alpha, target_modules=target or "all-linear"
+    chosen = (
+        lorafx.LoraSpec.from_json(spec)
+        if spec
+        else lorafx.LoraSpec(r=r, alpha=alpha, target_modules=target or "all-linear")
     )
     with _console.status("capturing the model"):
         result = lorafx.plan(found, chosen, inputs)
@@ -82,20 +87,22 @@ def verify(
     inputs: Annotated[
         Path | None, typer.Option(help="An .npz file of inputs by name: run both files on them.")
     ] = None,
+    random: Annotated[bool, typer.Option("--random", help="Run both files on random inputs.")] = False,
 ) -> None:
-    """Compare two ONNX files: the graphs node by node and, with inputs, the numbers. Exit status 1: they differ."""
-    from lorafx.export.verify import verify_files
+    """Compare two ONNX files: node by node, weight by weight, and by what they compute. Status 1: they differ."""
+    from lorafx.export.files import verify_files
 
     with _console.status("comparing"):
-        result = verify_files(first, second, inputs)
+        result = verify_files(first, second, inputs, random=random)
     _console.print(str(result), highlight=False, soft_wrap=True)
-    if not result.same:
+    if not (result.same_structure and result.same_numbers):
         raise typer.Exit(1)
 
 
 def main() -> None:
     """Run the command line; what lorafx refuses is printed as one line, with ``--debug`` as a traceback."""
-    warnings.showwarning = _show_warning
+    if "--debug" not in sys.argv:
+        warnings.showwarning = _show_warning
     try:
         app()
     except LorafxError as error:
@@ -105,7 +112,15 @@ def main() -> None:
         sys.exit(1)
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Show what lorafx warns of, as one line; other packages' warnings are for ``--debug``."""
     if category.__module__.startswith("lorafx"):
         _errors.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 

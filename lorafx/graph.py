@@ -138,23 +138,24 @@ class CapturedModule(GraphModule):
             warnings.simplefilter("ignore")
             self.graph.lint()
 
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any], *rest: Any
+    ) -> None:
         """Load values as ``nn.Module`` does, but never into storage shared with the user's model.
 
         A base tensor whose value differs gets storage of its own first; equal ones stay shared. The
         graph's own parameters (adapters, ``modules_to_save``) are written in place, so that an
-        optimizer that holds them goes on working.
+        optimizer that holds them goes on working. Called for this module before its children, also
+        where it is a part of another one that is loaded.
         """
-        if not assign:
+        if not local_metadata.get("assign_to_params_buffers", False):
             for name, tensor in list(named_tensors(self)):
-                new = state_dict.get(name)
+                new = state_dict.get(prefix + name)
                 if not isinstance(new, Tensor) or new.shape != tensor.shape or is_own(tensor):
                     continue
                 if not torch.equal(new.to(tensor), tensor):
                     rebind(self, tensor, tensor.detach().clone())
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CapturedModule:
         """What ``to``, ``cuda`` and the like do; the devices that the trace wrote into the graph move along.

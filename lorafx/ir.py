@@ -87,6 +87,7 @@ def stage(gm: CapturedModule) -> Stage:
 
 def site_nodes(gm: CapturedModule) -> dict[Site, list[Node]]:
     """Every site and the nodes that call it, in graph order."""
+    stage(gm)  # refuses what is no graph of lorafx's
     found: dict[Site, list[Node]] = {}
     for node in gm.graph.nodes:
         note: Mapping[str, Any] | None = notes(node).get("site")

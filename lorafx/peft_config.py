@@ -41,6 +41,7 @@ def _read_targets(value: Any) -> Any:
         )
     return value
 
+
 #: The heads that PEFT's task models add to ``modules_to_save`` on their own.
 HEADS_OF_TASK: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {

@@ -57,7 +57,9 @@ class GraphRecord:
             target = node.target if isinstance(node.target, str) else target_name(node.target)
             kept = {k: node.meta[k] for k in ("custom", "stack_trace") if k in node.meta}
             args, kwargs = (map_aggregate(v, _refer) for v in (node.args, node.kwargs))
-            records.append(NodeRecord(node.op, node.name, target, plain_containers(args), plain_containers(kwargs), kept))
+            records.append(
+                NodeRecord(node.op, node.name, target, plain_containers(args), plain_containers(kwargs), kept)
+            )
         return cls(tuple(records))
 
     def to_graph(self) -> Graph:

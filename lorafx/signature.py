@@ -70,6 +70,9 @@ class Signature:
     dims: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     ranges: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Signature:
+        return self  # never changed; a copy of a TreeSpec warns of torch's own deprecation
+
     @property
     def placeholders(self) -> tuple[str, ...]:
         """Placeholder names in the order of the arguments."""
@@ -116,8 +119,9 @@ def flatten_argument(argument: Argument, value: Any) -> list[Any]:
         return [None] * len(argument.leaves)
     leaves, spec = pytree.tree_flatten(value)
     if spec != argument.spec:
+        was, now = (" ".join(str(s).split()) for s in (argument.spec, spec))  # on one line
         raise InputError(
-            f"argument '{argument.name}' was captured as {argument.spec} and was given as {spec}; "
+            f"argument '{argument.name}' was captured as {was} and was given as {now}; "
             "pass the same structure, or capture again with example inputs of this one"
         )
     return list(leaves)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,11 +37,13 @@ def find_model(source: str) -> tuple[nn.Module, ExampleInputs]:
             f"'{source}' is neither a folder nor package.module:function. Give a folder with a config.json, or a "
             "function that returns the model"
         )
-    sys.path.insert(0, os.getcwd())
+    sys.path.insert(0, str(Path.cwd()))
     try:
         made: Any = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError) as error:
-        raise SourceError(f"'{source}': {error}. Run from the folder in which `import {module}` works") from error
+        raise SourceError(
+            f"'{source}': {error}. Run from the folder in which `import {module}` works"
+        ) from error
     finally:
         sys.path.pop(0)
     model, inputs = made if isinstance(made, tuple) else (made, None)
@@ -58,12 +59,16 @@ def _from_folder(folder: Path) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise SourceError("reading a checkpoint's folder needs transformers: pip install 'lorafx[hf]'") from error
+        raise SourceError(
+            "reading a checkpoint's folder needs transformers: pip install 'lorafx[hf]'"
+        ) from error
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     names = json.loads(config_file.read_text()).get("architectures") or []
-    builder = getattr(transformers, names[0], None) if names else transformers.AutoModel
+    builder: Any = getattr(transformers, names[0], None) if names else transformers.AutoModel
     if builder is None:
-        raise SourceError(f"'{config_file}' names the architecture {names[0]}, which transformers does not have")
+        raise SourceError(
+            f"'{config_file}' names the architecture {names[0]}, which transformers does not have"
+        )
     with torch.device("meta"):
         model = builder._from_config(config) if names else builder.from_config(config)
     assert isinstance(model, nn.Module)

@@ -131,22 +131,28 @@ def _capture_export(model: nn.Module, example: Example, user: Example) -> Captur
 
 
 def _capture_symbolic(model: nn.Module) -> CapturedModule:
-    parameters = {
+    named = {
         n: p
         for n, p in inspect.signature(model.forward).parameters.items()
-        if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
     }
+    inputs = Example(dict.fromkeys(n for n, p in named.items() if p.default is p.empty), {}, {}, named)
     traces = []
     for training in (True, False):
         model.train(training)
-        trace = symbolic_trace(model, tuple(parameters))
+        trace = symbolic_trace(model, tuple(inputs.tensors))
         canonicalize(trace, model)
         traces.append(trace)
     align(*traces)
     trace = traces[0]
-    arguments = tuple(Argument(n, trace.leaves[n], trace.in_specs[n]) for n in parameters)
-    names = tuple(parameters)
-    signature = Signature(arguments, _output_names(trace.out_spec), trace.out_spec, {}, names, len(names))
+    signature = Signature(
+        arguments=_arguments(trace, inputs),
+        outputs=_output_names(trace.out_spec),
+        out_spec=trace.out_spec,
+        uncaptured=inputs.uncaptured,
+        order=inputs.order,
+        positional=inputs.positional,
+    )
     return _build(model, trace, signature, None)
 
 

@@ -78,13 +78,20 @@ def export_trace(model: nn.Module, example: Example) -> Trace:
     return Trace(graph, module, leaves, specs, out_spec, ranges)
 
 
+class _Tracer(torch.fx.Tracer):
+    """Looks into parametrized layers, whose weight is computed."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not is_parametrized(m) and super().is_leaf_module(m, module_qualified_name)
+
+
 def symbolic_trace(model: nn.Module, parameters: tuple[str, ...]) -> Trace:
     """Trace with ``torch.fx`` when there are no inputs to run with; ``parameters`` become the inputs.
 
     Raises:
         CaptureError: names the line of the model's code that cannot be traced, and asks for inputs.
     """
-    tracer = torch.fx.Tracer()
+    tracer = _Tracer()
     concrete = {
         n: p.default
         for n, p in _forward_parameters(model).items()
@@ -119,7 +126,9 @@ def _drop_default(model: nn.Module, placeholder: Node) -> None:
         if user.target in checks and not user.users:
             graph.erase_node(user)
     if placeholder.users:
-        raise CaptureError(f"{type(model).__name__}.forward reads '{placeholder.target}': give example_inputs")
+        raise CaptureError(
+            f"{type(model).__name__}.forward reads '{placeholder.target}': give example_inputs"
+        )
     graph.erase_node(placeholder)
 
 
@@ -139,8 +148,8 @@ def _linear_modules_to_calls(graph: Graph, model: nn.Module) -> None:
         layer = model.get_submodule(str(node.target))
         annotate(node, scope=node.target, kind=_class_name(type(layer)))
         hooked = layer._forward_hooks or layer._forward_pre_hooks
-        if type(layer).forward is not nn.Linear.forward or hooked or is_parametrized(layer):
-            continue  # stays the call of a module: it computes more than its weight and bias say
+        if type(layer).forward is not nn.Linear.forward or hooked:
+            continue  # with its hooks the module does more than its weight and bias say
         with graph.inserting_before(node):
             operands = [graph.get_attr(f"{node.target}.weight")]
             if layer.bias is not None:

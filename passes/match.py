@@ -29,7 +29,7 @@ aten = torch.ops.aten
 #: Operators that move or cast values and compute nothing: a layer behind them makes the output.
 _SHAPE_ONLY_NAMES = """
     view reshape slice select squeeze unsqueeze transpose permute t flatten unflatten expand contiguous
-    clone alias detach to _to_copy getitem split chunk unbind
+    clone alias detach to _to_copy float double half bfloat16 getitem split chunk unbind
 """
 _SHAPE_ONLY = frozenset(_SHAPE_ONLY_NAMES.split())
 
@@ -101,7 +101,7 @@ def candidates(gm: CapturedModule) -> tuple[Candidate, ...]:
             kind=kind,
             nodes=(node,),
             weight=weight_name,
-            bias=None if operands.bias is None else str(operands.bias.target),
+            bias=str(operands.bias.target) if _is_attribute(operands.bias) else None,
             in_features=int(shape[1]),
             out_features=int(shape[0]),
             dtype=weight.dtype,
@@ -286,6 +286,10 @@ def _output_makers(gm: CapturedModule) -> set[Node]:
         if name in _SHAPE_ONLY or (node.op == "call_method" and node.target in _SHAPE_ONLY):
             pending += [a for a in node.args[:1] if isinstance(a, Node)]
     return makers
+
+
+def _is_attribute(node: Node | None) -> bool:
+    return node is not None and node.op == "get_attr"
 
 
 def _is_under(name: str, module: str) -> bool:

@@ -9,6 +9,7 @@ and everything else is shared with it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,6 +25,7 @@ from lorafx.graph import (
     mark_own,
     named_tensors,
     notes,
+    rebind,
     set_tensor,
     share,
 )
@@ -35,7 +37,7 @@ from lorafx.variants import VARIANTS
 
 @dataclass(frozen=True)
 class Merge(Pass):
-    """Take the adapters away from a copy of the graph.
+    """Take the adapters away from a copy of the graph, which no further training of this one changes.
 
     ``fold=True`` writes them into the weights; ``fold=False`` gives the base back, with the values that
     ``modules_to_save`` and biases had before training.
@@ -52,20 +54,17 @@ class Merge(Pass):
         weights = {s: merged_weight(gm, s) for s in found} if self.fold else {}
         result = share(gm)
         for site, nodes in site_nodes(result).items():
-            for node in nodes:
-                _restore(node)
             if self.fold:
                 _write(result, site, nodes, weights[site])
+            for node in nodes:
+                _restore(node)
             _remove_adapter(result, site)
         for node in reversed(list(result.graph.nodes)):
             if notes(node).get("inserted") and not node.users:
                 result.graph.erase_node(node)
         _erase_unused_scopes(result)
-        originals = result.meta.pop("original", {})
-        for name, _ in list(named_tensors(result)):
-            if name in originals:
-                value = get_path(result, name) if self.fold else originals[name]
-                set_tensor(result, name, nn.Parameter(value.detach(), requires_grad=False))
+        originals = result.meta.pop("original")
+        _freeze(result, {} if self.fold else originals)
         result.graph.lint()
         if (text := result.meta.get("captured")) is not None and not any(s.apart for s in found):
             _same_as_captured(text, result)
@@ -147,25 +146,35 @@ def _restore(node: Node) -> None:
 
 
 def _write(gm: CapturedModule, site: Site, nodes: list[Node], weight: Tensor) -> None:
+    """Store a site's folded weight; ``nodes`` are the site's calls, not yet restored."""
+    if not site.apart:
+        rebind(gm, get_path(gm, site.weight), weight)  # under every name: ties stay tied
+        return
     parameter = nn.Parameter(weight, requires_grad=False)
     mark_own(parameter)
     named = [n for n in gm.graph.find_nodes(op="get_attr") if n.target == site.weight]
     if not any(reader not in nodes for source in named for reader in readers(source)):
-        set_tensor(gm, site.weight, parameter)  # another use, if any, has a name of its own
+        set_tensor(gm, site.weight, parameter)  # the other use has a name of its own
         return
     name = f"{site.path}.merged_weight"
     set_tensor(gm, name, parameter)
     for node in nodes:
-        source = next(a for a in node.all_input_nodes if _reads(a, site.weight))
-        with gm.graph.inserting_before(node):
-            own = gm.graph.get_attr(name)
-        node.replace_input_with(source, own)
+        read = node.args[1]
+        assert isinstance(read, Node)
+        node.update_arg(1, _read_instead(read, name))
+        while not read.users and read.op == "call_function":
+            unused, read = read, read.all_input_nodes[0]
+            gm.graph.erase_node(unused)
 
 
-def _reads(node: Node, name: str) -> bool:
-    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node.op == "get_attr" and node.target == name
+def _read_instead(read: Node, name: str) -> Node:
+    """A read of another parameter, through the same casts and transposition."""
+    with read.graph.inserting_before(read):
+        if read.op == "get_attr":
+            return read.graph.get_attr(name)
+        source = read.all_input_nodes[0]
+        own = _read_instead(source, name)
+        return read.graph.node_copy(read, lambda _: own)
 
 
 def _remove_adapter(gm: CapturedModule, site: Site) -> None:
@@ -182,6 +191,17 @@ def _erase_unused_scopes(gm: CapturedModule) -> None:
     for node in gm.graph.find_nodes(op="get_attr"):
         if not node.users:
             gm.graph.erase_node(node)
+
+
+def _freeze(gm: CapturedModule, originals: Mapping[str, Tensor]) -> None:
+    """Give what the adapted graph goes on changing a copy, or its original value back; nothing trains."""
+    for name, tensor in list(named_tensors(gm)):
+        if get_path(gm, name) is not tensor:
+            continue  # another name of one that is done
+        if name in originals:
+            mark_own(rebind(gm, tensor, originals[name].detach()).requires_grad_(False), False)
+        elif not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
+            rebind(gm, tensor, tensor.detach().clone()).requires_grad_(False)
 
 
 def _same_as_captured(captured: str, merged: CapturedModule) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lorafx
-from conftest import Zoo, leaves, loss_of, mixed_modes, same, state_of
+from conftest import Zoo, loss_of, mixed_modes, same, state_of
 from lorafx.api import captured
 from lorafx.errors import CaptureError, InputError, PassError
 from lorafx.graph import CapturedModule

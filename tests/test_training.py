@@ -20,10 +20,15 @@ from lorafx.ir import format_graph
 from tolerances import assert_close
 from zoo import FAMILIES, Family
 
-pytestmark = pytest.mark.xdist_group("training")
-
 SPEC = LoraSpec(r=3, alpha=6, dropout=0.1)
-BERT, LLAMA, QWEN3, GPT2, MLP = (FAMILIES[n] for n in ("bert", "llama", "qwen3", "gpt2", "mlp"))
+BERT, LLAMA = FAMILIES["bert"], FAMILIES["llama"]
+on_bert, on_llama = (pytest.mark.xdist_group(f.name) for f in (BERT, LLAMA))
+
+
+def over(*names: str) -> pytest.MarkDecorator:
+    """Run a test over some families, each where the family's capture is cached."""
+    chosen = [pytest.param(FAMILIES[n], marks=pytest.mark.xdist_group(n), id=n) for n in names]
+    return pytest.mark.parametrize("chosen", chosen)
 
 
 def trainable(gm: nn.Module) -> dict[str, nn.Parameter]:
@@ -53,7 +58,7 @@ def changed_by_training(gm: CapturedModule, family: Family) -> set[str]:
     return {n for n, v in gm.state_dict().items() if not torch.equal(v, before[n])}
 
 
-@pytest.mark.parametrize("chosen", [BERT, LLAMA, MLP], ids=lambda f: f.name)
+@over("bert", "llama", "mlp")
 def test_a_plain_loop_lowers_the_loss_and_changes_adapters_only(zoo: Zoo, chosen: Family) -> None:
     gm = zoo.adapted(chosen, SPEC)
     adapters = {n for site in lorafx.sites(gm) for n in site.parameter_names.values()}
@@ -61,6 +66,7 @@ def test_a_plain_loop_lowers_the_loss_and_changes_adapters_only(zoo: Zoo, chosen
     assert changed_by_training(gm, chosen) == adapters
 
 
+@on_bert
 def test_modules_to_save_and_biases_train_and_the_model_keeps_its_own() -> None:
     model = BERT.build()
     before = copy.deepcopy(model.state_dict())
@@ -69,15 +75,17 @@ def test_modules_to_save_and_biases_train_and_the_model_keeps_its_own() -> None:
     adapters = {n for site in lorafx.sites(gm) for n in site.parameter_names.values()}
     whole = {n for n in before if n.endswith("bias") or n.startswith("classifier.")}
     assert set(trainable(gm)) == adapters | whole
-    assert changed_by_training(gm, BERT) == adapters | whole - {
-        n for n in whole if n.endswith("key.bias")  # attention does not depend on them
-    }
+    without_effect = {
+        n for n in whole if n.endswith("key.bias")
+    }  # softmax takes them away: only rounding is left
+    assert changed_by_training(gm, BERT) | without_effect == adapters | whole
     assert same(model.state_dict(), before)
 
 
+@on_bert
 def test_accumulated_gradients_are_those_of_the_whole_batch(zoo: Zoo) -> None:
     gm = zoo.adapted(BERT, SPEC).eval()
-    randomize(gm)
+    randomize(gm, 0.1)
     inputs, labels = BERT.inputs(), BERT.labels()
     whole = gradients(gm, BERT)
     gm.zero_grad()
@@ -88,7 +96,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(zoo: Zoo) -> None:
         assert_close("joint batch", gradient, whole[name])
 
 
-@pytest.mark.parametrize("chosen", [BERT, LLAMA, QWEN3], ids=lambda f: f.name)
+@over("bert", "llama", "qwen3")
 def test_autocast_agrees_with_peft(zoo: Zoo, chosen: Family) -> None:
     gm = zoo.adapted(chosen, LoraSpec(r=3, alpha=6)).eval()
     randomize(gm, 0.1)
@@ -116,14 +124,11 @@ def test_autocast_agrees_with_peft(zoo: Zoo, chosen: Family) -> None:
     assert not torch.equal(half, gm(**chosen.inputs()).logits), "nothing was computed in bfloat16"
 
 
-@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("chosen", [MLP, BERT], ids=lambda f: f.name)
-def test_compiles_as_one_graph_in_both_modes_at_any_size(
-    zoo: Zoo, chosen: Family, recomputed: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@over("mlp", "bert")
+def test_compiles_as_one_graph_in_both_modes_at_any_size(zoo: Zoo, chosen: Family) -> None:
     gm = zoo.adapted(chosen, SPEC)
     randomize(gm)
-    if recomputed:
+    if chosen is not BERT:
         gm.activation_checkpointing_enable()
     torch._dynamo.reset()
     compiled = torch.compile(gm, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -139,8 +144,7 @@ def test_compiles_as_one_graph_in_both_modes_at_any_size(
     for training in (True, False):
         compiled.train(training)
         assert same(run(compiled, chosen.inputs()), run(gm, chosen.inputs()))
-        with monkeypatch.context() as patch:
-            patch.setattr(torch._dynamo.config, "error_on_recompile", True)
+        with torch.compiler.set_stance("fail_on_recompile"):
             assert same(run(compiled, chosen.other_inputs()), run(gm, chosen.other_inputs()))
 
 
@@ -151,6 +155,7 @@ def saved_and_loaded(value: object) -> object:
     return torch.load(file, weights_only=False)
 
 
+@on_bert
 @pytest.mark.parametrize(
     "copied",
     [copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v)), saved_and_loaded],  # noqa: S301  # our own bytes
@@ -212,6 +217,7 @@ def test_recomputing_layers_gives_the_same_gradients_from_less_memory(zoo: Zoo, 
     assert kept_bytes(lambda: loss_of(gm, hf_family)) == everything
 
 
+@on_llama
 def test_every_other_layer_can_be_recomputed(zoo: Zoo) -> None:
     gm = zoo.adapted(LLAMA, SPEC).train()
 
@@ -222,6 +228,7 @@ def test_every_other_layer_can_be_recomputed(zoo: Zoo) -> None:
     assert kept(1) < 0.6 * kept(2)
 
 
+@on_bert
 def test_the_mode_at_backward_does_not_matter(zoo: Zoo) -> None:
     gm = zoo.adapted(BERT, SPEC).train()
     randomize(gm)
@@ -236,6 +243,7 @@ def test_the_mode_at_backward_does_not_matter(zoo: Zoo) -> None:
     gm.gradient_checkpointing_disable()
 
 
+@pytest.mark.xdist_group("convnet")
 def test_layers_that_write_buffers_are_not_recomputed(zoo: Zoo) -> None:
     """The head of the conv net has no number; its features are numbered, and BatchNorm is among them."""
     family = FAMILIES["convnet"]
@@ -246,6 +254,16 @@ def test_layers_that_write_buffers_are_not_recomputed(zoo: Zoo) -> None:
     assert same(gm.state_dict(), twin.state_dict()), "running statistics"
 
 
+class Unnumbered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(x))
+
+
+@on_llama
 def test_what_cannot_be_recomputed_is_refused(zoo: Zoo) -> None:
     gm = zoo.adapted(LLAMA, SPEC)
     with pytest.raises(ValueError, match=r"^use_reentrant=True loses the gradients .*; leave it out$"):
@@ -254,12 +272,12 @@ def test_what_cannot_be_recomputed_is_refused(zoo: Zoo) -> None:
         gm.activation_checkpointing_enable(offload=True)
     with pytest.raises(ValueError, match=r"^every_n_layers=0 must be 1 or more$"):
         gm.activation_checkpointing_enable(every_n_layers=0)
-    flat = lorafx.apply(nn.ModuleDict({"fc": nn.Linear(4, 4)})["fc"], LoraSpec(r=1, target_modules=""), None)
+    flat = lorafx.apply(Unnumbered(), LoraSpec(r=1, target_modules=["fc"]), (torch.randn(3, 4),))
     with pytest.raises(PassError, match=r"has no numbered layers \(such as model\.layers\.0\)"):
         flat.activation_checkpointing_enable()
 
 
-@pytest.mark.parametrize("chosen", [LLAMA, GPT2], ids=lambda f: f.name)
+@over("llama", "gpt2")
 def test_the_users_own_model_generates_what_the_graph_predicts(zoo: Zoo, chosen: Family) -> None:
     """Merged weights load into a copy of the model, whose ``generate`` then takes the graph's greedy choices."""
     gm = zoo.adapted(chosen, SPEC).eval()
@@ -267,7 +285,9 @@ def test_the_users_own_model_generates_what_the_graph_predicts(zoo: Zoo, chosen:
     model = copy.deepcopy(zoo.capture(chosen).model).eval()
     model.load_state_dict(lorafx.merged_state_dict(gm))
     prompt = chosen.inputs()["input_ids"][:1, :5]
-    written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    written = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False
+    )
     tokens = prompt
     while tokens.shape[1] < written.shape[1]:
         logits = gm(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits

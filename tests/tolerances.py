@@ -43,8 +43,8 @@ TOLERANCES: Mapping[tuple[str, torch.dtype], Tolerance] = MappingProxyType(
         ("fold", torch.float32): Tolerance(1e-6, "8 eps: r products of a few ranks, and one sum"),
         # A batch in parts (accumulated, or on several processes) against all of it at once.
         ("joint batch", torch.float32): Tolerance(1e-6, "8 eps: one more sum, over the parts"),
-        # Under bfloat16 autocast: a model's own casts to its input's dtype are fixed at capture.
-        ("autocast", torch.float32): Tolerance(3e-2, "4 eps of bfloat16: intermediates rounded in other places"),
+        # Gradients under bfloat16 autocast, where the model's own casts are those it was captured with.
+        ("autocast", torch.float32): Tolerance(1e-1, "autocast itself is up to 7e-2 away from float32 here"),
     }
 )  # fmt: skip
 

@@ -1,0 +1,678 @@
+"""Export: the file is the twin of what torch exports of the user's own module, and nothing else gets a name."""
+
+from __future__ import annotations
+
+import dataclasses
+import getpass
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper
+from onnxscript.optimizer import optimize_ir
+from torch import Tensor, nn
+
+import lorafx
+from conftest import Zoo, leaves, randomize, same
+from lorafx.errors import ExportError, InputError, MergeError, ParityError
+from lorafx.export import export, parity, verify
+from lorafx.export.compare import compare
+from lorafx.export.export import export_base, merge_and_export
+from lorafx.export.files import verify_files
+from lorafx.export.parity import TOLERANCES, NoKernelError, difference, make_cases, random_like
+from lorafx.export.translate import Translation, structure, translate
+from lorafx.export.weights import fill
+from lorafx.export.write import Draft
+from lorafx.graph import CapturedModule, get_path
+from lorafx.passes.inference import inference
+from lorafx.passes.merge import merge, unadapted
+from zoo import FAMILIES, Family
+
+FLOAT32 = TOLERANCES[torch.float32]
+
+
+class Net(nn.Module):
+    """A small model with what matters to an export: a norm, weights used in expressions, a loss, a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 12)
+        self.norm = nn.LayerNorm(12)
+        self.up = nn.Linear(12, 20)
+        self.down = nn.Linear(20, 12, bias=False)
+        self.gain = nn.Parameter(0.1 * torch.randn(12))
+        self.head = nn.Linear(12, 3)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        x = self.embed(input_ids) * attention_mask.unsqueeze(-1).to(self.gain.dtype)
+        x = x + self.down(torch.relu(self.up(self.norm(x)))) * (self.gain + 1)
+        outputs = {"logits": self.head(x.mean(1))}
+        if labels is not None:
+            outputs["loss"] = nn.functional.cross_entropy(outputs["logits"], labels)
+        return outputs
+
+
+def inputs(batch: int = 2, length: int = 6) -> dict[str, Tensor]:
+    mask = (torch.arange(length) < length - torch.arange(batch)[:, None] % 2).long()
+    return {"input_ids": torch.arange(batch * length).reshape(batch, length) % 20, "attention_mask": mask}
+
+
+def adapted(dtype: torch.dtype = torch.float32, **extra: Tensor) -> CapturedModule:
+    gm = lorafx.apply(Net().eval().to(dtype), lorafx.LoraSpec(r=3), {**inputs(), **extra})
+    randomize(gm)
+    return gm
+
+
+def translated(
+    gm: CapturedModule, example: Mapping[str, Tensor], dims: Mapping[str, Any] | None = None
+) -> Translation:
+    graph = inference(gm)
+    found = translate(graph, example, graph.signature.dims if dims is None else dims)
+    fill(found.weights, found.folded, lambda name: get_path(graph, name))
+    return found
+
+
+def run_onnx(path: Path, feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(None, {i.name: feed[i.name].numpy() for i in session.get_inputs()})
+    return {o.name: torch.from_numpy(v) for o, v in zip(session.get_outputs(), found, strict=True)}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+# The family tests: what leads to the file, and the file.
+
+
+def test_inference_graph_is_eval_mode_without_labels(zoo: Zoo, family: Family) -> None:
+    gm = zoo.captured(family).train()
+    graph = inference(gm)
+    assert gm.training
+    assert not graph.training
+    assert graph.signature.placeholders == tuple(family.inputs())
+    assert "loss" not in graph.signature.outputs
+    assert [n for n in graph.graph.nodes if n.target is lorafx.graph.by_mode] == []
+    tensors = (dict(m.named_parameters()) | dict(m.named_buffers()) for m in (gm, graph))
+    assert all(a is b for a, b in zip(*(t.values() for t in tensors), strict=True))
+    gm.eval()
+    with torch.no_grad():
+        for sample in (family.inputs(), family.other_inputs()):
+            assert same(list(leaves(graph(**sample))), [t for t in leaves(gm(**sample)) if t is not None])
+
+
+def test_export_is_what_torch_exports_of_the_users_own_module(zoo: Zoo, family: Family) -> None:
+    """Node by node, values of weights and constants included, against ``torch.onnx.export`` with its optimizer.
+
+    Only the convolutional net is held to torch's unoptimized export brought through the same finish: torch's
+    optimizer folds BatchNorm's statistics into the convolutions, which depends on values.
+    """
+    sample = family.inputs()
+    ours = translated(zoo.captured(family), sample, dims={}).model
+    folds_norms = family.name == "convnet"
+    program = torch.onnx.export(
+        zoo.eager(family), (), kwargs=sample, dynamo=True, verbose=False, optimize=not folds_norms
+    )
+    assert program is not None
+    theirs = program.model
+    if folds_norms:
+        values = {n: v.const_value for n, v in theirs.graph.initializers.items()}
+        for value in theirs.graph.initializers.values():
+            value.const_value = None
+        optimize_ir(theirs)
+        for name, value in theirs.graph.initializers.items():
+            value.const_value = values.get(name, value.const_value)
+    assert compare(ours, theirs, names=False, by_value=lambda value: True) is None
+
+
+@pytest.mark.parametrize("family", [pytest.param(FAMILIES[n], id=n) for n in ("bert", "whisper")])
+def test_trained_model_exports_as_the_bases_twin(zoo: Zoo, family: Family, tmp_path: Path) -> None:
+    gm = zoo.trained(family)[0]
+    report = merge_and_export(gm, tmp_path / "merged.onnx")
+    base = export_base(gm, tmp_path / "base.onnx", verify=False)
+    assert (report.nodes, report.sites) == (base.nodes, len(lorafx.sites(gm)))
+    assert report.warnings == ()
+    assert [p.passed for p in report.parity] == [True] * 5
+    assert not verify_files(tmp_path / "base.onnx", tmp_path / "merged.onnx").graph
+
+    # An independent translation of the base gives the very bytes that the merged one has, but for weights.
+    again = translated(unadapted(gm), family.inputs()).model
+    written = ir.load(tmp_path / "merged.onnx")
+    for name, value in again.graph.initializers.items():
+        value.const_value = written.graph.initializers[name].const_value
+    assert ir.to_proto(again).SerializeToString(deterministic=True) == (tmp_path / "merged.onnx").read_bytes()
+
+    found = run_onnx(tmp_path / "merged.onnx", family.other_inputs())
+    with torch.no_grad():
+        expected = gm(**family.other_inputs())
+    assert list(found) == [n for n in expected if n != "loss"]
+    for name, value in found.items():
+        assert difference(name, expected[name].numpy(), value.numpy(), FLOAT32).passed
+
+
+# One small model, everything else.
+
+
+@pytest.fixture(scope="module")
+def exported(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[CapturedModule, Path, lorafx.export.report.ExportReport]:
+    torch.manual_seed(0)
+    gm = adapted()
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    return gm, path, merge_and_export(gm, path)
+
+
+def test_names_are_the_ones_users_know(exported: tuple[CapturedModule, Path, Any]) -> None:
+    gm, path, report = exported
+    model = ir.load(path)
+    assert report.inputs == {"input_ids": "[batch,sequence]", "attention_mask": "[batch,sequence]"}
+    assert [v.name for v in model.graph.outputs] == ["logits"]
+    assert model.graph.outputs[0].shape == ir.Shape(["batch", 3])
+    named = {n for n, v in model.graph.initializers.items() if v.dtype == ir.DataType.FLOAT and v.shape}
+    weights = {n for n in merge(gm).state_dict() if not n.endswith(("up.weight", "down.weight", "gain"))}
+    assert named == {*weights, "up.weight.T", "down.weight.T", "gain.Add"}
+    scopes = {n.metadata_props["pkg.torch.onnx.name_scopes"] for n in model.graph if n.op_type == "MatMul"}
+    assert any("'up'" in scope for scope in scopes)
+
+
+def test_nothing_of_the_machine_is_in_the_file(exported: tuple[CapturedModule, Path, Any]) -> None:
+    data = exported[1].read_bytes()
+    traces = [
+        str(Path.home()),
+        str(Path(__file__).parent),
+        str(Path(torch.__file__).parent),
+        ".py",
+        "stack_trace",
+    ]
+    if len(getpass.getuser()) > 4:
+        traces.append(getpass.getuser())
+    assert [t for t in traces if t.encode() in data] == []
+
+
+def test_report_says_what_ran_and_saves_as_json(
+    exported: tuple[CapturedModule, Path, Any], tmp_path: Path
+) -> None:
+    _, path, report = exported
+    assert report.path == str(path)
+    assert report.onnx_bytes == path.stat().st_size
+    assert [p.sizes for p in report.parity] == [
+        {"batch": 2, "sequence": 6},
+        {"batch": 1, "sequence": 1},
+        {"batch": 5, "sequence": 13},
+        {"batch": 1, "sequence": 13},
+    ]
+    assert 0 < report.max_abs < 1e-5
+    text = str(report)
+    for part in (
+        "same graph",
+        "same weights",
+        "random batch=5 sequence=13",
+        "1e-06 + 0.0001 * largest",
+        "up",
+    ):
+        assert part in text or part == "up"
+    report.save_json(tmp_path / "report.json")
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved["parity"][2]["outputs"][0]["output"] == "logits"
+    assert saved == report.to_dict()
+
+
+def test_exports_are_the_same_bytes_in_another_process(tmp_path: Path) -> None:
+    """Also says that capture's and torch's names and orders don't hang on hashes or addresses."""
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); torch.manual_seed(0)\n"
+        "from test_export import adapted; from lorafx.export.export import merge_and_export\n"
+        "merge_and_export(adapted(), sys.argv[2], verify=False)\n"
+    )
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "theirs.onnx")]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    torch.manual_seed(0)
+    merge_and_export(adapted(), tmp_path / "ours.onnx", verify=False)
+    assert (tmp_path / "ours.onnx").read_bytes() == (tmp_path / "theirs.onnx").read_bytes()
+
+
+def test_graph_depends_on_structure_not_on_values() -> None:
+    """Equal, zero and one weights are what optimizers merge and drop; the names and nodes must not notice."""
+    model = Net().eval()
+    gm = lorafx.graph.share(lorafx.api.captured(model, inputs(), None))
+    first = translated(gm, inputs()).model
+    before = structure(inference(gm))
+    with torch.no_grad():
+        for parameter in model.parameters():  # shares its storage with the graph
+            parameter.fill_(0.0)
+        model.norm.weight.fill_(1.0)
+    second = translated(gm, inputs()).model
+    assert compare(first, second) is None
+    assert structure(inference(gm)) == before
+    names = set(second.graph.initializers)
+    assert {"up.bias", "head.bias", "norm.bias", "norm.weight"} <= names
+
+
+def test_tied_weights_are_stored_once(zoo: Zoo) -> None:
+    """Above the size at which a transposed copy is cheap, as in torch's own optimizer."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(300, 40)
+            self.head = nn.Linear(40, 300, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.embed(input_ids))
+            return logits
+
+    sample = {"input_ids": torch.arange(6).reshape(2, 3)}
+    model = translated(lorafx.api.captured(Tied().eval(), sample, None), sample).model
+    assert [v.shape for v in model.graph.initializers.values()] == [ir.Shape([300, 40])]
+
+
+def test_loss_is_exported_only_when_asked(tmp_path: Path) -> None:
+    gm = adapted(labels=torch.tensor([0, 2]))
+    plain = merge_and_export(gm, tmp_path / "plain.onnx")
+    kept = merge_and_export(gm, tmp_path / "kept.onnx", keep_loss=True)
+    assert ("labels" in plain.inputs, plain.outputs) == (False, ("logits",))
+    assert ("labels" in kept.inputs, kept.outputs) == (True, ("logits", "loss"))
+    with pytest.raises(ExportError, match=r"no example for labels: pass example_inputs="):
+        merge_and_export(gm, tmp_path / "no.onnx", keep_loss=True, example_inputs=inputs())
+
+
+def test_symbolic_graph_needs_examples(tmp_path: Path) -> None:
+    gm = lorafx.apply(nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 2)), {"r": 2})
+    randomize(gm)
+    with pytest.raises(
+        ExportError, match=r"traced without example inputs, and ONNX needs some: pass example_inputs="
+    ):
+        merge_and_export(gm, tmp_path / "model.onnx")
+    with pytest.raises(InputError, match="missing: input"):
+        merge_and_export(gm, tmp_path / "model.onnx", example_inputs=())
+    assert files(tmp_path) == {}
+    report = merge_and_export(gm, tmp_path / "model.onnx", example_inputs=torch.randn(1, 5))
+    assert report.inputs == {"input": "[batch,5]"}
+    assert [p.sizes["batch"] for p in report.parity] == [1, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
+    """float16 runs as it is; bfloat16, for which ONNX Runtime has no kernels, as its float32 twin."""
+    report = merge_and_export(adapted(dtype), tmp_path / "model.onnx")
+    kind = {torch.bfloat16: ir.DataType.BFLOAT16, torch.float16: ir.DataType.FLOAT16}[dtype]
+    written = ir.load(tmp_path / "model.onnx")
+    assert written.graph.initializers["up.weight.T"].dtype == kind
+    assert {p.ran for p in report.parity} == {"its float32 twin" if dtype is torch.bfloat16 else "the file"}
+    assert ("not run" in report.checks) is (dtype is torch.bfloat16)
+    assert (report.precision, report.rtol) == (str(dtype).removeprefix("torch."), TOLERANCES[dtype].rtol)
+    assert list(files(tmp_path)) == ["model.onnx"]
+
+
+def test_float16_without_kernels_runs_as_its_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Choosy(parity.Session):
+        def __init__(self, path: Path, ran: str) -> None:
+            if ran == "the file":
+                raise NoKernelError("none")
+            super().__init__(path, ran)
+
+    monkeypatch.setattr(verify, "Session", Choosy)
+    report = merge_and_export(adapted(torch.float16), tmp_path / "model.onnx")
+    assert {(p.ran, p.reference) for p in report.parity} == {("its float32 twin", "unmerged, in float32")}
+    assert "no float16" in report.checks["not run"]
+    with pytest.raises(NoKernelError):
+        merge_and_export(adapted(), tmp_path / "other.onnx")
+
+
+def test_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
+    gm = adapted()
+    path = tmp_path / "model.onnx"
+    report = merge_and_export(gm, path, external_data=True)
+    (data,) = tmp_path.glob("model.onnx.*.data")
+    assert report.data_path == str(data)
+    stored = onnx.load(path, load_external_data=False)
+    places = [{e.key: e.value for e in t.external_data} for t in stored.graph.initializer if t.external_data]
+    assert {p["location"] for p in places} == {data.name}
+    assert all(int(p["offset"]) % 64 == 0 for p in places)
+    merge_and_export(gm, tmp_path / "inline.onnx", external_data=False)
+    assert verify_files(path, tmp_path / "inline.onnx").weights == ()
+    assert same(run_onnx(path, inputs()), run_onnx(tmp_path / "inline.onnx", inputs()))
+
+    randomize(gm)
+    merge_and_export(gm, path, external_data=True)
+    (newer,) = tmp_path.glob("model.onnx.*.data")
+    assert newer.name != data.name
+
+
+# What must not get a name.
+
+
+def wrong_weights(gm: CapturedModule) -> CapturedModule:
+    wrong = merge(gm)
+    with torch.no_grad():
+        get_path(wrong, "up.weight").mul_(1.01)
+    return wrong
+
+
+def other_graph(gm: CapturedModule) -> CapturedModule:
+    other = unadapted(gm)
+    (relu,) = other.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
+    relu.target = torch.ops.aten.sigmoid.default
+    other.recompile()
+    return other
+
+
+def flipped_bit(
+    draft: Draft, model: ir.Model, external_data: bool | None, progress: Callable[[float], None]
+) -> None:
+    value = model.graph.initializers["up.weight.T"]
+    held = value.const_value
+    assert held is not None
+    array = held.numpy().copy()
+    array.view(np.uint32)[3, 4] ^= 1
+    value.const_value = ir.tensor(array)
+    Draft.write(draft, model, external_data, progress)
+    value.const_value = held
+
+
+@pytest.mark.parametrize("external", [False, True], ids=["inline", "external"])
+@pytest.mark.parametrize(
+    ("target", "name", "planted", "message"),
+    [
+        (
+            export,
+            "merge",
+            wrong_weights,
+            r"unmerged torch graph disagree on example .*'logits' by 0\.\d+ .* allowed",
+        ),
+        (
+            export,
+            "unadapted",
+            other_graph,
+            r"not the graph of the base .*Relu.*op_type is 'Relu' .* 'Sigmoid'",
+        ),
+        (Draft, "write", flipped_bit, r"initializer 'up.weight.T' in the file is not the tensor"),
+    ],
+    ids=["wrong weight", "other graph", "flipped bit"],
+)
+def test_what_fails_a_check_leaves_the_old_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    target: Any,
+    name: str,
+    planted: Callable[..., Any],
+    message: str,
+    external: bool,
+) -> None:
+    gm = adapted()
+    merge_and_export(gm, tmp_path / "model.onnx", verify=False, external_data=external)
+    before = files(tmp_path)
+    assert len(before) == 1 + external
+    original = getattr(target, name)
+
+    def once(*args: Any) -> Any:
+        monkeypatch.setattr(target, name, original)
+        return planted(*args)
+
+    monkeypatch.setattr(target, name, once)
+    randomize(gm)
+    with pytest.raises(ParityError, match=message):
+        merge_and_export(gm, tmp_path / "model.onnx", external_data=external)
+    assert files(tmp_path) == before
+
+
+def test_nan_in_an_adapter_is_an_error(tmp_path: Path) -> None:
+    gm = adapted()
+    with torch.no_grad():
+        next(p for p in gm.parameters() if p.requires_grad)[0, 0] = float("nan")
+    with pytest.raises(MergeError, match="NaN"):
+        merge_and_export(gm, tmp_path / "model.onnx")
+    assert files(tmp_path) == {}
+
+
+def test_paths_that_cannot_be_written(tmp_path: Path, exported: tuple[CapturedModule, Path, Any]) -> None:
+    gm = exported[0]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match=r"No such file or directory. Give a path in a folder that exists"):
+        merge_and_export(gm, tmp_path / "nowhere" / "model.onnx")
+    with pytest.raises(ExportError, match="Not a directory"):
+        merge_and_export(gm, tmp_path / "file" / "model.onnx")
+    with pytest.raises(ExportError, match="it is a directory; give the name of a file in it"):
+        merge_and_export(gm, tmp_path)
+    assert list(files_and_folders(tmp_path)) == ["file"]
+
+
+def files_and_folders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_disk_full_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = adapted()
+    merge_and_export(gm, tmp_path / "model.onnx", verify=False)
+    before = files(tmp_path)
+
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    randomize(gm)
+    with pytest.raises(ExportError, match="No space left on device"):
+        merge_and_export(gm, tmp_path / "model.onnx", external_data=True)
+    assert files(tmp_path) == before
+
+
+def test_what_onnx_cannot_express_is_named(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.linalg.eigvalsh(self.fc(x).unsqueeze(-1) * torch.eye(4))
+
+    gm = lorafx.apply(Odd().eval(), {"r": 2, "target_modules": ["fc"]}, torch.randn(2, 4))
+    with pytest.raises(ExportError, match="torch cannot express the graph in ONNX: .*linalg_eig"):
+        merge_and_export(gm, tmp_path / "model.onnx")
+    assert files(tmp_path) == {}
+
+
+def test_tolerances_are_the_tables_unless_said_so_in_the_report(tmp_path: Path) -> None:
+    gm = adapted()
+    with pytest.raises(ParityError, match="disagree on example"):
+        merge_and_export(gm, tmp_path / "model.onnx", atol=0.0, rtol=0.0)
+    report = merge_and_export(gm, tmp_path / "model.onnx", atol=1.0)
+    assert (report.atol, report.rtol) == (1.0, FLOAT32.rtol)
+    assert "1 + 0.0001 * largest" in str(report)
+
+
+def test_progress_names_each_phase_and_ends_at_one(tmp_path: Path) -> None:
+    seen: list[tuple[str, float]] = []
+    merge_and_export(adapted(), tmp_path / "model.onnx", progress=lambda *step: seen.append(step))
+    phases = list(dict.fromkeys(name for name, _ in seen))
+    assert phases == ["merge", "translate", "write", "compare"]
+    for phase in phases:
+        steps = [done for name, done in seen if name == phase]
+        assert steps == sorted(steps)
+        assert (steps[0], steps[-1]) == (0.0, 1.0)
+
+
+# Random inputs, and differences.
+
+
+def test_random_inputs_keep_the_examples_character() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    drawn = random_like("attention_mask", mask, [50, 9], generator)
+    assert drawn.dtype == torch.int64
+    assert drawn.diff(dim=1).max() <= 0
+    assert sorted(set(drawn.sum(1).tolist())) == [7, 8, 9]
+    assert random_like("attention_mask", mask.bool(), [50, 1], generator).all()
+    ids = random_like("input_ids", torch.tensor([[3, 17]]), [40, 5], generator)
+    assert (int(ids.min()), int(ids.max())) == (3, 17)
+    labels = random_like("labels", torch.tensor([-100, 4]), [40], generator)
+    assert set(labels.tolist()) == {-100, 4}
+    pixels = random_like("pixels", 5 + 0.1 * torch.randn(2, 3, 8), [4, 3, 8], generator)
+    assert 4.5 < float(pixels.min()) < float(pixels.max()) < 5.5
+    assert random_like("pixels", torch.zeros(2, 3), [4, 3], generator).std() > 0.5
+
+
+def test_cases_stay_within_the_ranges() -> None:
+    example = {"x": torch.zeros(2, 6), "y": torch.zeros(2, 4)}
+    dims = {"x": {0: "batch", 1: "sequence"}, "y": {0: "batch"}}
+    cases = make_cases(example, dims, {"batch": (1, None), "sequence": (3, 9)})
+    assert [tuple(c.sizes.values()) for c in cases] == [(2, 6), (1, 3), (5, 9), (1, 9)]
+    assert [tuple(c.inputs["x"].shape) for c in cases] == [tuple(c.sizes.values()) for c in cases]
+    assert all(c.inputs["y"].shape == (c.sizes["batch"], 4) for c in cases)
+    assert len(make_cases(example, {}, {})) == 2
+
+
+def test_a_size_that_torch_refuses_is_reported(tmp_path: Path) -> None:
+    gm = adapted()
+    ranges = {**gm.signature.ranges, "sequence": (1, None)}
+
+    class Short(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("table", torch.randn(8, 4), persistent=False)
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            positions = torch.arange(input_ids.shape[1]) + input_ids
+            out: Tensor = self.fc(self.table[positions])
+            return out
+
+    short = lorafx.apply(
+        Short().eval(),
+        {"r": 2, "target_modules": ["fc"]},
+        {"input_ids": torch.tensor([[0, 1, 0], [1, 0, 0]])},
+    )
+    report = merge_and_export(short, tmp_path / "model.onnx")
+    refused = [p for p in report.parity if p.refused]
+    assert [p.sizes for p in report.parity if p not in refused] == [
+        {"batch": 2, "sequence": 3},
+        {"batch": 1, "sequence": 1},
+        {"batch": 5, "sequence": 7},
+    ] or refused
+    assert ranges
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "passed"),
+    [
+        ([1.0, float("nan"), float("inf")], [1.0, float("nan"), float("inf")], True),
+        ([1.0, 2.0], [1.0, float("nan")], False),
+        ([float("inf")], [-float("inf")], False),
+        ([100.0, 0.0], [100.0, 9e-3], True),
+        ([100.0, 0.0], [100.0, 2e-2], False),
+        ([], [], True),
+    ],
+)
+def test_difference(expected: list[float], found: list[float], passed: bool) -> None:
+    assert difference("y", np.float32(expected), np.float32(found), FLOAT32).passed is passed
+
+
+def test_difference_of_integers_and_shapes() -> None:
+    assert not difference("y", np.array([3]), np.array([4]), FLOAT32).passed
+    with pytest.raises(ParityError, match=r"output 'y' is \[1, 2\] in ONNX Runtime and \[2\] in torch"):
+        difference("y", np.zeros(2), np.zeros((1, 2)), FLOAT32)
+
+
+# Comparing graphs.
+
+
+def small(
+    op: str = "Relu", weight: str = "w", value: float = 1.0, shape: tuple[int, ...] = (3,), axis: int = 0
+) -> ir.Model:
+    nodes = [
+        helper.make_node("Mul", ["x", weight], ["product"], name="first"),
+        helper.make_node(op, ["product"], ["positive"], name="second"),
+        helper.make_node("Concat", ["positive", "x", "one"], ["y"], name="third", axis=axis),
+    ]
+    initializers = [
+        helper.make_tensor(weight, TensorProto.FLOAT, shape, [value] * int(np.prod(shape))),
+        helper.make_tensor("one", TensorProto.FLOAT, [1], [value]),
+    ]
+    x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n"]) for n in ("x", "y"))
+    graph = helper.make_graph(nodes, "g", [x], [y], initializers)
+    return ir.from_proto(helper.make_model(graph))
+
+
+def test_compare_tells_the_first_difference() -> None:
+    assert compare(small(), small()) is None
+    assert str(compare(small(), small(op="Tanh"))) == (
+        "node 1 (Relu 'second'): op_type is 'Relu' in the one and 'Tanh' in the other"
+    )
+    other = compare(small(), small(axis=1))
+    assert other is not None
+    assert (other.where, other.what, other.left, other.right) == (
+        "node 2 (Concat 'third')",
+        "attribute axis",
+        "0",
+        "1",
+    )
+    assert "shape is '[3]' in the one and '[1]'" in str(compare(small(), small(shape=(1,))))
+    assert "initializer 'one': value is [1.0] in the one and [2.0]" in str(compare(small(), small(value=2.0)))
+
+
+def test_compare_looks_at_edges_and_counts() -> None:
+    left, right = small(), small()
+    second = right.graph.node("second")
+    second.replace_input_with(0, right.graph.inputs[0])
+    assert str(compare(left, right, names=False)) == (
+        "node 1 (Relu 'second'): input 0 is 'product' in the one and 'x' in the other"
+    )
+    longer = small()
+    longer.graph.append(ir.node("Identity", [longer.graph.inputs[0]], name="extra"))
+    assert (
+        str(compare(left, longer)) == "node 3: node is missing in the one and Identity 'extra' in the other"
+    )
+
+
+def test_compare_without_names_renumbers() -> None:
+    renamed = small(weight="v")
+    for value in (renamed.graph.node("first").outputs[0], renamed.graph.inputs[0]):
+        value.name = f"other_{value.name}"
+    assert compare(small(), renamed, names=False) is None
+    assert "the list of initializers is 'w' in the one and 'v'" in str(compare(small(), renamed))
+
+
+# Two files.
+
+
+def test_verify_files(tmp_path: Path, exported: tuple[CapturedModule, Path, Any]) -> None:
+    gm, path, _ = exported
+    base = tmp_path / "base.onnx"
+    export_base(gm, base)
+    found = verify_files(base, path, random=True)
+    assert found.same_structure
+    assert found.graph is None
+    assert found.weights == ("up.weight.T", "down.weight.T")
+    assert not found.same_numbers
+    assert "2 differ: up.weight.T, down.weight.T" in str(found)
+    np.savez(tmp_path / "inputs.npz", **{n: t.numpy() for n, t in inputs().items()})
+    assert verify_files(path, path, tmp_path / "inputs.npz").same_numbers
+    with pytest.raises(ExportError, match="the inputs lack attention_mask; there are input_ids"):
+        verify_files(base, path, {"input_ids": torch.zeros(1, 2)})
+    with pytest.raises(ExportError, match="there is no file"):
+        verify_files(base, tmp_path / "none.onnx")
+    (tmp_path / "text.onnx").write_text("no model")
+    with pytest.raises(ExportError, match=r"text\.onnx is no ONNX file"):
+        verify_files(base, tmp_path / "text.onnx")
+    with pytest.raises(ExportError, match="it should be a file of numpy.savez"):
+        verify_files(base, path, tmp_path / "text.onnx")
+    other = small()
+    ir.save(other, tmp_path / "other.onnx")
+    assert not verify_files(base, tmp_path / "other.onnx").same_structure
+
+
+def test_reports_are_plain_data(exported: tuple[CapturedModule, Path, Any]) -> None:
+    report = exported[2]
+    assert dataclasses.replace(report, warnings=("w",)).to_dict()["warnings"] == ["w"]
