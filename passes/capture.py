@@ -10,6 +10,7 @@ random state are put back.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
@@ -107,6 +108,10 @@ def _capture_export(model: nn.Module, example: Example, user: Example) -> Captur
                 "Make the model return the same fields in both modes"
             )
         align(train, evaluated)
+    if not optional.serve_the_loss_only(train.graph, example.optional):
+        if example is not user:
+            raise CaptureError("labels that nobody gave would decide more than the loss")
+        example = dataclasses.replace(example, optional=frozenset())
     dims, ranges, fixed = _dimensions(train, example)
     for name, dim, role, size in fixed:
         warnings.warn(

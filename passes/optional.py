@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from lorafx.errors import CaptureError, InputError
-from lorafx.graph import get_path
 
 #: The submodule that holds the part of the graph which needs labels.
 LOSS = "loss_from_labels"
@@ -53,6 +52,16 @@ class LossFromLabels(nn.Module):
         return tuple(self.body(*labels, *values))
 
 
+def serve_the_loss_only(graph: Graph, optional: frozenset[str]) -> bool:
+    """Whether nothing but scalar outputs depends on these inputs.
+
+    False for an encoder-decoder that makes its decoder's input from the labels: there they are no option.
+    """
+    tail = _dependents(graph, [n for n in graph.find_nodes(op="placeholder") if n.target in optional])
+    outputs: Any = graph.output_node().args[0]
+    return all(n.meta["val"].dim() == 0 for n in outputs if n in tail)
+
+
 def outline(graph: Graph, holder: nn.Module, optional: frozenset[str]) -> None:
     """Move what depends on the ``optional`` inputs into :class:`LossFromLabels`, in place.
 
@@ -71,22 +80,17 @@ def outline(graph: Graph, holder: nn.Module, optional: frozenset[str]) -> None:
     outside = list(
         dict.fromkeys(a for n in tail for a in n.all_input_nodes if a not in tail and a not in labels)
     )
-    values = [n for n in outside if n.op != "get_attr"]
     body = Graph()
-    made: dict[Node, Node] = {n: body.placeholder(n.name) for n in [*labels, *values]}
+    made: dict[Node, Node] = {n: body.placeholder(n.name) for n in [*labels, *outside]}
     for node in graph.nodes:
-        if node in tail or (node in outside and node.op == "get_attr"):
+        if node in tail:
             made[node] = body.node_copy(node, made.__getitem__)
     body.output(tuple(made[n] for n in results))
-    root = nn.Module()
-    for node in body.find_nodes(op="get_attr"):
-        value = get_path(holder, str(node.target))
-        node.target = node.name
-        setattr(root, node.name, value)
-    module = LossFromLabels(GraphModule(root, body), tuple(labels), len(results))
+    # Weights and modules that the loss reads are handed in, so that the graph has one of each.
+    module = LossFromLabels(GraphModule(nn.Module(), body), tuple(labels), len(results))
     setattr(holder, LOSS, module)
     with graph.inserting_before(output):
-        call = graph.call_module(LOSS, (tuple(labels), *values))
+        call = graph.call_module(LOSS, (tuple(labels), *outside))
         for index, node in enumerate(results):
             item = graph.call_function(getitem, (call, index))
             item.meta = dict(node.meta)

@@ -589,3 +589,64 @@ def test_the_dtype_cannot_be_changed_after_capture() -> None:
         gm.double()
     assert same(before, state_of(model))
     assert {t.dtype for t in gm.parameters()} == {torch.float32}
+
+
+# Labels of plain modules, and labels that are more than the loss's.
+
+
+class WithLoss(nn.Module):
+    """A loss with weights and dropout of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.register_buffer("class_weights", torch.tensor([1.0, 2.0, 3.0]))
+        self.centers = nn.Embedding(3, 6)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        h = self.layer(x)
+        logits = self.head(h)
+        if labels is None:
+            return {"logits": logits}
+        distance = self.drop(h - self.centers(labels)).square().mean()
+        return {"loss": F.cross_entropy(logits, labels, weight=self.class_weights) + distance, "logits": logits}
+
+
+@modes
+def test_a_loss_may_have_weights_of_its_own(training: bool) -> None:
+    model, x, labels = WithLoss(), torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+    gm = captured(model, {"x": x, "labels": labels}, None).train(training)
+    model.train(training)
+    before = state_of(model)
+    assert list(gm.state_dict()) == list(model.state_dict())
+    assert not any(p.requires_grad for p in gm.parameters())
+    assert torch.equal(gm(x)["logits"], model(x)["logits"])
+    actual, expected = both(gm, model, lambda m: m(x, labels))
+    assert same(actual, expected)
+    values = {n: t + 1 for n, t in gm.state_dict().items()}
+    gm.load_state_dict(values)
+    assert same(before, state_of(model))
+    model.load_state_dict(values)
+    actual, expected = both(gm, model, lambda m: m(x, labels))
+    assert same(actual, expected)
+
+
+@pytest.mark.xdist_group("t5")
+def test_labels_that_make_the_decoders_input_are_an_input(zoo: Zoo) -> None:
+    """T5 is mostly trained so: called with labels only, it shifts them into its decoder."""
+    family = FAMILIES["t5"]
+    model = zoo.eager(family)
+    inputs = {n: t for n, t in family.inputs().items() if not n.startswith("decoder_")}
+    inputs["labels"] = family.labels()
+    gm = lorafx.apply(model, lorafx.LoraSpec(), inputs)
+    assert [n for n in gm.state_dict() if "lora_" not in n] == list(model.state_dict())
+    assert {s.name for s in lorafx.sites(gm)} == {s.name for s in lorafx.sites(zoo.adapted(family, lorafx.LoraSpec()))}
+    for training in (True, False):
+        gm.train(training)
+        model.train(training)
+        actual, expected = both(gm, model, lambda m: m(**inputs))
+        assert same(actual, expected)
+    del inputs["labels"]
+    with pytest.raises(InputError, match="missing: labels"):
+        gm(**inputs)

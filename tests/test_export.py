@@ -1,4 +1,4 @@
-"""Export: the file is the twin of what torch exports of the user's own module, and nothing else gets a name."""
+"""Export: a file is the twin of what torch exports of the user's own module, or it gets no name."""
 
 from __future__ import annotations
 
@@ -93,6 +93,10 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
+def in_group(name: str) -> Any:
+    return pytest.param(name, marks=pytest.mark.xdist_group(name), id=name)
+
+
 # The family tests: what leads to the file, and the file.
 
 
@@ -113,7 +117,7 @@ def test_inference_graph_is_eval_mode_without_labels(zoo: Zoo, family: Family) -
 
 
 def test_export_is_what_torch_exports_of_the_users_own_module(zoo: Zoo, family: Family) -> None:
-    """Node by node, values of weights and constants included, against ``torch.onnx.export`` with its optimizer.
+    """Node by node, values of weights and constants included, against torch's export with its optimizer.
 
     Only the convolutional net is held to torch's unoptimized export brought through the same finish: torch's
     optimizer folds BatchNorm's statistics into the convolutions, which depends on values.
@@ -136,8 +140,9 @@ def test_export_is_what_torch_exports_of_the_users_own_module(zoo: Zoo, family: 
     assert compare(ours, theirs, names=False, by_value=lambda value: True) is None
 
 
-@pytest.mark.parametrize("family", [pytest.param(FAMILIES[n], id=n) for n in ("bert", "whisper")])
-def test_trained_model_exports_as_the_bases_twin(zoo: Zoo, family: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [in_group("bert"), in_group("whisper")])
+def test_trained_model_exports_as_the_bases_twin(zoo: Zoo, name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
     gm = zoo.trained(family)[0]
     report = merge_and_export(gm, tmp_path / "merged.onnx")
     base = export_base(gm, tmp_path / "base.onnx", verify=False)
@@ -479,7 +484,7 @@ def test_what_onnx_cannot_express_is_named(tmp_path: Path) -> None:
             return torch.linalg.eigvalsh(self.fc(x).unsqueeze(-1) * torch.eye(4))
 
     gm = lorafx.apply(Odd().eval(), {"r": 2, "target_modules": ["fc"]}, torch.randn(2, 4))
-    with pytest.raises(ExportError, match="torch cannot express the graph in ONNX: .*linalg_eig"):
+    with pytest.raises(ExportError, match=r"torch cannot express the graph in ONNX: .*linalg_eig"):
         merge_and_export(gm, tmp_path / "model.onnx")
     assert files(tmp_path) == {}
 
@@ -666,7 +671,7 @@ def test_verify_files(tmp_path: Path, exported: tuple[CapturedModule, Path, Any]
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(ExportError, match=r"text\.onnx is no ONNX file"):
         verify_files(base, tmp_path / "text.onnx")
-    with pytest.raises(ExportError, match="it should be a file of numpy.savez"):
+    with pytest.raises(ExportError, match=r"it should be a file of numpy\.savez"):
         verify_files(base, path, tmp_path / "text.onnx")
     other = small()
     ir.save(other, tmp_path / "other.onnx")
