@@ -119,18 +119,11 @@ class _Comparison:
         self.pair[left] = right
         self.paired.add(right)
 
-    def use(
-        self, left: ir.Value | None, right: ir.Value | None, where: str, what: str
-    ) -> Iterator[Difference]:
+    def use(self, left: ir.Value | None, right: ir.Value | None, where: str, what: str) -> Iterator[Difference]:
         if left is None or right is None:
             yield from _unequal(where, what, left and left.name, right and right.name)
             return
-        if (
-            left not in self.pair
-            and left.is_initializer()
-            and right.is_initializer()
-            and right not in self.paired
-        ):
+        if left not in self.pair and left.is_initializer() and right.is_initializer() and right not in self.paired:
             yield from self.initializers(left, right, where, what)
             yield from self.define(left, right, f"{where}, {what}", typed=False)
         if self.pair.get(left) is not right:
@@ -154,9 +147,7 @@ class _Comparison:
             yield from self.graphs(left.as_graph(), right.as_graph(), f"{where}, {name}: ")
         elif left.type == ir.AttributeType.TENSOR:
             a, b = left.as_tensor(), right.as_tensor()
-            yield from _unequal(
-                where, f"the type of {what}", (a.dtype, str(a.shape)), (b.dtype, str(b.shape))
-            )
+            yield from _unequal(where, f"the type of {what}", (a.dtype, str(a.shape)), (b.dtype, str(b.shape)))
             if a.tobytes() != b.tobytes():
                 yield Difference(where, what, _show_array(a.numpy()), _show_array(b.numpy()))
         else:

@@ -187,25 +187,19 @@ def _export(
                 count = check_weights(loaded, model)
                 cases = make_cases(example, translation.dims, written.signature.ranges)
                 parity, note = check_numbers(file.path, trained, dtype, cases, tolerance, done)
-            checks["same graph"] = (
-                f"{len(model.graph)} nodes, named, typed and shaped as in the base model's export"
-            )
+            checks["same graph"] = f"{len(model.graph)} nodes, named, typed and shaped as in the base model's export"
             if difference is not None:
-                checks["same graph"] = (
-                    f"but for the weights kept apart as asked ({', '.join(apart)}): {difference}"
-                )
+                checks["same graph"] = f"but for the weights kept apart as asked ({', '.join(apart)}): {difference}"
             checks["same weights"] = f"{count} initializers in the file, to the bit"
             checks["same numbers"] = f"{sum(p.refused is None for p in parity)} runs agree with torch"
-            warnings += [
-                f"torch itself refuses {p.where}: {p.refused}" for p in parity if p.refused is not None
-            ]
+            warnings += [f"torch itself refuses {p.where}: {p.refused}" for p in parity if p.refused is not None]
             if note is not None:
                 checks["not run"] = note
         else:
             checks["not checked"] = "graph, weights and numbers (verify=False)"
         file.commit()
     return ExportReport(
-        path=str(file.path),
+        path=os.fspath(path),
         data_path=None if file.data is None else str(file.data),
         onnx_bytes=file.path.stat().st_size,
         data_bytes=0 if file.data is None else file.data.stat().st_size,
@@ -234,9 +228,7 @@ def flat_example(signature: Signature, captured: Any, given: ExampleInputs) -> d
     """
     inputs = captured if given is None else given
     if inputs is None:
-        raise ExportError(
-            "the graph was traced without example inputs, and ONNX needs some: pass example_inputs="
-        )
+        raise ExportError("the graph was traced without example inputs, and ONNX needs some: pass example_inputs=")
     if isinstance(inputs, Tensor):
         inputs = (inputs,)
     if isinstance(inputs, Mapping):

@@ -56,9 +56,7 @@ class FileComparison:
         else:
             lines.append(f"graph    different: {self.structure}")
         shown = ", ".join(self.weights[:8]) + (", ..." if len(self.weights) > 8 else "")
-        lines.append(
-            f"weights  {f'{len(self.weights)} differ: {shown}' if self.weights else 'the same, to the bit'}"
-        )
+        lines.append(f"weights  {f'{len(self.weights)} differ: {shown}' if self.weights else 'the same, to the bit'}")
         if self.parity:
             lines += ["", *parity_lines(self.parity)]
         return "\n".join(lines)

@@ -69,18 +69,21 @@ def translate(
         opset: the version of ONNX's operators; None: torch's default.
 
     Raises:
-        ExportError: torch cannot express the graph in ONNX; names the operator or the node.
+        ExportError: torch cannot express the graph in ONNX (names the operator), or not in this opset.
     """
     with _quiet():
         try:
             program = _program(gm, example, dims)
-            converted = torch.onnx.export(
-                program, dynamo=True, optimize=False, verbose=False, opset_version=opset
-            )
+            converted = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
         except Exception as error:  # whatever torch, or an operator's translation, raises ends up here
             raise _not_expressible(error) from error
         assert converted is not None
         model = converted.model
+        if opset is not None and model.opset_imports[""] != opset:
+            raise ExportError(
+                f"opset={opset} is not available: torch translates this graph to opset {model.opset_imports['']}. "
+                "Ask for that one or a newer one"
+            )
         weights = {n: v for n, v in model.graph.initializers.items() if n in gm.state_dict()}
         for value in weights.values():
             value.const_value = None
@@ -226,9 +229,7 @@ def _not_expressible(error: Exception) -> ExportError:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporters' logs off the user's screen; what matters in them comes as errors."""
-    loggers = [
-        logging.getLogger(n) for n in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")
-    ]
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "torch.export", "torch.fx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

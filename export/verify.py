@@ -108,9 +108,7 @@ def check_numbers(
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         runtime = open_runtime(path, graph, dtype, Path(scratch))
         for index, case in enumerate(cases):
-            row = run_case(
-                case, names, runtime.session, runtime.graph, runtime.reference, tolerance, runtime.prepare
-            )
+            row = run_case(case, names, runtime.session, runtime.graph, runtime.reference, tolerance, runtime.prepare)
             if not row.passed:
                 worst = max(row.outputs, key=lambda o: o.max_abs - o.allowed)
                 raise ParityError(

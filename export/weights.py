@@ -86,7 +86,7 @@ def fill(weights: Mapping[str, ir.Value], folded: Iterable[Folded], tensor: Call
     """
 
     def fetch(name: str) -> ir.TensorProtocol:
-        return ir.tensor_adapters.TorchTensor(tensor(name).detach().cpu())
+        return ir.tensor_adapters.TorchTensor(tensor(name).detach().cpu().contiguous())
 
     for name, value in weights.items():
         _set_lazily(value, partial(fetch, name))

@@ -27,9 +27,7 @@ _DTYPE_ATTRIBUTES = frozenset({"to", "dtype"})
 def widen_graph(gm: CapturedModule) -> CapturedModule:
     """A copy of a graph whose half-precision tensors, and casts to half precision, are float32."""
     twin = share(gm)
-    subgraphs = {
-        s for g in twin.modules() if isinstance(g, GraphModule) and g is not twin for s in g.modules()
-    }
+    subgraphs = {s for g in twin.modules() if isinstance(g, GraphModule) and g is not twin for s in g.modules()}
     wide: dict[int, Tensor] = {}
     for module in twin.modules():
         if module in subgraphs:

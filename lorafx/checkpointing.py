@@ -51,9 +51,7 @@ class Checkpointing:
         if self.every_n_layers < 1:
             raise ValueError(f"every_n_layers={self.every_n_layers} must be 1 or more")
         if self.options.get("use_reentrant"):
-            raise ValueError(
-                "use_reentrant=True loses the gradients of adapters below frozen layers; leave it out"
-            )
+            raise ValueError("use_reentrant=True loses the gradients of adapters below frozen layers; leave it out")
         kept = {k: v for k, v in self.options.items() if k != "use_reentrant"}
         object.__setattr__(self, "options", kept)
 
@@ -116,9 +114,7 @@ def _layer(scope: str) -> str:
     return found.group() if found else ""
 
 
-def _runs(
-    graph: Graph, scopes: Mapping[Node, str], fixed: frozenset[Node]
-) -> Sequence[tuple[str, tuple[Node, ...]]]:
+def _runs(graph: Graph, scopes: Mapping[Node, str], fixed: frozenset[Node]) -> Sequence[tuple[str, tuple[Node, ...]]]:
     """Stretches of nodes of one layer (``""``: of none); a node without a scope goes with the one before."""
     labelled, layer = [], ""
     for node in graph.nodes:

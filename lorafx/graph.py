@@ -112,9 +112,7 @@ class CapturedModule(GraphModule):
         """Keep activations again."""
         self._set_checkpointing(None)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None
-    ) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
         """The older name of :meth:`activation_checkpointing_enable`, which trainers still call."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
@@ -175,8 +173,14 @@ class CapturedModule(GraphModule):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         after = {t.device for _, t in named_tensors(self)}
         if before != after and len(after) == 1:
-            _move_literals(self.graph, before, after.pop())
-            self.recompile()
+            (new,) = after
+            for graph_module in (m for m in self.modules() if isinstance(m, GraphModule)):
+                _move_literals(graph_module.graph, before, new)
+                graph_module.recompile()
+            if (text := self.meta.get("captured")) is not None:
+                for old in before:
+                    text = text.replace(repr(old), repr(new))
+                self.meta["captured"] = text
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:

@@ -101,7 +101,7 @@ def candidates(gm: CapturedModule) -> tuple[Candidate, ...]:
             kind=kind,
             nodes=(node,),
             weight=weight_name,
-            bias=str(operands.bias.target) if _is_attribute(operands.bias) else None,
+            bias=_name_of_parameter(operands.bias),
             in_features=int(shape[1]),
             out_features=int(shape[0]),
             dtype=weight.dtype,
@@ -178,7 +178,8 @@ def _site(candidate: Candidate, spec: LoraSpec, adapter: str) -> Site:
 
 
 def _check_entries(gm: CapturedModule, found: Sequence[Candidate], spec: LoraSpec) -> None:
-    """Refuse every entry of a list that names no layer of the graph."""
+    """Refuse the entries of a list that name no layer of the graph, all of them at once."""
+    unmatched = []
     modules = [n for n, _ in gm.named_modules(remove_duplicate=False) if n]
     names = [c.name for c in found]
     for field in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -192,7 +193,9 @@ def _check_entries(gm: CapturedModule, found: Sequence[Candidate], spec: LoraSpe
                 matches(n, (entry,)) for n in (names if field == "target_modules" else known)
             ):
                 continue
-            raise MatchError(_unmatched(field, entry, names, modules))
+            unmatched.append(_unmatched(field, entry, names, modules))
+    if unmatched:
+        raise MatchError("; ".join(unmatched))
 
 
 def _unmatched(field: str, entry: str, names: Sequence[str], modules: Sequence[str]) -> str:
@@ -288,8 +291,8 @@ def _output_makers(gm: CapturedModule) -> set[Node]:
     return makers
 
 
-def _is_attribute(node: Node | None) -> bool:
-    return node is not None and node.op == "get_attr"
+def _name_of_parameter(node: Node | None) -> str | None:
+    return str(node.target) if node is not None and node.op == "get_attr" else None
 
 
 def _is_under(name: str, module: str) -> bool:

@@ -30,6 +30,11 @@ from zoo import FAMILIES, Family
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Most models here are freshly initialised on purpose; the tests of the warning ask for it.
+    config.addinivalue_line("filterwarnings", "ignore:.*looks freshly initialised:UserWarning")
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write the golden files anew")
 
@@ -71,9 +76,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
             n: (id(p), p.data_ptr(), p.requires_grad, p.detach().clone())
             for n, p in model.named_parameters(remove_duplicate=False)
         },
-        "buffers": {
-            n: (id(b), b.data_ptr(), b.clone()) for n, b in model.named_buffers(remove_duplicate=False)
-        },
+        "buffers": {n: (id(b), b.data_ptr(), b.clone()) for n, b in model.named_buffers(remove_duplicate=False)},
         "modes": {n: (id(m), m.training) for n, m in model.named_modules(remove_duplicate=False)},
         "attributes": {n: sorted(vars(m)) for n, m in model.named_modules(remove_duplicate=False)},
         "configs": [copy.deepcopy(vars(c)) for c in configs(model)],

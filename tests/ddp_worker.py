@@ -19,8 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
 
 import lorafx
-from lorafx.integrations.huggingface import LoraTrainer
 from conftest import randomize
+from lorafx.integrations.huggingface import LoraTrainer
 from tolerances import error
 from zoo import FAMILIES
 

@@ -82,7 +82,7 @@ def test_loss_and_gradients_equal_the_models(zoo: Zoo, family: Family, training:
 
 
 def test_labels_are_optional_and_change_nothing_else(zoo: Zoo, hf_family: Family) -> None:
-    gm, inputs = zoo.captured(hf_family), hf_family.inputs()
+    gm, inputs = zoo.captured(hf_family).eval(), hf_family.inputs()
     without, labelled = gm(**inputs), gm(**inputs, labels=hf_family.labels())
     assert without.loss is None
     assert labelled.loss is not None
@@ -155,7 +155,9 @@ def test_calls_bind_as_the_models_forward_does(zoo: Zoo, family: Family) -> None
     positional = [inputs.get(n) for n in order[: last + 1]]
     expected = model(**inputs)
     assert same(gm(*positional), expected)
-    assert same(gm(*positional[:1], **{n: inputs[n] for n in reversed(order) if n in inputs and n != order[0]}), expected)
+    assert same(
+        gm(*positional[:1], **{n: inputs[n] for n in reversed(order) if n in inputs and n != order[0]}), expected
+    )
 
 
 def test_a_wrong_call_says_what_is_wrong(zoo: Zoo, family: Family) -> None:
@@ -337,15 +339,11 @@ def test_capture_starts_in_the_models_modes(example: tuple[Tensor] | None) -> No
 
 @front_ends
 def test_forward_hooks_are_part_of_the_model(example: tuple[Tensor] | None) -> None:
-    """A hook on a layer changes what eager computes, so the graph computes it too (or capture refuses)."""
+    """A hook on a layer changes what eager computes, so the graph computes it too."""
     model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)), torch.randn(4, 6)
     model[0].register_forward_hook(lambda module, args, output: output * 2)
-    try:
-        gm = captured(model, example, None)
-    except CaptureError as error:
-        assert "hook" in str(error)
-    else:
-        assert torch.equal(gm(x), model(x))
+    gm = captured(model, example, None)
+    assert torch.equal(gm(x), model(x))
 
 
 @front_ends
@@ -486,7 +484,9 @@ def test_a_branch_on_data_names_the_line(example: tuple[Tensor] | None, capfd: p
     number = first + next(i for i, line in enumerate(lines) if "if h.sum()" in line)
     model = Branches().train()
     before = state_of(model)
-    with pytest.raises(CaptureError, match=rf"Branches at test_capture.py:{number} in forward: `if h.sum\(\) > 0:`") as caught:
+    with pytest.raises(
+        CaptureError, match=rf"Branches at test_capture.py:{number} in forward: `if h.sum\(\) > 0:`"
+    ) as caught:
         captured(model, example, None)
     assert "What to do: " + ("branch on shapes" if example else "give example_inputs") in str(caught.value)
     assert same(before, state_of(model))
@@ -618,7 +618,7 @@ def test_a_loss_may_have_weights_of_its_own(training: bool) -> None:
     model, x, labels = WithLoss(), torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
     gm = captured(model, {"x": x, "labels": labels}, None).train(training)
     model.train(training)
-    before = state_of(model)
+    before = copy.deepcopy(model.state_dict())
     assert list(gm.state_dict()) == list(model.state_dict())
     assert not any(p.requires_grad for p in gm.parameters())
     assert torch.equal(gm(x)["logits"], model(x)["logits"])
@@ -626,7 +626,7 @@ def test_a_loss_may_have_weights_of_its_own(training: bool) -> None:
     assert same(actual, expected)
     values = {n: t + 1 for n, t in gm.state_dict().items()}
     gm.load_state_dict(values)
-    assert same(before, state_of(model))
+    assert same(model.state_dict(), before)
     model.load_state_dict(values)
     actual, expected = both(gm, model, lambda m: m(x, labels))
     assert same(actual, expected)

@@ -62,9 +62,7 @@ def test_every_area_is_in_every_split_in_the_same_proportion(corpus: Corpus) -> 
 def test_where_a_text_falls_does_not_depend_on_the_order_it_is_found_in(tmp_path: Path) -> None:
     docstrings = _docstrings()
     one = load_corpus(_library(tmp_path / "one", docstrings))
-    other = load_corpus(
-        _library(tmp_path / "other", {area: texts[::-1] for area, texts in docstrings.items()})
-    )
+    other = load_corpus(_library(tmp_path / "other", {area: texts[::-1] for area, texts in docstrings.items()}))
     assert one == other
     assert [len(one.train), len(one.validation), len(one.test)] == [15 * 72, 15 * 18, 15 * 30]
 
@@ -81,9 +79,7 @@ def test_a_text_of_two_areas_is_left_out_and_a_repeated_one_is_there_once(tmp_pa
 
 
 def test_a_library_without_sources_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        DemoError, match=r"needs 100 texts about 'archives' and found 0 .* without .* sources"
-    ):
+    with pytest.raises(DemoError, match=r"needs 100 texts about 'archives' and found 0 .* without .* sources"):
         load_corpus(tmp_path)
 
 

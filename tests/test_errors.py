@@ -128,7 +128,9 @@ CASES = {
     ),
     "misspelt target": Case(
         errors.MatchError,
-        lambda: lorafx.apply(nn.ModuleDict({"q_proj": nn.Linear(6, 6)})["q_proj"], LoraSpec(target_modules=["q"]), (X,)),
+        lambda: lorafx.apply(
+            nn.ModuleDict({"q_proj": nn.Linear(6, 6)})["q_proj"], LoraSpec(target_modules=["q"]), (X,)
+        ),
         ("target_modules names 'q'", "no such layer"),
     ),
     "nothing to adapt": Case(

@@ -15,6 +15,7 @@ from conftest import Zoo, leaves, loss_of, randomize, same, train
 from lorafx import LoraSpec, MatchError, MergeError, PassError
 from lorafx.graph import CapturedModule
 from lorafx.ir import Stage, format_graph, stage, verify
+from lorafx.passes.insert import Insert
 from lorafx.passes.match import match
 from tolerances import assert_close
 from zoo import FAMILIES, Family
@@ -52,9 +53,7 @@ def test_only_adapters_train_and_the_base_is_shared(zoo: Zoo, family: Family) ->
     assert {*gm.state_dict()} - {*model.state_dict()} == adapters
     assert list(base_values(gm)) == list(model.state_dict())
     for site in sites:
-        assert site.parameter_names == {
-            p: f"{site.path}.{p}.default" for p in ("lora_A", "lora_B")
-        }
+        assert site.parameter_names == {p: f"{site.path}.{p}.default" for p in ("lora_A", "lora_B")}
         values = site.parameters(gm)
         assert not values["lora_B"].any()
         assert values["lora_A"].abs().max() <= 1 / site.in_features**0.5
@@ -64,8 +63,11 @@ def test_only_adapters_train_and_the_base_is_shared(zoo: Zoo, family: Family) ->
 def test_a_site_is_one_node(zoo: Zoo, family: Family) -> None:
     gm = zoo.adapted(family, LoraSpec(r=4, dropout=0.1))
     called = [n for n in gm.graph.nodes if getattr(n.target, "namespace", "") == "lorafx"]
-    assert len(called) == len(lorafx.sites(gm)) == len(match(zoo.capture(family).gm, (LoraSpec(),))) - sum(
-        c.site is None for c in match(zoo.capture(family).gm, (LoraSpec(),))
+    assert (
+        len(called)
+        == len(lorafx.sites(gm))
+        == len(match(zoo.capture(family).gm, (LoraSpec(),)))
+        - sum(c.site is None for c in match(zoo.capture(family).gm, (LoraSpec(),)))
     )
     # Besides its one node a site has its two parameters and the switch of its dropout; no call is added otherwise.
     before = [n for n in zoo.capture(family).gm.graph.nodes if n.op == "call_function"]
@@ -153,14 +155,16 @@ def test_merged_weights_load_into_the_users_module(zoo: Zoo, family: Family) -> 
 
 
 @HALF
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5", "convnet"])
+@pytest.mark.parametrize("name", ["distilbert", "llama", "gpt2", "convnet"])
 def test_half_precision_bases(name: str, dtype: torch.dtype) -> None:
     """float32 adapters on a half base: identical at first, trained, merged in float32 and rounded once."""
     family = FAMILIES[name]
     model = family.build().to(dtype)
     inputs = {n: t.to(dtype) if t.is_floating_point() else t for n, t in family.inputs().items()}
     captured = lorafx.api.captured(model, inputs, None).eval()
-    gm = lorafx.apply(model, LoraSpec(r=4, alpha=4), inputs, seed=0).eval()
+    specs = (LoraSpec(r=4, alpha=4),)
+    gm = copy.deepcopy(captured)
+    Insert(match(gm, specs), specs)(gm)
     assert same(gm(**inputs), captured(**inputs))
     trained = [p for p in gm.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
@@ -266,7 +270,9 @@ def test_stages_are_held_to() -> None:
     for call in (lorafx.merge, lorafx.merged_state_dict, lorafx.unadapted):
         with pytest.raises(PassError, match=r"merge: needs a graph that is inserted, this one is merged"):
             call(merged)
-        with pytest.raises(PassError, match=r"expected a graph made by lorafx.apply, got Sequential; call lorafx.apply"):
+        with pytest.raises(
+            PassError, match=r"expected a graph made by lorafx.apply, got Sequential; call lorafx.apply"
+        ):
             call(small())
     assert lorafx.sites(merged) == ()
 
@@ -311,7 +317,7 @@ def trainable(gm: nn.Module) -> set[str]:
         ({"modules_to_save": ["2"]}, {"2.weight", "2.bias"}),
         ({"bias": "lora_only", "modules_to_save": ["4"]}, {"0.bias", "2.bias", "4.weight", "4.bias"}),
     ],
-    ids=str,
+    ids=lambda value: "" if isinstance(value, set) else str(value),  # sets print in any order
 )
 def test_what_else_trains(fields: dict[str, Any], expected: set[str]) -> None:
     model = small()

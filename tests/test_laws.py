@@ -320,6 +320,8 @@ def test_a_seed_makes_the_same_adapter(name: str) -> None:
     other = lorafx.apply(small_model(), spec, seed=4)
     (site,) = lorafx.sites(other)
     for first, second in itertools.pairwise([*by_seed, by_generator]):
-        assert all(torch.equal(a, b) for a, b in zip(*(site.parameters(g).values() for g in (first, second)), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(*(site.parameters(g).values() for g in (first, second)), strict=True)
+        )
     pairs = zip(site.parameters(by_generator).values(), site.parameters(other).values(), strict=True)
     assert not all(torch.equal(a, b) for a, b in pairs)

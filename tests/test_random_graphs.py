@@ -35,9 +35,7 @@ class Step:
 
 
 KINDS = ("layer", "again", "matrix", "residual", "branches", "norm", "drop")
-STEPS = st.lists(
-    st.builds(Step, st.sampled_from(KINDS), st.integers(1, 9), st.booleans()), min_size=1, max_size=6
-)
+STEPS = st.lists(st.builds(Step, st.sampled_from(KINDS), st.integers(1, 9), st.booleans()), min_size=1, max_size=6)
 
 
 class Random(nn.Module):

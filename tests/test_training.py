@@ -279,6 +279,19 @@ def test_what_cannot_be_recomputed_is_refused(zoo: Zoo) -> None:
         flat.activation_checkpointing_enable()
 
 
+@over("llama", "t5")
+def test_a_move_to_another_device_takes_the_graph_along(zoo: Zoo, chosen: Family) -> None:
+    """The devices that the trace wrote into the graph and into its loss; seen on the device without data."""
+    gm = zoo.adapted(chosen, SPEC).train()
+    gm.activation_checkpointing_enable()
+    gm.to("meta")
+    inputs = {n: v.to("meta") for n, v in chosen.inputs().items()}
+    loss = gm(**inputs, labels=chosen.labels().to("meta")).loss
+    loss.backward()
+    assert {t.device.type for t in (loss, *grads(gm).values())} == {"meta"}
+    assert lorafx.merge(gm)(**inputs).logits.device.type == "meta"
+
+
 @over("llama", "gpt2")
 def test_the_users_own_model_generates_what_the_graph_predicts(zoo: Zoo, chosen: Family) -> None:
     """Merged weights load into a copy of the model, whose ``generate`` takes the graph's greedy choices."""

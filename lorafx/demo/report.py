@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 
+from lorafx.export.report import ExportReport
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -26,14 +28,13 @@ class DemoResult:
     ``probe``: the frozen base with a converged linear head. ``adapted``: the unmerged graph in torch.
     ``exported``: the merged file in ONNX Runtime. ``gained``, ``lost``: test texts that only the adapted
     model, or only the probe, got right. ``max_difference``: of the logits of the unmerged graph and of the
-    ONNX file over the test split. ``seconds``: wall time of each part. ``export``: the ExportReport's dict.
+    ONNX file over the test split. ``seconds``: wall time of each part. ``export``: what was written and checked.
     """
 
     seed: int
     steps: int
     areas: tuple[str, ...]
     texts: dict[str, int]
-    sites: int
     trainable: int
     parameters: int
     probe: Accuracy
@@ -42,14 +43,12 @@ class DemoResult:
     gained: int
     lost: int
     max_difference: float
-    path: Path
-    file_bytes: int
     seconds: dict[str, float]
-    export: dict[str, Any]
+    export: ExportReport
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types only, as :meth:`save` writes them."""
-        return {**asdict(self), "areas": list(self.areas), "path": str(self.path)}
+        return {**asdict(self), "areas": list(self.areas), "export": self.export.to_dict()}
 
     def save(self, path: Path) -> None:
         """Write as JSON."""
@@ -84,9 +83,12 @@ class DemoResult:
         table = Table(show_header=False)
         table.add_column(style="bold")
         table.add_column()
-        table.add_row("sites", f"{self.sites} linear layers adapted")
+        table.add_row("sites", f"{self.export.sites} linear layers adapted")
         table.add_row("trainable share", f"{share:.2%} ({self.trainable:,} of {self.parameters:,})")
         table.add_row("largest difference", f"{self.max_difference:.1e} (unmerged torch to merged ONNX)")
-        table.add_row("file", f"{self.path} ({self.file_bytes / 2**20:.1f} MiB)")
+        for check, found in self.export.checks.items():
+            table.add_row(check, found)
+        size = self.export.onnx_bytes + self.export.data_bytes
+        table.add_row("file", f"{self.export.path} ({size / 2**20:.1f} MiB)")
         table.add_row("time", f"{sum(self.seconds.values()):.0f} s ({times})")
         return table

@@ -10,14 +10,14 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from lorafx.api import apply, merge_and_export
+from lorafx.api import apply
 from lorafx.demo.batches import Texts
 from lorafx.demo.data import AREAS, load_corpus
 from lorafx.demo.model import load_model, load_tokenizer
 from lorafx.demo.progress import Parts
 from lorafx.demo.report import Accuracy, DemoResult
 from lorafx.demo.train import accuracy, compute, fine_tune, fit_probe
-from lorafx.ir import sites
+from lorafx.export.export import merge_and_export
 from lorafx.spec import LoraSpec
 
 SPEC = LoraSpec(r=16, alpha=32, target_modules="all-linear", modules_to_save=("head",))
@@ -45,9 +45,7 @@ def run_demo(out_dir: Path, seed: int = 0, steps: int = 200, console: Console | 
     with Parts(console) as parts:
         with parts.part("read"):
             corpus, tokenizer, model = load_corpus(), load_tokenizer(), load_model(classes)
-            splits = [
-                Texts(passages, tokenizer) for passages in (corpus.train, corpus.validation, corpus.test)
-            ]
+            splits = [Texts(passages, tokenizer) for passages in (corpus.train, corpus.validation, corpus.test)]
             train, validation, test = splits
 
         with parts.part("embed", total=sum(map(len, splits))) as advance:
@@ -81,8 +79,8 @@ def run_demo(out_dir: Path, seed: int = 0, steps: int = 200, console: Console | 
         with parts.part("evaluate", total=len(test)) as advance:
             adapted_logits = compute(adapted, classes, test, advance)
 
-        with parts.part("export"):
-            report = merge_and_export(gm, path)
+        with parts.part("export") as advance:
+            export = merge_and_export(gm, path, progress=lambda phase, done: advance(0, phase))
 
         with parts.part("run ONNX", total=len(test)) as advance:
             exported_logits = compute(_onnx_model(path), classes, test, advance)
@@ -94,21 +92,16 @@ def run_demo(out_dir: Path, seed: int = 0, steps: int = 200, console: Console | 
         steps=steps,
         areas=AREAS,
         texts={"train": len(train), "validation": len(validation), "test": len(test)},
-        sites=len(sites(gm)),
         trainable=sum(p.numel() for p in gm.parameters() if p.requires_grad),
         parameters=sum(p.numel() for p in gm.parameters()),
-        probe=Accuracy(
-            accuracy(probe.logits(validation_x), validation.labels), accuracy(probe_logits, test.labels)
-        ),
+        probe=Accuracy(accuracy(probe.logits(validation_x), validation.labels), accuracy(probe_logits, test.labels)),
         adapted=Accuracy(validated, accuracy(adapted_logits, test.labels)),
         exported=Accuracy(None, accuracy(exported_logits, test.labels)),
         gained=int((after & ~before).sum()),
         lost=int((before & ~after).sum()),
         max_difference=float((adapted_logits - exported_logits).abs().max()),
-        path=path,
-        file_bytes=sum(file.stat().st_size for file in out_dir.glob(f"{path.name}*")),
         seconds=parts.seconds,
-        export=report.to_dict(),
+        export=export,
     )
     result.save(out_dir / "demo.json")
     console.print(result)

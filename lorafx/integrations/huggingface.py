@@ -42,9 +42,7 @@ class LoraTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if (found := stage(self._adapted())) is not Stage.INSERTED:
-            raise PassError(
-                f"LoraTrainer: this graph is {found.value}; train what lorafx.apply(model, spec) returns"
-            )
+            raise PassError(f"LoraTrainer: this graph is {found.value}; train what lorafx.apply(model, spec) returns")
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise PassError(
                 "LoraTrainer: adapters of a sharded model cannot be saved; train without FSDP and DeepSpeed "
