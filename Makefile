@@ -30,7 +30,7 @@ test: check install ## everything CI runs: check, then the tests against the bui
 	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && cd "$$dir" && \
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests \
-		-n $(WORKERS) $(PYTEST_ARGS)
+		-n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
 check: $(DEPS) ## lint, formatting, types, import directions
 	$(BIN)/ruff check .

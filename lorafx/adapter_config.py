@@ -104,9 +104,7 @@ def _modules_to_save(gm: CapturedModule, spec: LoraSpec) -> tuple[str, ...]:
     )
 
 
-def _targeting(
-    spec: LoraSpec, wanted: set[str], modules: Collection[str], whole: Collection[str]
-) -> LoraSpec:
+def _targeting(spec: LoraSpec, wanted: set[str], modules: Collection[str], whole: Collection[str]) -> LoraSpec:
     """``spec`` with targets by which PEFT finds exactly the ``wanted`` ones of ``modules``.
 
     They are the spec's own if those do (they need not: PEFT sees modules that the graph never calls, and its

@@ -53,12 +53,8 @@ def demo(
 
 @app.command()
 def plan(
-    model: Annotated[
-        str, typer.Argument(help="Folder of a Hugging Face checkpoint, or package.module:function.")
-    ],
-    spec: Annotated[
-        Path | None, typer.Option(help="JSON file of a LoraSpec, or PEFT's adapter_config.json.")
-    ] = None,
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face checkpoint, or package.module:function.")],
+    spec: Annotated[Path | None, typer.Option(help="JSON file of a LoraSpec, or PEFT's adapter_config.json.")] = None,
     r: Annotated[int, typer.Option(help="Rank (without --spec).", min=1)] = 8,
     alpha: Annotated[float, typer.Option(help="Numerator of the scaling (without --spec).")] = 16,
     target: Annotated[
@@ -84,9 +80,7 @@ def plan(
 def verify(
     first: Annotated[Path, typer.Argument(help="An ONNX file.")],
     second: Annotated[Path, typer.Argument(help="The ONNX file to compare it with.")],
-    inputs: Annotated[
-        Path | None, typer.Option(help="An .npz file of inputs by name: run both files on them.")
-    ] = None,
+    inputs: Annotated[Path | None, typer.Option(help="An .npz file of inputs by name: run both files on them.")] = None,
     random: Annotated[bool, typer.Option("--random", help="Run both files on random inputs.")] = False,
 ) -> None:
     """Compare two ONNX files: node by node, weight by weight, and by what they compute. Status 1: they differ."""

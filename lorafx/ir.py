@@ -146,16 +146,12 @@ def verify(gm: CapturedModule, expected: Stage) -> None:
     called = {n for held in nodes.values() for n in held}
     for node in _lorafx_calls(gm.graph):
         if not _ADAPTED[expected]:
-            raise VerifyError(
-                f"node %{node.name} calls {node.target}, which no {expected.value} graph may hold"
-            )
+            raise VerifyError(f"node %{node.name} calls {node.target}, which no {expected.value} graph may hold")
         if node not in called:
             raise VerifyError(f"node %{node.name} calls {node.target} but belongs to no site")
     for site, held in nodes.items():
         if not _ADAPTED[expected]:
-            raise VerifyError(
-                f"node %{held[0].name} is a call of site {site.name} in a {expected.value} graph"
-            )
+            raise VerifyError(f"node %{held[0].name} is a call of site {site.name} in a {expected.value} graph")
         variant = VARIANTS[site.variant]
         shapes = variant.shapes(site.out_features, site.in_features, site.r)
         for name, parameter in site.parameters(gm).items():
@@ -171,9 +167,7 @@ def verify(gm: CapturedModule, expected: Stage) -> None:
 
 
 def _lorafx_calls(graph: Graph) -> Iterable[Node]:
-    return (
-        n for n in graph.nodes if n.op == "call_function" and getattr(n.target, "namespace", "") == "lorafx"
-    )
+    return (n for n in graph.nodes if n.op == "call_function" and getattr(n.target, "namespace", "") == "lorafx")
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

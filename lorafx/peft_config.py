@@ -142,9 +142,7 @@ def fields_from_peft(config: Mapping[str, Any]) -> dict[str, Any]:
         raise SpecError(f"PEFT config: peft_type={name!r} is not supported; supported is 'LORA'.")
     refuse_unknown("PEFT config", config, KEYS)
 
-    changed = {
-        key: config[key] for key, default in UNSUPPORTED.items() if key in config and config[key] != default
-    }
+    changed = {key: config[key] for key, default in UNSUPPORTED.items() if key in config and config[key] != default}
     # The variant that accounts for the most of the changed settings; "lora" asks for none.
     variant = max(
         (name for name, asks in VARIANT_SETTINGS.items() if asks.items() <= changed.items()),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
 
 from lorafx.errors import PassError
 
@@ -107,6 +108,21 @@ def _resolve(value: Any, made: dict[str, Node]) -> Any:
     return value
 
 
+def spec_to_plain(spec: pytree.TreeSpec) -> Any:
+    """A tree of containers as nested tuples; None for a leaf (torch warns where its leaves are copied)."""
+    if spec.is_leaf():
+        return None
+    return spec.type, spec.context, [spec_to_plain(spec.child(i)) for i in range(spec.num_children)]
+
+
+def spec_from_plain(plain: Any) -> pytree.TreeSpec:
+    """The inverse of :func:`spec_to_plain`."""
+    if plain is None:
+        return pytree.treespec_leaf()
+    kind, context, children = plain
+    return pytree.TreeSpec(kind, context, [spec_from_plain(child) for child in children])
+
+
 def target_name(target: Callable[..., Any]) -> str:
     """A stable name of a node's target: ``ops:aten.linear.default`` or ``module:name``.
 
@@ -125,9 +141,7 @@ def target_name(target: Callable[..., Any]) -> str:
                 return f"{candidate}:{name}"
         except (ImportError, AttributeError, ValueError):
             continue
-    raise PassError(
-        f"pickle: the graph calls {target!r}, which has no importable name; define it at module level"
-    )
+    raise PassError(f"pickle: the graph calls {target!r}, which has no importable name; define it at module level")
 
 
 def find_target(text: str) -> Callable[..., Any]:

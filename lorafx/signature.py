@@ -8,6 +8,7 @@ binding at run time and ``torch.compile`` sees plain Python.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from lorafx.errors import InputError
+from lorafx.serialize import spec_from_plain, spec_to_plain
 
 
 class _Missing:
@@ -42,6 +44,9 @@ class Argument:
     leaves: tuple[str, ...]
     spec: pytree.TreeSpec
     optional: bool = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _argument, (self.name, self.leaves, spec_to_plain(self.spec), self.optional)
 
     @property
     def is_tensor(self) -> bool:
@@ -72,6 +77,10 @@ class Signature:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Signature:
         return self  # never changed; a copy of a TreeSpec warns of torch's own deprecation
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return _signature, (fields | {"out_spec": spec_to_plain(self.out_spec)},)
 
     @property
     def placeholders(self) -> tuple[str, ...]:
@@ -107,6 +116,14 @@ class Signature:
             default = self.uncaptured.get(name) if captured is None or captured.optional else MISSING
             parameters.append(inspect.Parameter(name, kind, default=default))
         return inspect.Signature(parameters)
+
+
+def _argument(name: str, leaves: tuple[str, ...], spec: Any, optional: bool) -> Argument:
+    return Argument(name, leaves, spec_from_plain(spec), optional)
+
+
+def _signature(fields: dict[str, Any]) -> Signature:
+    return Signature(**fields | {"out_spec": spec_from_plain(fields["out_spec"])})
 
 
 def flatten_argument(argument: Argument, value: Any) -> list[Any]:
@@ -150,9 +167,9 @@ def check_call(
     if not missing and not unexpected:
         return
     captured = ", ".join(a.name + (" (optional)" if a.optional else "") for a in signature.arguments)
-    parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [
-        f"not captured: {', '.join(unexpected)}"
-    ] * bool(unexpected)
+    parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"not captured: {', '.join(unexpected)}"] * bool(
+        unexpected
+    )
     raise InputError(
         f"the graph was captured with ({captured}); this call is different ({'; '.join(parts)}). "
         "Call it with the captured arguments, or capture again with example inputs that hold them all"
@@ -166,9 +183,7 @@ class SignatureCodeGen(CodeGen):
         super().__init__()
         self.signature = signature
 
-    def gen_fn_def(
-        self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False
-    ) -> str:
+    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, *, expanded_def: bool = False) -> str:
         signature = self.signature
         captured = {a.name: a for a in signature.arguments}
         present = {v.split(":")[0].split("=")[0].strip() for v in free_vars}

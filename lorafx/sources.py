@@ -41,9 +41,7 @@ def find_model(source: str) -> tuple[nn.Module, ExampleInputs]:
     try:
         made: Any = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError) as error:
-        raise SourceError(
-            f"'{source}': {error}. Run from the folder in which `import {module}` works"
-        ) from error
+        raise SourceError(f"'{source}': {error}. Run from the folder in which `import {module}` works") from error
     finally:
         sys.path.pop(0)
     model, inputs = made if isinstance(made, tuple) else (made, None)
@@ -59,16 +57,12 @@ def _from_folder(folder: Path) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise SourceError(
-            "reading a checkpoint's folder needs transformers: pip install 'lorafx[hf]'"
-        ) from error
+        raise SourceError("reading a checkpoint's folder needs transformers: pip install 'lorafx[hf]'") from error
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     names = json.loads(config_file.read_text()).get("architectures") or []
     builder: Any = getattr(transformers, names[0], None) if names else transformers.AutoModel
     if builder is None:
-        raise SourceError(
-            f"'{config_file}' names the architecture {names[0]}, which transformers does not have"
-        )
+        raise SourceError(f"'{config_file}' names the architecture {names[0]}, which transformers does not have")
     with torch.device("meta"):
         model = builder._from_config(config) if names else builder.from_config(config)
     assert isinstance(model, nn.Module)

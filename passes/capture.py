@@ -43,7 +43,7 @@ _LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentenc
 
 
 class FixedDimensionWarning(UserWarning):
-    """A dimension that was meant to be dynamic came out fixed: the graph works at that size only."""
+    """A dimension that was meant to be dynamic came out fixed, or limited to large sizes."""
 
 
 def capture(
@@ -84,9 +84,7 @@ def _captured(
     example = make_example(bound, parameters, dynamic_shapes, labels)
     if not labels and (synthetic := synthesize_labels(model, bound)) is not None:
         try:
-            extended = make_example(
-                {**bound, "labels": synthetic}, parameters, dynamic_shapes, frozenset({"labels"})
-            )
+            extended = make_example({**bound, "labels": synthetic}, parameters, dynamic_shapes, frozenset({"labels"}))
             return _capture_export(model, extended, example)
         except CaptureError:
             pass  # the model's loss cannot be captured; without labels it may well be
@@ -113,11 +111,10 @@ def _capture_export(model: nn.Module, example: Example, user: Example) -> Captur
             raise CaptureError("labels that nobody gave would decide more than the loss")
         example = dataclasses.replace(example, optional=frozenset())
     dims, ranges, fixed = _dimensions(train, example)
-    for name, dim, role, size in fixed:
+    for name, dim, role, sizes in fixed:
         warnings.warn(
-            f"dimension {dim} of '{name}' ({role}) came out fixed at {size}: the model's code depends on "
-            "it, and the "
-            "graph works at that size only. Pass dynamic_shapes to say that this is meant",
+            f"dimension {dim} of '{name}' ({role}) came out {sizes}: the model's code depends on it, and the "
+            "graph is right at no other size. Pass dynamic_shapes to say that this is meant",
             FixedDimensionWarning,
             stacklevel=6,
         )
@@ -166,9 +163,7 @@ def _arguments(trace: Trace, example: Example) -> tuple[Argument, ...]:
     return tuple(Argument(n, trace.leaves[n], trace.in_specs[n], n in example.optional) for n in order)
 
 
-def _build(
-    model: nn.Module, trace: Trace, signature: Signature, example: dict[str, Any] | None
-) -> CapturedModule:
+def _build(model: nn.Module, trace: Trace, signature: Signature, example: dict[str, Any] | None) -> CapturedModule:
     graph = trace.graph
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     root = mirror(model, called)
@@ -244,12 +239,12 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _dimensions(
     trace: Trace, example: Example
-) -> tuple[dict[str, dict[int, str]], dict[str, tuple[int, int | None]], list[tuple[str, int, str, int]]]:
-    """Names of the dimensions that stayed dynamic, the range of each name, and those that came out fixed."""
+) -> tuple[dict[str, dict[int, str]], dict[str, tuple[int, int | None]], list[tuple[str, int, str, str]]]:
+    """Names of the dimensions that stayed dynamic, the range of each name, and those fixed or limited."""
     values = {str(n.target): n.meta["val"] for n in trace.graph.find_nodes(op="placeholder")}
     dims: dict[str, dict[int, str]] = {}
     ranges: dict[str, tuple[int, int | None]] = {}
-    fixed: list[tuple[str, int, str, int]] = []
+    fixed: list[tuple[str, int, str, str]] = []
     for argument, leaves in trace.leaves.items():
         for leaf, roles in zip(leaves, example.roles[argument], strict=True):
             for dim, role in roles.items():
@@ -257,11 +252,13 @@ def _dimensions(
                 if is_concrete_int(size):
                     # only matrices of indices and batches are sure to be meant as dynamic
                     if dim == 0 or not values[leaf].is_floating_point():
-                        fixed.append((leaf, dim, role, int(size)))
+                        fixed.append((leaf, dim, role, f"fixed at {int(size)}"))
                     continue
                 dims.setdefault(leaf, {})[dim] = role
                 low, high = trace.ranges.get(str(size), (1, None))
                 low = 1 if low <= 2 else low  # torch's lower bound of 2 says "not specialised to 0 or 1"
+                if low > 1 and argument not in example.overrides:
+                    fixed.append((leaf, dim, role, f"limited to {low} or more"))
                 old_low, old_high = ranges.get(role, (1, None))
                 highs = [h for h in (high, old_high) if h is not None]
                 ranges[role] = (max(low, old_low), min(highs) if highs else None)

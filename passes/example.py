@@ -58,9 +58,7 @@ class Example:
     @property
     def uncaptured(self) -> dict[str, Any]:
         """Parameters that are no input of the graph, with the value that was captured."""
-        return {
-            n: self.constants.get(n, self.parameters[n].default) for n in self.order if n not in self.tensors
-        }
+        return {n: self.constants.get(n, self.parameters[n].default) for n in self.order if n not in self.tensors}
 
     def trace_inputs(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Keyword arguments for tracing, and torch.export's ``dynamic_shapes`` for them."""
@@ -90,9 +88,7 @@ def _grow(tensor: Tensor, roles: Mapping[int, str]) -> Tensor:
     return tensor
 
 
-def bind(
-    model: nn.Module, example_inputs: ExampleInputs
-) -> tuple[dict[str, Any], dict[str, inspect.Parameter]]:
+def bind(model: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[str, Any], dict[str, inspect.Parameter]]:
     """Example inputs by parameter name, and the parameters of ``forward`` that have names.
 
     Raises:
@@ -159,8 +155,7 @@ def make_example(
     unknown = sorted(set(overrides) - set(tensors))
     if unknown:
         raise CaptureError(
-            f"dynamic_shapes names {', '.join(unknown)}; the tensor inputs are "
-            f"{', '.join(tensors) or '(none)'}"
+            f"dynamic_shapes names {', '.join(unknown)}; the tensor inputs are {', '.join(tensors) or '(none)'}"
         )
     decoder = any(name.startswith("decoder_") for name in tensors)
     roles: dict[str, tuple[Mapping[int, str], ...]] = {}
@@ -174,9 +169,7 @@ def make_example(
         else:
             roles[name] = tuple(_roles(name, leaf, decoder) for leaf in pytree.tree_leaves(value))
         if name in overrides and isinstance(wanted, Mapping):
-            dims = {
-                d: getattr(v, "__name__", None) or roles[name][0].get(d, f"dim{d}") for d, v in wanted.items()
-            }
+            dims = {d: getattr(v, "__name__", None) or roles[name][0].get(d, f"dim{d}") for d, v in wanted.items()}
             roles[name] = tuple(dims for _ in pytree.tree_leaves(value))
     return Example(tensors, constants, roles, parameters, optional, overrides)
 

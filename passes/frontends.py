@@ -93,9 +93,7 @@ def symbolic_trace(model: nn.Module, parameters: tuple[str, ...]) -> Trace:
     """
     tracer = _Tracer()
     concrete = {
-        n: p.default
-        for n, p in _forward_parameters(model).items()
-        if p.default is not p.empty and n not in parameters
+        n: p.default for n, p in _forward_parameters(model).items() if p.default is not p.empty and n not in parameters
     }
     try:
         graph = tracer.trace(model, concrete_args=concrete or None)
@@ -126,9 +124,7 @@ def _drop_default(model: nn.Module, placeholder: Node) -> None:
         if user.target in checks and not user.users:
             graph.erase_node(user)
     if placeholder.users:
-        raise CaptureError(
-            f"{type(model).__name__}.forward reads '{placeholder.target}': give example_inputs"
-        )
+        raise CaptureError(f"{type(model).__name__}.forward reads '{placeholder.target}': give example_inputs")
     graph.erase_node(placeholder)
 
 

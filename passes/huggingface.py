@@ -94,9 +94,7 @@ def output_layers(model: nn.Module) -> tuple[str, ...]:
 
 def initializer_range(model: nn.Module) -> float:
     """The deviation that transformers initialises this model's layers with; NaN where it has none."""
-    return (
-        float(getattr(configs(model)[0], "initializer_range", None) or math.nan) if is_hf(model) else math.nan
-    )
+    return float(getattr(configs(model)[0], "initializer_range", None) or math.nan) if is_hf(model) else math.nan
 
 
 def synthesize_inputs(model: nn.Module) -> dict[str, Tensor] | None:
@@ -124,9 +122,7 @@ def synthesize_inputs(model: nn.Module) -> dict[str, Tensor] | None:
         inputs["pixel_values"] = torch.zeros(shape, device=device, dtype=dtype)
     elif main == "input_features" and hasattr(config, "num_mel_bins"):
         frames = 2 * getattr(config, "max_source_positions", 1500)
-        inputs["input_features"] = torch.zeros(
-            (_BATCH, config.num_mel_bins, frames), device=device, dtype=dtype
-        )
+        inputs["input_features"] = torch.zeros((_BATCH, config.num_mel_bins, frames), device=device, dtype=dtype)
     else:
         return None
     if main == "input_ids" and "attention_mask" in names:
@@ -157,9 +153,7 @@ def synthesize_labels(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | N
         if problem == "multi_label_classification":
             return torch.zeros((main.shape[0], config.num_labels), device=main.device)
         regression = problem == "regression" or (problem is None and config.num_labels == 1)
-        return torch.zeros(
-            main.shape[0], dtype=torch.float32 if regression else torch.long, device=main.device
-        )
+        return torch.zeros(main.shape[0], dtype=torch.float32 if regression else torch.long, device=main.device)
     if name.endswith(
         ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForTokenClassification", "ForConditionalGeneration")
     ):

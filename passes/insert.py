@@ -69,9 +69,7 @@ class Insert(Pass):
     def _add_parameters(self, gm: CapturedModule, site: Site, spec: LoraSpec) -> None:
         weight = get_path(gm, site.weight)
         matrix = weight.detach().t() if site.transposed else weight.detach()
-        values = VARIANTS[site.variant].init(
-            matrix, site.r, spec.init, spec.dtype_for(weight.dtype), self.generator
-        )
+        values = VARIANTS[site.variant].init(matrix, site.r, spec.init, spec.dtype_for(weight.dtype), self.generator)
         for name, value in values.items():
             parameter = nn.Parameter(value)
             mark_own(parameter)

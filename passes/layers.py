@@ -17,9 +17,7 @@ from torch.fx import Node
 aten = torch.ops.aten
 
 #: Operators through which a weight may pass on its way to the call without becoming another matrix.
-_CASTS = frozenset(
-    {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.alias.default, aten.detach.default}
-)
+_CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.alias.default, aten.detach.default})
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,7 @@ def candidates(gm: CapturedModule) -> tuple[Candidate, ...]:
         name = scope if owned else weight_name
         if name in found:
             known = found[name]
-            found[name] = replace(
-                known, nodes=(*known.nodes, node), is_output=known.is_output or node in makers
-            )
+            found[name] = replace(known, nodes=(*known.nodes, node), is_output=known.is_output or node in makers)
             continue
         shape = weight.shape if not LAYER_KINDS[kind].transposed else weight.shape[::-1]
         output = node in makers or any(name == h or name.startswith(h + ".") for h in heads)
@@ -189,9 +187,7 @@ def _check_entries(gm: CapturedModule, found: Sequence[Candidate], spec: LoraSpe
         known = modules if field == "modules_to_save" else [*names, *modules]
         implied = spec.heads_of_task if field == "modules_to_save" else ()
         for entry in entries:
-            if entry in implied or any(
-                matches(n, (entry,)) for n in (names if field == "target_modules" else known)
-            ):
+            if entry in implied or any(matches(n, (entry,)) for n in (names if field == "target_modules" else known)):
                 continue
             unmatched.append(_unmatched(field, entry, names, modules))
     if unmatched:
@@ -211,9 +207,8 @@ def _unmatched(field: str, entry: str, names: Sequence[str], modules: Sequence[s
     pool = names if field == "target_modules" else modules
     suffixes = {".".join(n.split(".")[i:]) for n in pool for i in range(n.count(".") + 1)}
     hint = did_you_mean(entry, sorted(suffixes))
-    return (
-        f"{field} names '{entry}', and the model has no such layer{hint or ''}. Its layers end in: "
-        + ", ".join(sorted({n.rpartition(".")[2] for n in names})[:12])
+    return f"{field} names '{entry}', and the model has no such layer{hint or ''}. Its layers end in: " + ", ".join(
+        sorted({n.rpartition(".")[2] for n in names})[:12]
     )
 
 
@@ -283,9 +278,7 @@ def _output_makers(gm: CapturedModule) -> set[Node]:
         node = pending.pop()
         if find_operands(node) is not None:
             makers.add(node)
-        name = getattr(
-            getattr(node.target, "overloadpacket", None), "__name__", getattr(node.target, "__name__", "")
-        )
+        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", getattr(node.target, "__name__", ""))
         if name in _SHAPE_ONLY or (node.op == "call_method" and node.target in _SHAPE_ONLY):
             pending += [a for a in node.args[:1] if isinstance(a, Node)]
     return makers

@@ -210,6 +210,4 @@ def _same_as_captured(captured: str, merged: CapturedModule) -> None:
         return
     pairs = zip(captured.splitlines(), text.splitlines(), strict=False)
     first = next(((a, b) for a, b in pairs if a != b), ("(end)", "(end)"))
-    raise PassError(
-        f"merge: the graph is not the captured one again; captured: {first[0]!r}, merged: {first[1]!r}"
-    )
+    raise PassError(f"merge: the graph is not the captured one again; captured: {first[0]!r}, merged: {first[1]!r}")

@@ -77,9 +77,7 @@ def outline(graph: Graph, holder: nn.Module, optional: frozenset[str]) -> None:
         return
     if any(n in labels for n in results):
         raise CaptureError(f"an output of the model is its input {[str(n.target) for n in labels]} unchanged")
-    outside = list(
-        dict.fromkeys(a for n in tail for a in n.all_input_nodes if a not in tail and a not in labels)
-    )
+    outside = list(dict.fromkeys(a for n in tail for a in n.all_input_nodes if a not in tail and a not in labels))
     body = Graph()
     made: dict[Node, Node] = {n: body.placeholder(n.name) for n in [*labels, *outside]}
     for node in graph.nodes:

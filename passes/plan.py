@@ -97,9 +97,7 @@ def make_plan(gm: CapturedModule, choices: Sequence[Choice], trained: Sequence[n
             shapes = VARIANTS[site.variant].shapes(site.out_features, site.in_features, site.r)
             count = sum(math.prod(s) for s in shapes.values())
             width = spec.dtype_for(candidate.dtype).itemsize
-            activations += sum(
-                _saved_bytes(n, site.r, site.dropout, site.in_features, width) for n in candidate.nodes
-            )
+            activations += sum(_saved_bytes(n, site.r, site.dropout, site.in_features, width) for n in candidate.nodes)
         new += count
         rows.append(
             PlanRow(

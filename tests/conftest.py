@@ -170,12 +170,12 @@ def loss_of(model: nn.Module, family: Family) -> Tensor:
 def train(gm: nn.Module, family: Family, steps: int, rate: float = 1e-2) -> tuple[float, ...]:
     """Train in train mode; the loss before and after each step, measured in eval mode."""
     optimizer = torch.optim.AdamW([p for p in gm.parameters() if p.requires_grad], lr=rate)
-    losses = [float(loss_of(gm.eval(), family))]
+    losses = [loss_of(gm.eval(), family).item()]
     for _ in range(steps):
         optimizer.zero_grad()
         loss_of(gm.train(), family).backward()
         optimizer.step()
-        losses.append(float(loss_of(gm.eval(), family)))
+        losses.append(loss_of(gm.eval(), family).item())
     return tuple(losses)
 
 

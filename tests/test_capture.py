@@ -429,7 +429,7 @@ class FixesBatch(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.how == "reshape":
             x = x.reshape(4, 6)
-        if self.how == "branch" and x.shape[0] == 4:
+        if (self.how == "branch" and x.shape[0] == 4) or (self.how == "limit" and x.shape[0] > 3):
             x = -x
         out: Tensor = self.head(self.layer(x))
         return out + torch.ones(4, 2) if self.how == "add" else out
@@ -445,6 +445,16 @@ def test_a_dimension_that_came_out_fixed_is_reported(how: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         captured(FixesBatch(how), (x,), {"x": {}})  # said to be meant
+
+
+def test_a_dimension_that_came_out_limited_is_reported() -> None:
+    """Below four the model's code takes the other branch, which the graph does not have."""
+    with pytest.warns(FixedDimensionWarning, match=r"dimension 0 of 'x' \(batch\) came out limited to 4 or more"):
+        gm = captured(FixesBatch("limit"), (torch.randn(5, 6),), None)
+    assert gm.signature.ranges == {"batch": (4, None)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        captured(FixesBatch("limit"), (torch.randn(5, 6),), {"x": {0: torch.export.Dim("batch", min=4)}})
 
 
 def test_dynamic_shapes_override_the_default() -> None:

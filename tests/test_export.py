@@ -146,16 +146,16 @@ def test_export_is_what_torch_exports_of_the_users_own_module(zoo: Zoo, family: 
     assert compare(ours, theirs, names=False, by_value=lambda value: True) is None
 
 
-@pytest.mark.parametrize("name", [in_group("bert"), in_group("whisper")])
-def test_trained_model_exports_as_the_bases_twin(zoo: Zoo, name: str, tmp_path: Path) -> None:
-    family = FAMILIES[name]
+def test_trained_model_exports_as_the_bases_twin(zoo: Zoo, family: Family, tmp_path: Path) -> None:
+    """The whole way for each family; and an independent translation of the base gives the very bytes that
+    the merged one has, but for the weights."""
     gm = zoo.trained(family)[0]
     report = merge_and_export(gm, tmp_path / "merged.onnx")
     assert report.sites == len(lorafx.sites(gm))
     assert report.warnings == ()
-    assert [p.passed for p in report.parity] == [True] * 5
+    assert [p.passed for p in report.parity] == [True] * len(report.parity)
+    assert len(report.parity) >= 3
 
-    # An independent translation of the base gives the very bytes that the merged one has, but for weights.
     again = translated(unadapted(gm), family.inputs()).model
     written = ir.load(tmp_path / "merged.onnx")
     for name, value in again.graph.initializers.items():
@@ -164,10 +164,10 @@ def test_trained_model_exports_as_the_bases_twin(zoo: Zoo, name: str, tmp_path: 
 
     found = run_onnx(tmp_path / "merged.onnx", family.other_inputs())
     with torch.no_grad():
-        expected = gm(**family.other_inputs())
-    assert list(found) == [n for n in expected if n != "loss"]
-    for name, value in found.items():
-        assert difference(name, expected[name].numpy(), value.numpy(), FLOAT32).passed
+        expected = leaves(inference(gm)(**family.other_inputs()))
+    assert tuple(found) == report.outputs
+    for (name, value), reference in zip(found.items(), expected, strict=True):
+        assert difference(name, reference.numpy(), value.numpy(), FLOAT32).passed
 
 
 # One small model, everything else.

@@ -17,7 +17,8 @@ import lorafx
 from conftest import Zoo, randomize, same
 from lorafx import LoraSpec, MatchError
 from lorafx.errors import SpecError
-from lorafx.passes.match import FrozenHeadWarning, candidates, match
+from lorafx.passes.match import FrozenHeadWarning, candidates, match, warn_of_frozen_heads
+from lorafx.passes.plan import make_plan
 from tolerances import assert_close
 from zoo import FAMILIES, Family
 
@@ -692,9 +693,8 @@ def test_routers_by_name(zoo: Zoo) -> None:
 
 def test_plan_counts_what_apply_makes(zoo: Zoo, family: Family) -> None:
     spec = LoraSpec(r=3, dropout=0.1, rank_pattern={"lin1|fc1|0": 5})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FrozenHeadWarning)
-        plan = lorafx.plan(zoo.eager(family), spec, family.inputs())
+    captured = zoo.capture(family).gm
+    plan = make_plan(captured, match(captured, (spec,)))
     gm = zoo.adapted(family, spec)
     sites = {s.name: s for s in lorafx.sites(gm)}
     taken, left = ALL_LINEAR[family.name]
@@ -784,9 +784,15 @@ def test_a_fresh_head_that_stays_frozen_is_warned_of() -> None:
     assert caught[0].filename == __file__, "the warning points elsewhere than at the call"
 
 
-def test_a_fresh_classification_head_is_warned_of() -> None:
+def test_a_fresh_classification_head_is_warned_of(zoo: Zoo) -> None:
     """As from_pretrained leaves it: normal with initializer_range, zero bias."""
-    model = FAMILIES["bert"].build()
-    assert heads_warned_of(lambda: lorafx.plan(model, LoraSpec(), FAMILIES["bert"].inputs())) == []
-    model = type(model)(model.config)
-    assert heads_warned_of(lambda: lorafx.plan(model, LoraSpec(), FAMILIES["bert"].inputs())) == ["classifier"]
+    gm = zoo.captured(FAMILIES["bert"])
+
+    def warn() -> None:
+        warn_of_frozen_heads(gm, match(gm, (LoraSpec(),)))
+
+    assert heads_warned_of(warn) == []
+    with torch.no_grad():
+        gm.classifier.weight.normal_(std=FAMILIES["bert"].build().config.initializer_range)
+        gm.classifier.bias.zero_()
+    assert heads_warned_of(warn) == ["classifier"]

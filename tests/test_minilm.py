@@ -60,7 +60,7 @@ def trained() -> Iterator[tuple[Any, CapturedModule, list[float]]]:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    yield model, gm.eval(), losses
+    return model, gm.eval(), losses
 
 
 def test_sentence_embeddings_are_unchanged_at_initialisation() -> None:

@@ -61,16 +61,12 @@ def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Dist
     shipped = {name for name in names if not name.startswith(("..", f"lorafx-{wheel.version}.dist-info/"))}
     assert "lorafx/py.typed" in shipped
     missing = sorted(checkout_files() - shipped)
-    assert not missing, (
-        f"not in the wheel; add their packages to [tool.setuptools] in pyproject.toml: {missing}"
-    )
+    assert not missing, f"not in the wheel; add their packages to [tool.setuptools] in pyproject.toml: {missing}"
     assert sorted(shipped - checkout_files()) == []
 
 
 @pytest.mark.parametrize("name", ["passes", "export"])
-def test_passes_and_export_are_importable_only_below_lorafx(
-    wheel: Distribution, name: str, tmp_path: Path
-) -> None:
+def test_passes_and_export_are_importable_only_below_lorafx(wheel: Distribution, name: str, tmp_path: Path) -> None:
     assert run_python(f"import lorafx.{name}", tmp_path).returncode == 0
     alone = run_python(f"import {name}", tmp_path)
     assert alone.returncode == 1

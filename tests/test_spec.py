@@ -205,9 +205,7 @@ def test_targets_ranks_and_alphas_are_pefts(ours: LoraSpec, names: list[str]) ->
         if ours.target_modules != "all-linear":  # which PEFT, too, resolves by the layers' kinds
             taken = matches(name, ours.target_modules) and not matches(name, ours.exclude_modules or ())
             assert taken == bool(check_target_module_exists(theirs, name))
-        assert ours.rank_for(name) == theirs.rank_pattern.get(
-            get_pattern_key(theirs.rank_pattern, name), theirs.r
-        )
+        assert ours.rank_for(name) == theirs.rank_pattern.get(get_pattern_key(theirs.rank_pattern, name), theirs.r)
         alpha_key = get_pattern_key(theirs.alpha_pattern, name)
         assert ours.alpha_for(name) == theirs.alpha_pattern.get(alpha_key, theirs.lora_alpha)
 
@@ -323,9 +321,7 @@ def test_spec_to_peft_and_back(ours: LoraSpec) -> None:
 def _written_by_peft(config: Any) -> dict[str, Any]:
     """In the order of LoraConfig's fields, what PEFT notes down: the version always, the rest as told."""
     return {
-        key: getattr(config, key)
-        for key, default in peft_config.METADATA.items()
-        if getattr(config, key) != default
+        key: getattr(config, key) for key, default in peft_config.METADATA.items() if getattr(config, key) != default
     }
 
 
@@ -475,9 +471,7 @@ def test_unknown_fields_are_listed_with_near_matches() -> None:
     with pytest.raises(SpecError) as error:
         as_spec({"lora_alpha": 16, "xyz": 1})
     assert "'lora_alpha' (did you mean 'alpha'?), 'xyz'; known are adapter_dtype, alpha, " in str(error.value)
-    with pytest.raises(
-        SpecError, match=r"LoraSpec\.metadata: unknown key 'task' \(did you mean 'task_type'\?\)"
-    ):
+    with pytest.raises(SpecError, match=r"LoraSpec\.metadata: unknown key 'task' \(did you mean 'task_type'\?\)"):
         LoraSpec(metadata={"task": "CAUSAL_LM"})
 
 

@@ -206,9 +206,7 @@ class TestSaving:
         assert all(p is held[n] for n, p in again.named_parameters())
 
     def test_settings_that_peft_understands_are_written_as_given(self, zoo: Zoo, tmp_path: Path) -> None:
-        spec = LoraSpec(
-            target_modules="(0|3|5)", exclude_modules=["5"], rank_pattern={"3": 2}, bias="lora_only"
-        )
+        spec = LoraSpec(target_modules="(0|3|5)", exclude_modules=["5"], rank_pattern={"3": 2}, bias="lora_only")
         save_adapter(zoo.adapted(MLP, spec), tmp_path)
         assert as_spec(tmp_path) == spec
 
@@ -265,9 +263,7 @@ class TestSaving:
         model.add_module("hidden", nn.Linear(5, 4))
         model.add_module("classifier", nn.Linear(4, 3))
         gm = lorafx.apply(model, LoraSpec(target_modules=["hidden"]), torch.ones(2, 5))
-        with pytest.raises(
-            AdapterError, match=r"take \['classifier'\] for trained whole .* task_type='SEQ_CLS'"
-        ):
+        with pytest.raises(AdapterError, match=r"take \['classifier'\] for trained whole .* task_type='SEQ_CLS'"):
             save_adapter(gm, tmp_path, metadata={"task_type": "SEQ_CLS"})
 
 
@@ -420,8 +416,7 @@ def test_everything_that_does_not_fit_is_said_at_once(zoo: Zoo, tmp_path: Path) 
         load_adapter(gm, tmp_path)
     assert str(caught.value).splitlines() == [
         f"{tmp_path}: the adapter does not fit this graph; nothing was loaded:",
-        "  - site '3': lora, r=3, scaling=1.66667 in the graph; "
-        "lora, r=4, scaling=1.25 in adapter_config.json",
+        "  - site '3': lora, r=3, scaling=1.66667 in the graph; lora, r=4, scaling=1.25 in adapter_config.json",
         f"  - missing: {A}",
         f"  - {B}: shape (3, 33), expected (33, 3)",
         "  - not of this graph's adapter: '8'",
@@ -485,17 +480,13 @@ def test_modules_to_save_whose_name_ends_another_ones(tmp_path: Path) -> None:
     assert_close("peft", gm(x), theirs(x))
 
     _, gm, _ = adapted_named(target_modules=["subhead"], modules_to_save=["head"])
-    with pytest.raises(
-        AdapterError, match=r"take \['block\.subhead'\] for trained whole .* the ends of names"
-    ):
+    with pytest.raises(AdapterError, match=r"take \['block\.subhead'\] for trained whole .* the ends of names"):
         save_adapter(gm, tmp_path)
 
 
 def test_a_site_on_a_bare_parameter_has_no_place_in_pefts_format(tmp_path: Path) -> None:
     _, gm, _ = adapted_named(target_modules=["matrix", "head"])
-    with pytest.raises(
-        AdapterError, match=r"site 'matrix' is no module of its own .*exclude_modules=\['matrix'\]"
-    ):
+    with pytest.raises(AdapterError, match=r"site 'matrix' is no module of its own .*exclude_modules=\['matrix'\]"):
         save_adapter(gm, tmp_path)
     assert not list(tmp_path.iterdir())
     kept = {n: t.clone() for n, t in adapter_state_dict(gm).items()}

@@ -265,9 +265,7 @@ def _family(
     sample: Callable[[int, int], Inputs],
     labels: Callable[[int, int], Tensor],
 ) -> Family:
-    return Family(
-        name, task, _seeded(make), lambda: sample(2, 11), lambda: sample(3, 17), lambda: labels(2, 11)
-    )
+    return Family(name, task, _seeded(make), lambda: sample(2, 11), lambda: sample(3, 17), lambda: labels(2, 11))
 
 
 FAMILIES: dict[str, Family] = {

@@ -45,7 +45,7 @@ def load_model(classes: int) -> SentenceClassifier:
         DemoError: the package with the weights, or transformers, is not installed.
     """
     auto = _transformers()
-    # At a few hundred steps on a few thousand texts the base's dropout costs more than it regularises.
+    # The adapters have a dropout of their own; the base's on top of it only slows so short a training.
     encoder = auto.AutoModel.from_pretrained(
         _weights(),
         local_files_only=True,

@@ -20,7 +20,7 @@ from lorafx.demo.train import accuracy, compute, fine_tune, fit_probe
 from lorafx.export.export import merge_and_export
 from lorafx.spec import LoraSpec
 
-SPEC = LoraSpec(r=16, alpha=32, target_modules="all-linear", modules_to_save=("head",))
+SPEC = LoraSpec(r=16, alpha=32, target_modules="all-linear", dropout=0.1, modules_to_save=("head",))
 VALIDATE_EVERY = 100  # steps
 LOSS_WINDOW = 20  # steps that the running loss is the mean of
 

@@ -25,7 +25,5 @@ def find_variant(name: str, init: str) -> Variant:
         raise SpecError(f"variant={name!r} is not known{hint}; allowed: {', '.join(map(repr, VARIANTS))}")
     variant = VARIANTS[name]
     if init not in variant.inits:
-        raise SpecError(
-            f"init={init!r} is not known to variant {name!r}; allowed: {', '.join(variant.inits)}"
-        )
+        raise SpecError(f"init={init!r} is not known to variant {name!r}; allowed: {', '.join(variant.inits)}")
     return variant
