@@ -37,7 +37,7 @@ from lorafx.export.write import Draft
 from lorafx.graph import CapturedModule, get_path
 from lorafx.passes.inference import inference
 from lorafx.passes.merge import merge, unadapted
-from zoo import FAMILIES, Family
+from zoo import Family
 
 FLOAT32 = TOLERANCES[torch.float32]
 
