@@ -47,7 +47,7 @@ def load_model(classes: int) -> SentenceClassifier:
     auto = _transformers()
     # The adapters have a dropout of their own; the base's on top of it only slows so short a training.
     encoder = auto.AutoModel.from_pretrained(
-        _weights(),
+        weights_folder(),
         local_files_only=True,
         dtype=torch.float32,
         hidden_dropout_prob=0.0,
@@ -58,7 +58,7 @@ def load_model(classes: int) -> SentenceClassifier:
 
 def load_tokenizer() -> Any:
     """MiniLM's tokenizer. Raises DemoError as :func:`load_model` does."""
-    return _transformers().AutoTokenizer.from_pretrained(_weights(), local_files_only=True)
+    return _transformers().AutoTokenizer.from_pretrained(weights_folder(), local_files_only=True)
 
 
 def _transformers() -> Any:
@@ -72,7 +72,7 @@ def _transformers() -> Any:
     return auto
 
 
-def _weights() -> Path:
+def weights_folder() -> Path:
     """The folder with the weights, found without importing the package."""
     spec = importlib.util.find_spec(PACKAGE)
     for place in spec.submodule_search_locations or () if spec else ():
