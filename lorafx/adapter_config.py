@@ -61,10 +61,9 @@ def _combined(specs: Sequence[LoraSpec], found: Sequence[Site], metadata: Mappin
                 differing.append(f"metadata[{key!r}]")
     if differing:
         raise AdapterError(
-            f"the graph was adapted by {len(specs)} specs that differ in "
-            f"{', '.join(dict.fromkeys(differing))}, of which PEFT's config has one value for all sites; "
-            "only targets, ranks, alphas and modules_to_save may differ. Adapt with equal values, or pass "
-            "save_adapter the metadata to write"
+            f"the graph was adapted by {len(specs)} specs that differ in {', '.join(dict.fromkeys(differing))}, of "
+            "which PEFT's config has one value for all sites; only targets, ranks, alphas and modules_to_save may "
+            "differ. Adapt with equal values, or pass save_adapter the metadata to write"
         )
     r, rank_pattern = _exactly({s.name: s.r for s in found})
     alpha, alpha_pattern = _exactly({s.name: s.alpha for s in found})
@@ -97,9 +96,9 @@ def _modules_to_save(gm: CapturedModule, spec: LoraSpec) -> tuple[str, ...]:
         if wrapped == trained:
             return names
     raise AdapterError(
-        f"PEFT would take {sorted(wrapped - trained)} for trained whole and expect its tensors: it compares "
-        f"the ends of names with modules_to_save={sorted(trained)}, to which "
-        f"task_type={spec.metadata.get('task_type')!r} adds {list(spec.heads_of_task)}. Name these modules "
+        f"PEFT would take {sorted(wrapped - trained)} for trained whole and expect its tensors: it compares the ends "
+        f"of names with modules_to_save={sorted(trained)}, to which task_type={spec.metadata.get('task_type')!r} "
+        f"adds {list(spec.heads_of_task)}. Name these modules "
         'in modules_to_save when adapting, or save with metadata={"task_type": None}'
     )
 
@@ -118,6 +117,6 @@ def _targeting(spec: LoraSpec, wanted: set[str], modules: Collection[str], whole
         if {m for m in found if m not in whole and not m.startswith(inside)} == wanted:
             return replace(spec, target_modules=targets, exclude_modules=excluded)
     raise AdapterError(
-        f"one spec adapts layers in {sorted(whole)} and another trains these modules whole "
-        "(modules_to_save), which PEFT cannot do together; leave them out of one of the two"
+        f"one spec adapts layers in {sorted(whole)} and another trains these modules whole (modules_to_save), which "
+        "PEFT cannot do together; leave them out of one of the two"
     )

@@ -93,8 +93,8 @@ def checkpointed(graph: Graph, scopes: Mapping[Node, str], mode: str, choice: Ch
     if not count:
         raise PassError(
             "activation checkpointing: the graph has no numbered layers (such as model.layers.0) that may run "
-            "twice. A layer may not write buffers, as BatchNorm does, nor its inputs in place; and the model "
-            "must have been captured with example_inputs"
+            "twice. A layer may not write buffers, as BatchNorm does, nor its inputs in place; and the model must "
+            "have been captured with example_inputs"
         )
     return derived
 

@@ -56,7 +56,7 @@ def lora_linear_reference(
 
 lora_linear = define_op(
     "lora_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, float dropout, "
-    "bool training) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, float dropout, bool "
+    "training) -> Tensor",
     lora_linear_reference,
 )

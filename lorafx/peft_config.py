@@ -151,8 +151,8 @@ def fields_from_peft(config: Mapping[str, Any]) -> dict[str, Any]:
     refused = [f"{key}={value!r}" for key, value in changed.items() if key not in VARIANT_SETTINGS[variant]]
     if refused:
         raise SpecError(
-            f"PEFT config: not supported by lorafx: {', '.join(refused)}. Leave each at PEFT's default, "
-            "or merge this adapter with PEFT."
+            f"PEFT config: not supported by lorafx: {', '.join(refused)}. Leave each at PEFT's default, or merge "
+            "this adapter with PEFT."
         )
 
     fields = {t.field: t.read(config.get(key, t.default)) for key, t in TRANSLATED.items()}
@@ -168,8 +168,8 @@ def peft_from_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
     variant = fields["variant"]
     if variant not in VARIANT_SETTINGS:
         raise SpecError(
-            f"LoraSpec.variant={variant!r} cannot be written as a PEFT config; "
-            f"PEFT has {', '.join(map(repr, VARIANT_SETTINGS))}."
+            f"LoraSpec.variant={variant!r} cannot be written as a PEFT config; PEFT has "
+            f"{', '.join(map(repr, VARIANT_SETTINGS))}."
         )
     translated = {key: t.write(fields[t.field]) for key, t in TRANSLATED.items()}
     return {"peft_type": "LORA", **translated, **VARIANT_SETTINGS[variant], **fields["metadata"]}

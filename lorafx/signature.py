@@ -138,8 +138,8 @@ def flatten_argument(argument: Argument, value: Any) -> list[Any]:
     if spec != argument.spec:
         was, now = (" ".join(str(s).split()) for s in (argument.spec, spec))  # on one line
         raise InputError(
-            f"argument '{argument.name}' was captured as {was} and was given as {now}; "
-            "pass the same structure, or capture again with example inputs of this one"
+            f"argument '{argument.name}' was captured as {was} and was given as {now}; pass the same structure, or "
+            "capture again with example inputs of this one"
         )
     return list(leaves)
 
@@ -171,8 +171,8 @@ def check_call(
         unexpected
     )
     raise InputError(
-        f"the graph was captured with ({captured}); this call is different ({'; '.join(parts)}). "
-        "Call it with the captured arguments, or capture again with example inputs that hold them all"
+        f"the graph was captured with ({captured}); this call is different ({'; '.join(parts)}). Call it with the "
+        "captured arguments, or capture again with example inputs that hold them all"
     )
 
 

@@ -164,8 +164,8 @@ class LoraSpec:
             path /= PEFT_CONFIG_NAME
         if not path.is_file():
             raise SpecError(
-                f"{path}: no such file. Give a JSON file (a LoraSpec or a PEFT config), "
-                f"or a directory that holds {PEFT_CONFIG_NAME}."
+                f"{path}: no such file. Give a JSON file (a LoraSpec or a PEFT config), or a directory that holds "
+                f"{PEFT_CONFIG_NAME}."
             )
         try:
             return _parse(path.read_text(encoding="utf-8"))
@@ -223,8 +223,8 @@ def as_spec(spec: SpecLike) -> LoraSpec:
     if _is_peft_config(spec):
         return LoraSpec.from_peft(spec)
     raise SpecError(
-        f"a spec was expected, got {spec!r}: give a LoraSpec, a dict of its fields, the path of a JSON file "
-        f"or of a directory with {PEFT_CONFIG_NAME}, or a peft.LoraConfig."
+        f"a spec was expected, got {spec!r}: give a LoraSpec, a dict of its fields, the path of a JSON file or of a "
+        f"directory with {PEFT_CONFIG_NAME}, or a peft.LoraConfig."
     )
 
 

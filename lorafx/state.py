@@ -148,8 +148,8 @@ def _peft_keys(gm: CapturedModule) -> dict[str, str]:
     found, modules = _adapted(gm), frozenset(peft_modules(gm))
     if misplaced := [s.name for s in found if s.name != s.path or s.name not in modules]:
         raise AdapterError(
-            f"site '{misplaced[0]}' is no module of its own (it is a functional call on a bare parameter, or "
-            "another name of a shared module), and PEFT's format has no place for its adapter. Leave it out "
+            f"site '{misplaced[0]}' is no module of its own (it is a functional call on a bare parameter, or another "
+            "name of a shared module), and PEFT's format has no place for its adapter. Leave it out "
             f"(exclude_modules={misplaced!r}), or keep this adapter as "
             "safetensors.torch.save_file(adapter_state_dict(gm), path)"
         )
@@ -193,8 +193,8 @@ def _write(directory: Path, config: bytes, tensors: Mapping[str, Tensor]) -> Non
 def _read_spec(directory: Path) -> LoraSpec:
     if not directory.is_dir():
         raise AdapterError(
-            f"{directory}: no such directory. Give a local one that holds {PEFT_CONFIG_NAME} and "
-            f"{WEIGHTS_NAME}; an adapter on a hub must be downloaded first"
+            f"{directory}: no such directory. Give a local one that holds {PEFT_CONFIG_NAME} and {WEIGHTS_NAME}; an "
+            "adapter on a hub must be downloaded first"
         )
     try:
         return LoraSpec.from_json(directory / PEFT_CONFIG_NAME)

@@ -102,8 +102,8 @@ def _capture_export(model: nn.Module, example: Example, user: Example) -> Captur
         canonicalize(evaluated, model, example.optional)
         if train.out_spec != evaluated.out_spec:
             raise CaptureError(
-                f"train and eval mode return different outputs: {train.out_spec} and {evaluated.out_spec}. "
-                "Make the model return the same fields in both modes"
+                f"train and eval mode return different outputs: {train.out_spec} and {evaluated.out_spec}. Make the "
+                "model return the same fields in both modes"
             )
         align(train, evaluated)
     if not optional.serve_the_loss_only(train.graph, example.optional):
@@ -113,8 +113,8 @@ def _capture_export(model: nn.Module, example: Example, user: Example) -> Captur
     dims, ranges, fixed = _dimensions(train, example)
     for name, dim, role, sizes in fixed:
         warnings.warn(
-            f"dimension {dim} of '{name}' ({role}) came out {sizes}: the model's code depends on it, and the "
-            "graph is right at no other size. Pass dynamic_shapes to say that this is meant",
+            f"dimension {dim} of '{name}' ({role}) came out {sizes}: the model's code depends on it, and the graph "
+            "is right at no other size. Pass dynamic_shapes to say that this is meant",
             FixedDimensionWarning,
             stacklevel=6,
         )

@@ -103,8 +103,7 @@ def bind(model: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[str, Any
         bound = signature.bind(*positional, **keyword)
     except TypeError as error:
         raise CaptureError(
-            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}. Give a tuple "
-            "of its "
+            f"example_inputs do not fit {type(model).__name__}.forward{signature}: {error}. Give a tuple of its "
             "positional arguments or a dict of its keyword arguments"
         ) from error
     kinds = {n: p.kind for n, p in signature.parameters.items()}
@@ -112,8 +111,7 @@ def bind(model: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[str, Any
     for name, value in bound.arguments.items():
         if kinds[name] is inspect.Parameter.VAR_POSITIONAL:
             raise CaptureError(
-                f"{type(model).__name__}.forward takes *{name}, whose inputs have no names; give the model "
-                "a forward "
+                f"{type(model).__name__}.forward takes *{name}, whose inputs have no names; give the model a forward "
                 "with named parameters"
             )
         given.update(value if kinds[name] is inspect.Parameter.VAR_KEYWORD else {name: value})
@@ -147,8 +145,7 @@ def make_example(
             constants[name] = value
         else:
             raise CaptureError(
-                f"example input '{name}' is a {type(value).__name__}; inputs are tensors, containers of "
-                "tensors "
+                f"example input '{name}' is a {type(value).__name__}; inputs are tensors, containers of tensors "
                 "only, or plain constants"
             )
     overrides = dict(dynamic_shapes or {})

@@ -53,19 +53,16 @@ def capture_config(model: nn.Module) -> Iterator[None]:
         for name in _LAYERDROP:
             if (getattr(config, name, 0.0) or 0.0) > 0.0:
                 raise CaptureError(
-                    f"{type(config).__name__}.{name} is {getattr(config, name)}: whole layers dropped at "
-                    "random cannot be "
-                    f"part of a graph. Set config.{name} = 0.0 (on the model's modules too) before apply"
+                    f"{type(config).__name__}.{name} is {getattr(config, name)}: whole layers dropped at random "
+                    f"cannot be part of a graph. Set config.{name} = 0.0 (on the model's modules too) before apply"
                 )
         if getattr(config, "apply_spec_augment", False):
             for name in _SPEC_AUGMENT:
                 if (getattr(config, name, 0.0) or 0.0) > 0.0:
                     raise CaptureError(
-                        f"{type(config).__name__}.{name} is {getattr(config, name)}: SpecAugment draws its "
-                        "mask outside "
-                        "the graph, so one mask would be frozen in. Set config.apply_spec_augment = False "
-                        "and mask the "
-                        "features in your data loader"
+                        f"{type(config).__name__}.{name} is {getattr(config, name)}: SpecAugment draws its mask "
+                        "outside the graph, so one mask would be frozen in. Set config.apply_spec_augment = False "
+                        "and mask the features in your data loader"
                     )
     saved = [dict(vars(c)) for c in held]
     try:

@@ -126,8 +126,7 @@ def trained_base(gm: CapturedModule, choices: Sequence[Choice], specs: Sequence[
         if aliases:
             raise MatchError(
                 f"'{name}' is to be trained whole (modules_to_save or bias), and is the same tensor as "
-                f"'{aliases[0]}', "
-                "which is not. Name both modules in modules_to_save, or leave both out"
+                f"'{aliases[0]}', which is not. Name both modules in modules_to_save, or leave both out"
             )
     return tuple(names)
 

@@ -199,10 +199,9 @@ def _unmatched(field: str, entry: str, names: Sequence[str], modules: Sequence[s
         inside = [n for n in names if any(n.startswith(m + ".") for m in held)]
         advice = f"; linear layers below it: {', '.join(inside[:4])}" if inside else ""
         return (
-            f"target_modules names '{entry}', which is the module '{held[0]}' but no linear layer that "
-            "this graph calls "
-            f"(a layer these inputs never reach is not in the graph){advice}. Name linear layers, or "
-            "remove the entry"
+            f"target_modules names '{entry}', which is the module '{held[0]}' but no linear layer that this graph "
+            f"calls (a layer these inputs never reach is not in the graph){advice}. Name linear layers, or remove "
+            "the entry"
         )
     pool = names if field == "target_modules" else modules
     suffixes = {".".join(n.split(".")[i:]) for n in pool for i in range(n.count(".") + 1)}
@@ -220,10 +219,8 @@ def _nothing_matched(found: Sequence[Candidate], spec: LoraSpec) -> str:
     endings = sorted({c.name.rpartition(".")[2] for c in found})
     hint = did_you_mean(spec.target_modules, endings) if isinstance(spec.target_modules, str) else ""
     return (
-        f"target_modules={spec.target_modules!r} leaves nothing to adapt among {len(found)} layers: "
-        f"{reasons}{hint}. "
-        "A string is a regex for the whole name, a list holds names or their dotted suffixes, such as "
-        f"{endings[:12]}"
+        f"target_modules={spec.target_modules!r} leaves nothing to adapt among {len(found)} layers: {reasons}{hint}. "
+        f"A string is a regex for the whole name, a list holds names or their dotted suffixes, such as {endings[:12]}"
     )
 
 
@@ -234,11 +231,9 @@ def _refuse_shared(choices: Iterable[Choice]) -> None:
             continue
         raise MatchError(
             f"site '{site.name}' multiplies by '{site.weight}', which the graph also uses elsewhere: "
-            f"{'; '.join(candidate.elsewhere[:3])}. Folding the adapter into it would change that use as "
-            "well. Exclude the "
-            f"layer (exclude_modules=['{site.name}']), or set tied=\"untie\": the adapted call then gets a "
-            "weight of its "
-            "own when it is merged"
+            f"{'; '.join(candidate.elsewhere[:3])}. Folding the adapter into it would change that use as well. "
+            f"Exclude the layer (exclude_modules=['{site.name}']), or set tied=\"untie\": the adapted call then gets "
+            "a weight of its own when it is merged"
         )
 
 
@@ -304,9 +299,8 @@ def warn_of_frozen_heads(gm: CapturedModule, choices: Sequence[Choice]) -> None:
         weight, bias = tensors[candidate.weight], tensors.get(candidate.bias or "")
         if not weight.is_meta and _looks_untrained(weight, bias, initializer):
             warnings.warn(
-                f"'{candidate.name}' is the model's head, looks freshly initialised, and gets no adapter: "
-                "it will not train. "
-                f"Add modules_to_save=['{candidate.name.rpartition('.')[2]}'] to the spec, or load its "
+                f"'{candidate.name}' is the model's head, looks freshly initialised, and gets no adapter: it will "
+                f"not train. Add modules_to_save=['{candidate.name.rpartition('.')[2]}'] to the spec, or load its "
                 "trained weights first",
                 FrozenHeadWarning,
                 stacklevel=3,

@@ -99,9 +99,8 @@ def merged_weight(gm: CapturedModule, site: Site) -> Tensor:
     for name, value in parameters.items():
         if not value.is_meta and not bool(torch.isfinite(value).all()):
             raise MergeError(
-                f"site '{site.name}': {name} holds NaN or Inf, so it cannot be folded. Training diverged: "
-                "go back to an "
-                "earlier adapter, or lower the learning rate"
+                f"site '{site.name}': {name} holds NaN or Inf, so it cannot be folded. Training diverged: go back to "
+                "an earlier adapter, or lower the learning rate"
             )
     weight = get_path(gm, site.weight).detach()
     wide = torch.float32 if weight.dtype.itemsize < 4 else torch.float64
@@ -109,9 +108,8 @@ def merged_weight(gm: CapturedModule, site: Site) -> Tensor:
     merged = VARIANTS[site.variant].merge(matrix.to(wide), parameters, site.scaling).to(weight.dtype)
     if not merged.is_meta and not bool(torch.isfinite(merged).all()) and bool(torch.isfinite(weight).all()):
         raise MergeError(
-            f"site '{site.name}': the merged weight does not fit in {weight.dtype} (it overflows to Inf). "
-            "Merge into a "
-            "wider copy of the model, or lower the adapter's scaling"
+            f"site '{site.name}': the merged weight does not fit in {weight.dtype} (it overflows to Inf). Merge into "
+            "a wider copy of the model, or lower the adapter's scaling"
         )
     return merged.t().contiguous() if site.transposed else merged
 
@@ -130,8 +128,8 @@ def merged_state_dict(gm: CapturedModule) -> dict[str, Tensor]:
         raise MergeError(
             f"site '{apart[0].name}': its weight '{apart[0].weight}' has another use and was kept apart "
             '(tied="untie"); '
-            "the original module has one tensor for both. Export the merged graph instead, or adapt "
-            "without this layer"
+            "the original module has one tensor for both. Export the merged graph instead, or adapt without this "
+            "layer"
         )
     return dict(merge(gm).state_dict())
 

@@ -216,8 +216,7 @@ def _irreconcilable(t: Node | None, e: Node | None) -> CaptureError:
         return f"{node.target} (in {scope}{code})"
 
     return CaptureError(
-        f"train and eval mode compute different things. First difference: train has {show(t)}, eval has "
-        f"{show(e)}. "
+        f"train and eval mode compute different things. First difference: train has {show(t)}, eval has {show(e)}. "
         "Make the model's code do the same in both modes but for dropout and buffer updates, or set the "
         "configuration field behind it (such as layerdrop) to 0"
     )

@@ -44,10 +44,8 @@ class LossFromLabels(nn.Module):
             assert label is not None
             if label.is_floating_point() != dtype.is_floating_point or label.dim() != rank:
                 raise InputError(
-                    f"'{name}' was captured as a {dtype} tensor of {rank} dimensions, this one is "
-                    f"{label.dtype} of "
-                    f"{label.dim()}: the captured loss is another one. Put such labels into the example "
-                    "inputs"
+                    f"'{name}' was captured as a {dtype} tensor of {rank} dimensions, this one is {label.dtype} of "
+                    f"{label.dim()}: the captured loss is another one. Put such labels into the example inputs"
                 )
         return tuple(self.body(*labels, *values))
 

@@ -76,11 +76,9 @@ class Plan:
         console = Console(file=out, width=120)
         console.print(table)
         console.print(
-            f"{len(self.adapted)} layers adapted, {len(self.left_out)} left out. Trainable: "
-            f"{self.trainable:,} of "
-            f"{self.total:,} parameters ({share:.2%}). AdamW state: {_size(self.optimizer_bytes)}; "
-            "activations kept for "
-            f"the adapters at the example's sizes: {_size(self.activation_bytes)}."
+            f"{len(self.adapted)} layers adapted, {len(self.left_out)} left out. Trainable: {self.trainable:,} of "
+            f"{self.total:,} parameters ({share:.2%}). AdamW state: {_size(self.optimizer_bytes)}; activations kept "
+            f"for the adapters at the example's sizes: {_size(self.activation_bytes)}."
         )
         return out.getvalue()
 
