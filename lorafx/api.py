@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lorafx.errors import CaptureError
 from lorafx.graph import CapturedModule, get_path
 from lorafx.ir import Stage, format_graph, stage
 from lorafx.passes.capture import capture
@@ -53,7 +54,8 @@ def apply(
     gm = captured(model, example_inputs, dynamic_shapes)
     choices = match(gm, specs)
     warn_of_frozen_heads(gm, choices)
-    return Insert(choices, specs, generator)(gm).gm
+    with torch.inference_mode(False):
+        return Insert(choices, specs, generator)(gm).gm
 
 
 def plan(
@@ -80,8 +82,14 @@ def captured(
     model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Mapping[str, Any] | None
 ) -> CapturedModule:
     """The captured graph of a model, which knows its own text so that a merge can be held to it."""
-    gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
+    if isinstance(model, CapturedModule):
+        raise CaptureError(
+            f"the model is a graph of lorafx's already ({stage(model).value}); apply the spec to the model it was made "
+            "from, or give a list of specs for its parts"
+        )
+    # Adapters made in inference mode could never train.
+    with torch.inference_mode(False):
+        gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes)
     gm.meta["stage"] = Stage.CAPTURED
     gm.meta["captured"] = format_graph(gm)
-    assert stage(gm) is Stage.CAPTURED
     return gm

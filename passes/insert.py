@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 
 from lorafx.errors import MatchError
@@ -61,6 +61,7 @@ class Insert(Pass):
             _rewrite(gm, choice.candidate.nodes, choice.candidate.kind, choice.site)
             changed += 1
         gm.meta["original"] = {}
+        gm.meta["samples"] = {c.site.weight: sample(get_path(gm, c.site.weight)) for c in self.choices if c.site}
         for name in trained:
             _make_trainable(gm, name)
         gm.meta["specs"] = self.specs
@@ -105,6 +106,12 @@ def _made(node: Node) -> Node:
     """Mark a node as the adapter's, to go when the adapter goes."""
     annotate(node, inserted=True)
     return node
+
+
+def sample(weight: Tensor) -> Tensor:
+    """Some 64 values of a weight, by which a merge tells that it is still the one that was adapted."""
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(1, flat.numel() // 64)].cpu().clone() if not weight.is_meta else flat[:0]
 
 
 def trained_base(gm: CapturedModule, choices: Sequence[Choice], specs: Sequence[LoraSpec]) -> tuple[str, ...]:

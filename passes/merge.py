@@ -22,6 +22,7 @@ from lorafx.graph import (
     CapturedModule,
     delete_path,
     get_path,
+    is_own,
     mark_own,
     named_tensors,
     notes,
@@ -31,6 +32,7 @@ from lorafx.graph import (
 )
 from lorafx.ir import Site, Stage, format_graph, site_nodes, sites
 from lorafx.passes.base import Pass, PassResult
+from lorafx.passes.insert import sample
 from lorafx.passes.layers import LAYER_KINDS, readers
 from lorafx.variants import VARIANTS
 
@@ -93,7 +95,7 @@ def merged_weight(gm: CapturedModule, site: Site) -> Tensor:
     """The folded weight of one site, in the stored layout and dtype of its base weight.
 
     Raises:
-        MergeError: the adapter or the result holds NaN or Inf.
+        MergeError: the adapter or the result holds NaN or Inf; or the base was overwritten after apply.
     """
     parameters = {n: p.detach() for n, p in site.parameters(gm).items()}
     for name, value in parameters.items():
@@ -103,6 +105,7 @@ def merged_weight(gm: CapturedModule, site: Site) -> Tensor:
                 "an earlier adapter, or lower the learning rate"
             )
     weight = get_path(gm, site.weight).detach()
+    _refuse_changed(gm, site)
     wide = torch.float32 if weight.dtype.itemsize < 4 else torch.float64
     matrix = weight.t() if site.transposed else weight
     merged = VARIANTS[site.variant].merge(matrix.to(wide), parameters, site.scaling).to(weight.dtype)
@@ -114,10 +117,24 @@ def merged_weight(gm: CapturedModule, site: Site) -> Tensor:
     return merged.t().contiguous() if site.transposed else merged
 
 
+def _refuse_changed(gm: CapturedModule, site: Site) -> None:
+    weight = get_path(gm, site.weight)
+    known = gm.meta.get("samples", {}).get(site.weight)
+    if known is None or weight.is_meta or is_own(weight) or torch.equal(sample(weight), known):
+        return
+    raise MergeError(
+        f"site '{site.name}': '{site.weight}' was overwritten after apply, in the model that shares it with the "
+        "graph (by loading merged weights there?), so the adapter no longer fits it. Load merged weights into a "
+        "copy of the model; to go on with this graph, load the original weights again"
+    )
+
+
 def merged_state_dict(gm: CapturedModule) -> dict[str, Tensor]:
     """Merged weights under the original names, for ``model.load_state_dict`` on the user's own module.
 
     Names that are tied in the model are written with the same tensor. Shares unchanged tensors with ``gm``.
+    The model that ``gm`` was made from lends it its weights: load into a copy of it, or be done with ``gm``
+    (its adapters would come on top of the merged weights; merging it again is refused).
 
     Raises:
         MergeError: as :func:`merge`; or a weight was kept apart from another use of it

@@ -449,6 +449,52 @@ def as_graph(gm: Any) -> CapturedModule:
 
 
 def test_everything_is_a_graph_module() -> None:
-    gm = lorafx.apply(small(), LoraSpec(r=3), (X,))
+    gm = lorafx.apply(two_layers(), LoraSpec(r=3), (X,))
     for result in (gm, lorafx.merge(gm), lorafx.unadapted(gm)):
         assert isinstance(as_graph(result), torch.fx.GraphModule)
+
+
+def two_layers() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), torch.ones(2, 6)
+
+
+def test_merged_weights_loaded_into_the_shared_model_are_not_adapted_again() -> None:
+    """The model shares its weights with the graph: after loading, the graph would apply its adapter on top."""
+    model, x = two_layers()
+    gm = lorafx.apply(model, LoraSpec(r=2), (x,))
+    randomize(gm)
+    gm.eval()
+    original = copy.deepcopy(model.state_dict())
+    merged = merged_state_dict_of(gm)
+    model.load_state_dict(merged)
+    for stale in (gm, copy.deepcopy(gm)):
+        with pytest.raises(MergeError, match=r"site '0': '0\.weight' was overwritten after apply.*into a copy"):
+            lorafx.merge(stale)
+    model.load_state_dict(original)
+    assert_close("layer", lorafx.merge(gm)(x), gm(x))
+
+    gm.load_state_dict({**gm.state_dict(), "0.weight": torch.ones(5, 6)})  # another base of the graph's own is meant
+    assert_close("layer", lorafx.merge(gm)(x), gm(x))
+    assert torch.equal(model.get_parameter("0.weight"), original["0.weight"])
+
+
+def merged_state_dict_of(gm: CapturedModule) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in lorafx.merged_state_dict(gm).items()}
+
+
+@pytest.mark.parametrize("of", [lambda gm: gm, lorafx.merge, lorafx.unadapted], ids=["adapted", "merged", "unadapted"])
+def test_a_graph_is_not_adapted_again(of: Any) -> None:
+    model, x = two_layers()
+    with pytest.raises(
+        lorafx.CaptureError, match=r"a graph of lorafx's already \((inserted|merged)\); apply the spec to"
+    ):
+        lorafx.apply(of(lorafx.apply(model, LoraSpec(r=2), (x,))), LoraSpec(r=2), (x,))
+
+
+def test_adapters_made_in_inference_mode_train() -> None:
+    model, x = two_layers()
+    with torch.inference_mode():
+        gm = lorafx.apply(model, LoraSpec(r=2), (x,))
+    gm(x).sum().backward()
+    assert all(p.grad is not None for p in gm.parameters() if p.requires_grad)
