@@ -175,6 +175,11 @@ def _export(
             twin = structure(base) == structure(written)
             reference = model if twin else translate(base, example, dims, opset).model
         warnings = [f"{place} came out fixed: the file takes this size only" for place in translation.fixed]
+        warnings += [
+            f"dimension {dim} of '{name}' is fixed at {size}: the model's code was traced for that size only"
+            for name, sizes in written.signature.fixed.items()
+            for dim, size in sizes.items()
+        ]
         with run.phase("write") as done:
             fill(translation.weights, translation.folded, lambda name: get_path(written, name))
             file.write(model, options.external_data, done)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorafx.checks import format_bytes
+
 
 @dataclass(frozen=True)
 class OutputParity:
@@ -97,7 +99,9 @@ class ExportReport:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
-        size = f"{_bytes(self.onnx_bytes)}" + (f" + {_bytes(self.data_bytes)} of weights" if self.data_path else "")
+        size = format_bytes(self.onnx_bytes)
+        if self.data_path:
+            size += f" + {format_bytes(self.data_bytes)} of weights"
         lines = [
             f"ONNX file    {self.path}  ({size})",
             f"graph        {self.nodes} nodes, {self.initializers} initializers, opset {self.opset}; "
@@ -149,12 +153,3 @@ def parity_lines(rows: Iterable[Parity]) -> list[str]:
             table.append((row.where, row.reference, row.ran, o.output, *numbers))
     widths = [max(len(r[i]) for r in table if len(r[2]) < 40) for i in range(len(table[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(r, widths, strict=True)).rstrip() for r in table]
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"

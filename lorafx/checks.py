@@ -198,3 +198,13 @@ def json_object(keys: Collection[str]) -> Check[FrozenDict[Any]]:
         return result
 
     return check
+
+
+def format_bytes(count: int) -> str:
+    """A number of bytes for people: ``86.3 MiB``."""
+    if count < 1024:
+        return f"{count} bytes"
+    size, units = count / 1024, ["KiB", "MiB", "GiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.1f} {units[0]}"

@@ -12,6 +12,7 @@ from rich.console import Console
 
 import lorafx
 from lorafx.errors import LorafxError
+from lorafx.progress import Parts
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -71,7 +72,7 @@ def plan(
         if spec
         else lorafx.LoraSpec(r=r, alpha=alpha, target_modules=target or "all-linear")
     )
-    with _console.status("capturing the model"):
+    with Parts(_errors, transient=True) as parts, parts.part("capture"):
         result = lorafx.plan(found, chosen, inputs)
     _console.print(str(result), highlight=False, soft_wrap=True)
 
@@ -86,7 +87,7 @@ def verify(
     """Compare two ONNX files: node by node, weight by weight, and by what they compute. Status 1: they differ."""
     from lorafx.export.files import verify_files
 
-    with _console.status("comparing"):
+    with Parts(_errors, transient=True) as parts, parts.part("compare"):
         result = verify_files(first, second, inputs, random=random)
     _console.print(str(result), highlight=False, soft_wrap=True)
     if not (result.same_structure and result.same_numbers):
@@ -95,12 +96,13 @@ def verify(
 
 def main() -> None:
     """Run the command line; what lorafx refuses is printed as one line, with ``--debug`` as a traceback."""
-    if "--debug" not in sys.argv:
+    debug = "--debug" in sys.argv
+    if not debug:
         warnings.showwarning = _show_warning
     try:
-        app()
+        app([a for a in sys.argv[1:] if a != "--debug"])  # anywhere on the line
     except LorafxError as error:
-        if "--debug" in sys.argv:
+        if debug:
             raise
         _errors.print(f"lorafx: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(1)

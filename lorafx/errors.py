@@ -1,4 +1,4 @@
-"""Every error lorafx raises on purpose.
+"""Every error lorafx raises on purpose, and what it warns of.
 
 All derive from :class:`LorafxError`, so ``except lorafx.LorafxError`` catches what the library
 refuses and nothing else. A message says what was wrong, where (which site, field or file), what was
@@ -36,10 +36,6 @@ class VerifyError(PassError):
     """A graph breaks the rules of its stage: see :func:`lorafx.ir.verify`."""
 
 
-class LoweringError(LorafxError):
-    """A provider that was asked for by name cannot serve a site."""
-
-
 class MergeError(LorafxError):
     """An adapter cannot be folded into the weights (for instance: it holds NaN or Inf)."""
 
@@ -54,3 +50,11 @@ class ExportError(LorafxError):
 
 class ParityError(ExportError):
     """The exported file is not the twin of the graph it came from: structure or numbers differ."""
+
+
+class FixedDimensionWarning(UserWarning):
+    """A dimension that was meant to be dynamic came out fixed, or limited to large sizes."""
+
+
+class FrozenHeadWarning(UserWarning):
+    """A head that looks freshly initialised gets no adapter and does not train."""

@@ -275,8 +275,7 @@ def mark_own(tensor: Tensor, own: bool = True) -> None:
 
 
 def rebind(root: nn.Module, old: Tensor, value: Tensor) -> Tensor:
-    """Replace ``old`` by a tensor of the graph's own with ``value``, under every name it has (ties stay "
-    "tied)."""
+    """Replace ``old`` by a tensor of the graph's own with ``value``, under every name it has (ties stay tied)."""
     new: Tensor = value
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(value, requires_grad=old.requires_grad)

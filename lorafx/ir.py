@@ -24,7 +24,7 @@ class Stage(Enum):
     """How far a graph has come; kept in ``gm.meta["stage"]``."""
 
     CAPTURED = "captured"
-    INSERTED = "inserted"
+    INSERTED = "adapted"
     MERGED = "merged"
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
@@ -63,7 +64,8 @@ class Signature:
     values a call may give them; ``order`` is the order of all of them. ``outputs`` names each flat
     output (``logits``; ``hidden_states.0``), and ``out_spec`` rebuilds the output class.
     ``dims`` names the dynamic dimensions of each placeholder (``{"input_ids": {0: "batch"}}``) and
-    ``ranges`` gives each name's smallest and largest size (``None``: unbounded).
+    ``ranges`` gives each name's smallest and largest size (``None``: unbounded). ``fixed`` holds the sizes
+    of dimensions that would have been dynamic, had the model's code not been traced for one size only.
     """
 
     arguments: tuple[Argument, ...]
@@ -74,6 +76,7 @@ class Signature:
     positional: int = 0
     dims: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     ranges: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    fixed: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Signature:
         return self  # never changed; a copy of a TreeSpec warns of torch's own deprecation
@@ -99,6 +102,9 @@ class Signature:
         flat: list[Any] = []
         for argument in self.arguments:
             flat.extend(flatten_argument(argument, given.get(argument.name)))
+        for name, tensor in zip(self.placeholders, flat, strict=True):
+            if tensor is not None:
+                check_sizes(name, tuple(tensor.shape), self.fixed.get(name, {}))
         return flat
 
     def python_signature(self) -> inspect.Signature:
@@ -176,6 +182,20 @@ def check_call(
     )
 
 
+def check_sizes(name: str, shape: tuple[int, ...], fixed: Mapping[int, int]) -> None:
+    """Hold an input to the sizes that the graph is fixed at.
+
+    Raises:
+        InputError: names the input, the dimension and both sizes.
+    """
+    for dim, size in fixed.items():
+        if shape[dim] != size:
+            raise InputError(
+                f"dimension {dim} of '{name}' is {shape[dim]}, and the graph was traced for {size}: the model's code "
+                "depends on that size. Pad to it, or capture again with example inputs of the size you need"
+            )
+
+
 class SignatureCodeGen(CodeGen):
     """Generates ``forward(self, <the original's parameters>)`` for a graph with flat placeholders."""
 
@@ -208,6 +228,12 @@ class SignatureCodeGen(CodeGen):
             f"def {self._func_name}(self, {', '.join([*parameters, '**_extra'])}){maybe_return_annotation}:",
             f"if {condition}: self._call.check({values}, _extra_args, _extra)",
             *binds,
+            *(
+                f"if {' or '.join(f'{name}.shape[{d}] != {n}' for d, n in sizes.items())}: "
+                f"self._call.check_sizes('{name}', {name})"
+                for name, sizes in signature.fixed.items()
+                if name in present
+            ),
         ]
         return "\n    ".join(lines)
 
@@ -243,6 +269,10 @@ class Call:
     def flatten_argument(self, name: str, value: Any) -> list[Any]:
         """See :func:`flatten_argument`."""
         return flatten_argument(self.arguments[name], value)
+
+    def check_sizes(self, name: str, value: Tensor) -> None:
+        """See :func:`check_sizes`."""
+        check_sizes(name, tuple(value.shape), self.signature.fixed[name])
 
     def check(self, given: Mapping[str, Any], extra_args: Sequence[Any], extra: Mapping[str, Any]) -> None:
         """See :func:`check_call`."""

@@ -40,8 +40,11 @@ def find_model(source: str) -> tuple[nn.Module, ExampleInputs]:
     sys.path.insert(0, str(Path.cwd()))
     try:
         made: Any = getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError) as error:
-        raise SourceError(f"'{source}': {error}. Run from the folder in which `import {module}` works") from error
+    except Exception as error:  # the user's own code
+        raise SourceError(
+            f"'{source}' raised {type(error).__name__}: {error}. Run from the folder in which `import {module}` works, "
+            "or use --debug to see where"
+        ) from error
     finally:
         sys.path.pop(0)
     model, inputs = made if isinstance(made, tuple) else (made, None)
@@ -58,8 +61,11 @@ def _from_folder(folder: Path) -> nn.Module:
         import transformers
     except ImportError as error:
         raise SourceError("reading a checkpoint's folder needs transformers: pip install 'lorafx[hf]'") from error
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    names = json.loads(config_file.read_text()).get("architectures") or []
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        names = json.loads(config_file.read_text()).get("architectures") or []
+    except (ValueError, OSError, KeyError) as error:
+        raise SourceError(f"'{config_file}' cannot be read: {error}") from error
     builder: Any = getattr(transformers, names[0], None) if names else transformers.AutoModel
     if builder is None:
         raise SourceError(f"'{config_file}' names the architecture {names[0]}, which transformers does not have")

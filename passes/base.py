@@ -20,6 +20,13 @@ class PassResult:
     skipped: tuple[tuple[str, str], ...] = ()
 
 
+_ADVICE = {
+    Stage.CAPTURED: "lorafx.apply(model, spec) gives one with adapters",
+    Stage.INSERTED: "apply a spec to the model that it was made from",
+    Stage.MERGED: "its adapters are folded or gone, and lorafx.export_base writes it as it is",
+}
+
+
 class Pass(ABC):
     """A graph rewrite; a frozen dataclass whose fields are its options.
 
@@ -39,7 +46,7 @@ class Pass(ABC):
         now = stage(gm)
         if now not in self.requires:
             wanted = " or ".join(sorted(s.value for s in self.requires))
-            raise PassError(f"{self.name}: needs a graph that is {wanted}, this one is {now.value}")
+            raise PassError(f"{self.name}: needs a graph that is {wanted}, this one is {now.value}; {_ADVICE[now]}")
         verify(gm, now)
         result = self.run(gm)
         result.gm.meta["stage"] = self.ensures

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
 from torch.utils import _pytree as pytree
 
-from lorafx.errors import CaptureError
+from lorafx.errors import CaptureError, FixedDimensionWarning
 from lorafx.graph import ROOT_MODE, CapturedModule, Scope, mark_own
 from lorafx.passes import optional
 from lorafx.passes.canonical import canonicalize
@@ -40,10 +40,6 @@ from lorafx.passes.modes import align
 from lorafx.signature import Argument, Signature, SignatureCodeGen
 
 _LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label"})
-
-
-class FixedDimensionWarning(UserWarning):
-    """A dimension that was meant to be dynamic came out fixed, or limited to large sizes."""
 
 
 def capture(
@@ -110,11 +106,12 @@ def _capture_export(model: nn.Module, example: Example, user: Example) -> Captur
         if example is not user:
             raise CaptureError("labels that nobody gave would decide more than the loss")
         example = dataclasses.replace(example, optional=frozenset())
-    dims, ranges, fixed = _dimensions(train, example)
-    for name, dim, role, sizes in fixed:
+    dims, ranges, fixed, reports = _dimensions(train, example)
+    for name, dim, role, sizes in reports:
         warnings.warn(
-            f"dimension {dim} of '{name}' ({role}) came out {sizes}: the model's code depends on it, and the graph "
-            "is right at no other size. Pass dynamic_shapes to say that this is meant",
+            f"dimension {dim} of '{name}' ({role}) came out {sizes}: the model's code depends on it, or another input "
+            "of the same size is not dynamic. The graph is right at no other size. Pass dynamic_shapes to say that "
+            "this is meant, or which dimensions vary",
             FixedDimensionWarning,
             stacklevel=6,
         )
@@ -128,6 +125,7 @@ def _capture_export(model: nn.Module, example: Example, user: Example) -> Captur
         positional=example.positional,
         dims=dims,
         ranges=ranges,
+        fixed=fixed,
     )
     return _build(model, train, signature, dict(user.tensors))
 
@@ -239,30 +237,36 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _dimensions(
     trace: Trace, example: Example
-) -> tuple[dict[str, dict[int, str]], dict[str, tuple[int, int | None]], list[tuple[str, int, str, str]]]:
-    """Names of the dimensions that stayed dynamic, the range of each name, and those fixed or limited."""
+) -> tuple[
+    dict[str, dict[int, str]],
+    dict[str, tuple[int, int | None]],
+    dict[str, dict[int, int]],
+    list[tuple[str, int, str, str]],
+]:
+    """Names of the dimensions that stayed dynamic, each name's range, fixed sizes, and what to warn of."""
     values = {str(n.target): n.meta["val"] for n in trace.graph.find_nodes(op="placeholder")}
     dims: dict[str, dict[int, str]] = {}
     ranges: dict[str, tuple[int, int | None]] = {}
-    fixed: list[tuple[str, int, str, str]] = []
+    fixed: dict[str, dict[int, int]] = {}
+    reports: list[tuple[str, int, str, str]] = []
     for argument, leaves in trace.leaves.items():
         for leaf, roles in zip(leaves, example.roles[argument], strict=True):
             for dim, role in roles.items():
                 size = values[leaf].shape[dim]
                 if is_concrete_int(size):
-                    # only matrices of indices and batches are sure to be meant as dynamic
-                    if dim == 0 or not values[leaf].is_floating_point():
-                        fixed.append((leaf, dim, role, f"fixed at {int(size)}"))
+                    reports.append((leaf, dim, role, f"fixed at {int(size)}"))
+                    if argument not in example.optional:
+                        fixed.setdefault(leaf, {})[dim] = int(size)
                     continue
                 dims.setdefault(leaf, {})[dim] = role
                 low, high = trace.ranges.get(str(size), (1, None))
                 low = 1 if low <= 2 else low  # torch's lower bound of 2 says "not specialised to 0 or 1"
                 if low > 1 and argument not in example.overrides:
-                    fixed.append((leaf, dim, role, f"limited to {low} or more"))
+                    reports.append((leaf, dim, role, f"limited to {low} or more"))
                 old_low, old_high = ranges.get(role, (1, None))
                 highs = [h for h in (high, old_high) if h is not None]
                 ranges[role] = (max(low, old_low), min(highs) if highs else None)
-    return dims, ranges, fixed
+    return dims, ranges, fixed, reports
 
 
 def _output_names(spec: pytree.TreeSpec) -> tuple[str, ...]:

@@ -20,6 +20,9 @@ from lorafx.errors import CaptureError
 
 ExampleInputs = Mapping[str, Any] | Sequence[Any] | Tensor | None
 
+#: Inputs ``[batch, features, frames]`` of audio models, whose frames are padded to a size the model fixes.
+_FRAMES = frozenset({"input_features"})
+
 _PLAIN = (type(None), bool, int, float, str)
 
 
@@ -176,7 +179,8 @@ def _roles(name: str, tensor: Tensor, decoder: bool) -> dict[int, str]:
         return {}
     roles = {0: "batch"}
     whole = not tensor.is_floating_point() and not tensor.is_complex()
-    if (tensor.dim() == 2 and whole) or (tensor.dim() == 3 and not whole):
+    tokens = tensor.dim() == 2 and (whole or "mask" in name)
+    if tokens or (tensor.dim() == 3 and not whole and name not in _FRAMES):
         target = decoder and (name.startswith("decoder_") or name == "labels")
         roles[1] = "decoder_sequence" if target else "sequence"
     return roles

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from lorafx.checks import did_you_mean
-from lorafx.errors import MatchError
+from lorafx.errors import FrozenHeadWarning, MatchError
 from lorafx.graph import CapturedModule, get_path, named_tensors, notes
 from lorafx.ir import Site, same_memory
 from lorafx.passes.layers import LAYER_KINDS, find_operands, readers
@@ -32,10 +32,6 @@ _SHAPE_ONLY_NAMES = """
     clone alias detach to _to_copy float double half bfloat16 getitem split chunk unbind
 """
 _SHAPE_ONLY = frozenset(_SHAPE_ONLY_NAMES.split())
-
-
-class FrozenHeadWarning(UserWarning):
-    """A head that looks freshly initialised gets no adapter and does not train."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +80,11 @@ def candidates(gm: CapturedModule) -> tuple[Candidate, ...]:
         weight = get_path(gm, weight_name)
         if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
             continue
-        scope = str(notes(node).get("scope", ""))
-        owned = weight_name == f"{scope}.weight"
-        name = scope if owned else weight_name
+        # A layer's weight used by other code (nn.MultiheadAttention's out_proj) is the layer's site still.
+        owner = weight_name.removesuffix(".weight")
+        layer = owner != weight_name and bool(getattr(get_path(gm, owner), "linear", False))
+        owned = layer or weight_name == f"{notes(node).get('scope', '')}.weight"
+        name = owner if owned else weight_name
         if name in found:
             known = found[name]
             found[name] = replace(known, nodes=(*known.nodes, node), is_output=known.is_output or node in makers)
@@ -103,7 +101,7 @@ def candidates(gm: CapturedModule) -> tuple[Candidate, ...]:
             in_features=int(shape[1]),
             out_features=int(shape[0]),
             dtype=weight.dtype,
-            module=owned and bool(getattr(get_path(gm, scope), "linear", False)),
+            module=layer,
             is_output=output,
             elsewhere=(),
         )

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 from torch.fx import Node
 
+from lorafx.checks import format_bytes
 from lorafx.graph import CapturedModule
 from lorafx.passes.match import Choice
 from lorafx.variants import VARIANTS
@@ -77,8 +78,8 @@ class Plan:
         console.print(table)
         console.print(
             f"{len(self.adapted)} layers adapted, {len(self.left_out)} left out. Trainable: {self.trainable:,} of "
-            f"{self.total:,} parameters ({share:.2%}). AdamW state: {_size(self.optimizer_bytes)}; activations kept "
-            f"for the adapters at the example's sizes: {_size(self.activation_bytes)}."
+            f"{self.total:,} parameters ({share:.2%}). AdamW state: {format_bytes(self.optimizer_bytes)}; "
+            f"activations kept for the adapters at the example's sizes: {format_bytes(self.activation_bytes)}."
         )
         return out.getvalue()
 
@@ -115,16 +116,21 @@ def make_plan(gm: CapturedModule, choices: Sequence[Choice], trained: Sequence[n
 
 
 def _never_called(gm: CapturedModule, known: Collection[str]) -> list[PlanRow]:
-    """Rows for the linear layers that the captured inputs do not reach."""
+    """Rows for the linear layers that the graph does not show: not reached, or inside a module it calls whole."""
+    whole = [str(n.target) for n in gm.graph.nodes if n.op == "call_module"]
     rows = []
     for name, module in gm.named_modules():
-        if (
-            getattr(module, "linear", False)
-            and name not in known
-            and (weight := module._parameters.get("weight")) is not None
-        ):
-            shape = (int(weight.shape[0]), int(weight.shape[1]))
-            rows.append(PlanRow(name, "linear", shape, None, None, 0, "never called with these inputs"))
+        weight = module._parameters.get("weight")
+        if name in known or weight is None:
+            continue
+        inside = next((w for w in whole if name == w or name.startswith(f"{w}.")), None)
+        if inside is not None and isinstance(module, nn.Linear):
+            reason = f"inside '{inside}', which is called as a whole; give example_inputs to see into it"
+        elif getattr(module, "linear", False):
+            reason = "never called with these inputs"
+        else:
+            continue
+        rows.append(PlanRow(name, "linear", (int(weight.shape[0]), int(weight.shape[1])), None, None, 0, reason))
     return rows
 
 
@@ -139,13 +145,3 @@ def _saved_bytes(node: Node, r: int, dropout: float, in_features: int, width: in
 def _hint(size: Any) -> int:
     """The size at the example inputs of a possibly symbolic dimension."""
     return size if isinstance(size, int) else int(size.node.hint)
-
-
-def _size(count: int) -> str:
-    if count < 1024:
-        return f"{count} B"
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        count_in_unit = count / 1024 ** (1 + ("KiB", "MiB", "GiB", "TiB").index(unit))
-        if count_in_unit < 1024 or unit == "TiB":
-            return f"{count_in_unit:.1f} {unit}"
-    raise AssertionError("unreachable")

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lorafx.api import captured
+from lorafx.errors import FixedDimensionWarning
 from lorafx.graph import CapturedModule
-from lorafx.passes.capture import FixedDimensionWarning
 from lorafx.passes.huggingface import configs
 from lorafx.passes.insert import Insert
 from lorafx.passes.match import match

@@ -19,10 +19,9 @@ from torch.nn import functional as F
 import lorafx
 from conftest import Zoo, loss_of, mixed_modes, same, state_of
 from lorafx.api import captured
-from lorafx.errors import CaptureError, InputError, PassError
+from lorafx.errors import CaptureError, FixedDimensionWarning, InputError, PassError
 from lorafx.graph import CapturedModule
 from lorafx.ir import format_graph
-from lorafx.passes.capture import FixedDimensionWarning
 from lorafx.passes.huggingface import configs
 from zoo import FAMILIES, Family, Inputs
 

@@ -96,7 +96,7 @@ def test_verify_tells_equal_from_different(tmp_path: Path) -> None:
     ("source", "message"),
     [
         ("nowhere", "'nowhere' is neither a folder nor package.module:function"),
-        ("my_models:missing", "'my_models:missing': .*missing"),
+        ("my_models:missing", "'my_models:missing' raised AttributeError: .*missing"),
         ("my_models:number", "returned a int, not a torch.nn.Module"),
         (".", "has no config.json"),
     ],
@@ -114,6 +114,9 @@ def test_errors_are_one_line_and_a_traceback_only_with_debug(
         cli.main()
     assert stop.value.code == 1
     assert capsys.readouterr().err.splitlines() == ["lorafx: there is no file one.onnx"]
-    monkeypatch.setattr(sys, "argv", ["lorafx", "--debug", "verify", "one.onnx", "two.onnx"])
-    with pytest.raises(lorafx.ExportError, match=r"there is no file one\.onnx"):
-        cli.main()
+    for place in (1, 4):
+        arguments = ["lorafx", "verify", "one.onnx", "two.onnx"]
+        arguments.insert(place, "--debug")
+        monkeypatch.setattr(sys, "argv", arguments)
+        with pytest.raises(lorafx.ExportError, match=r"there is no file one\.onnx"):
+            cli.main()

@@ -24,7 +24,7 @@ from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 
 import lorafx
-from conftest import Zoo, leaves, randomize, same
+from conftest import Zoo, leaves, randomize, same, train
 from lorafx.errors import ExportError, InputError, MergeError, ParityError
 from lorafx.export import export, parity, verify
 from lorafx.export.compare import compare
@@ -37,7 +37,7 @@ from lorafx.export.write import Draft
 from lorafx.graph import CapturedModule, get_path
 from lorafx.passes.inference import inference
 from lorafx.passes.merge import merge, unadapted
-from zoo import Family
+from zoo import FAMILIES, Family
 
 FLOAT32 = TOLERANCES[torch.float32]
 
@@ -168,6 +168,20 @@ def test_trained_model_exports_as_the_bases_twin(zoo: Zoo, family: Family, tmp_p
     assert tuple(found) == report.outputs
     for (name, value), reference in zip(found.items(), expected, strict=True):
         assert difference(name, reference.numpy(), value.numpy(), FLOAT32).passed
+
+
+@pytest.mark.xdist_group("mixtral")
+def test_routers_named_as_targets_go_the_whole_way(zoo: Zoo, tmp_path: Path) -> None:
+    family = FAMILIES["mixtral"]
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate"]
+    gm = zoo.adapted(family, lorafx.LoraSpec(r=4, alpha=8, target_modules=names))
+    losses = train(gm, family, steps=3)
+    assert losses[-1] < losses[0]
+    routers = [s for s in lorafx.sites(gm) if s.name.endswith("gate")]
+    assert len(routers) == 2
+    assert all(bool(s.parameters(gm)["lora_B"].any()) for s in routers)
+    report = merge_and_export(gm.eval(), tmp_path / "model.onnx")
+    assert all(row.passed for row in report.parity)
 
 
 # One small model, everything else.

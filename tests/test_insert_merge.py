@@ -267,7 +267,7 @@ def test_stages_are_held_to() -> None:
     gm = lorafx.apply(small(), LoraSpec(r=3), (X,))
     merged = lorafx.merge(gm)
     for call in (lorafx.merge, lorafx.merged_state_dict, lorafx.unadapted):
-        with pytest.raises(PassError, match=r"merge: needs a graph that is inserted, this one is merged"):
+        with pytest.raises(PassError, match=r"merge: needs a graph that is adapted, this one is merged"):
             call(merged)
         with pytest.raises(
             PassError, match=r"expected a graph made by lorafx.apply, got Sequential; call lorafx.apply"
@@ -487,7 +487,7 @@ def merged_state_dict_of(gm: CapturedModule) -> dict[str, Tensor]:
 def test_a_graph_is_not_adapted_again(of: Any) -> None:
     model, x = two_layers()
     with pytest.raises(
-        lorafx.CaptureError, match=r"a graph of lorafx's already \((inserted|merged)\); apply the spec to"
+        lorafx.CaptureError, match=r"a graph of lorafx's already \((adapted|merged)\); apply the spec to"
     ):
         lorafx.apply(of(lorafx.apply(model, LoraSpec(r=2), (x,))), LoraSpec(r=2), (x,))
 

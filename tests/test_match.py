@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import lorafx
 from conftest import Zoo, randomize, same
 from lorafx import LoraSpec, MatchError
-from lorafx.errors import SpecError
-from lorafx.passes.match import FrozenHeadWarning, candidates, match, warn_of_frozen_heads
+from lorafx.errors import FrozenHeadWarning, SpecError
+from lorafx.passes.match import candidates, match, warn_of_frozen_heads
 from lorafx.passes.plan import make_plan
 from tolerances import assert_close
 from zoo import FAMILIES, Family

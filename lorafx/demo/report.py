@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 
+from lorafx.checks import format_bytes
 from lorafx.export.report import ExportReport
 
 
@@ -89,6 +90,6 @@ class DemoResult:
         for check, found in self.export.checks.items():
             table.add_row(check, found)
         size = self.export.onnx_bytes + self.export.data_bytes
-        table.add_row("file", f"{self.export.path} ({size / 2**20:.1f} MiB)")
+        table.add_row("file", f"{self.export.path} ({format_bytes(size)})")
         table.add_row("time", f"{sum(self.seconds.values()):.0f} s ({times})")
         return table

@@ -14,10 +14,10 @@ from lorafx.api import apply
 from lorafx.demo.batches import Texts
 from lorafx.demo.data import AREAS, load_corpus
 from lorafx.demo.model import load_model, load_tokenizer
-from lorafx.demo.progress import Parts
 from lorafx.demo.report import Accuracy, DemoResult
 from lorafx.demo.train import accuracy, compute, fine_tune, fit_probe
 from lorafx.export.export import merge_and_export
+from lorafx.progress import Parts
 from lorafx.spec import LoraSpec
 
 SPEC = LoraSpec(r=16, alpha=32, target_modules="all-linear", dropout=0.1, modules_to_save=("head",))

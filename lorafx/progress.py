@@ -1,4 +1,4 @@
-"""Progress bars, one for each part of the demo, which also time the parts."""
+"""Progress bars, one for each part of a longer command, which also time the parts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ class Advance(Protocol):
 
 
 class Parts:
-    """A live display with one bar a part; ``seconds`` holds the wall time of the parts that are done."""
+    """A live display with one bar a part; ``seconds`` holds the wall time of the parts that are done.
 
-    def __init__(self, console: Console) -> None:
+    A ``transient`` display goes when it is done, and is not shown where there is no terminal.
+    """
+
+    def __init__(self, console: Console, *, transient: bool = False) -> None:
         self.seconds: dict[str, float] = {}
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
@@ -29,6 +32,7 @@ class Parts:
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
+            transient=transient,
         )
 
     def __enter__(self) -> Self:
