@@ -143,9 +143,9 @@ def merged_state_dict(gm: CapturedModule) -> dict[str, Tensor]:
     apart = [s for s in sites(gm) if s.apart]
     if apart:
         raise MergeError(
-            f"site '{apart[0].name}': its weight '{apart[0].weight}' has another use and was kept apart, as tied=\"untie\" "
-            "asks; the original module has one tensor for both. Export the merged graph instead, or adapt without "
-            "this layer"
+            f"site '{apart[0].name}': its weight '{apart[0].weight}' has another use and was kept apart, as "
+            'tied="untie" asks; the original module has one tensor for both. Export the merged graph instead, or adapt '
+            "without this layer"
         )
     return dict(merge(gm).state_dict())
 
