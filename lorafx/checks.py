@@ -117,7 +117,7 @@ def variant(where: str, value: Any) -> str:
 
 
 def one_of(choices: tuple[str, ...]) -> Check[str]:
-    """One of these words."""
+    """A check that a value is one of these words."""
 
     def check(where: str, value: Any) -> str:
         if value not in choices:

@@ -43,7 +43,7 @@ def _options(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the ONNX file and the report.")] = Path("demo-output"),
-    seed: Annotated[int, typer.Option(help="Seed of the split, the adapters and the batches.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the adapters and the order of the batches.")] = 0,
     steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = 200,
 ) -> None:
     """Fine-tune MiniLM on the standard library's documentation, merge, export, and check the result."""
