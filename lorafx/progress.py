@@ -33,6 +33,7 @@ class Parts:
             TextColumn("{task.fields[note]}"),
             console=console,
             transient=transient,
+            disable=transient and not console.is_terminal,
         )
 
     def __enter__(self) -> Self:

@@ -192,5 +192,5 @@ def test_errors_are_what_a_caller_expects_them_to_be() -> None:
     assert issubclass(errors.InputError, errors.CaptureError)
     assert issubclass(errors.VerifyError, errors.PassError)
     assert issubclass(errors.ParityError, errors.ExportError)
-    public = {n for n in lorafx.__all__ if n.endswith("Error")}
+    public = {n for n in lorafx.__all__ if n.endswith(("Error", "Warning"))}
     assert public == {n for n, c in inspect.getmembers(errors, inspect.isclass)}
