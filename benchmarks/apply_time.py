@@ -16,6 +16,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import transformers
@@ -67,16 +68,16 @@ def adapted(model: torch.nn.Module) -> None:
     lorafx.apply(model, lorafx.LoraSpec(r=16), inputs())
 
 
-def compare(layers: int, rounds: int, dropout: float = 0.0) -> tuple[float, float]:
-    """Median over rounds of apply / captures, and apply's own seconds a layer."""
+def compare(layers: int, rounds: int, dropout: float = 0.0) -> tuple[float, float, float]:
+    """Medians over rounds: apply / captures, and the seconds a layer of each."""
     model = llama(layers, dropout)
-    ratios, own = [], []
+    seconds: dict[str, list[float]] = {"captures": [], "apply": []}
+    calls = {"captures": bare_captures, "apply": adapted}
     for index in range(rounds):
-        order = (bare_captures, adapted) if index % 2 == 0 else (adapted, bare_captures)
-        seconds = {call: timed(lambda call=call: call(model)) for call in order}
-        ratios.append(seconds[adapted] / seconds[bare_captures])
-        own.append((seconds[adapted] - seconds[bare_captures]) / layers)
-    return statistics.median(ratios), statistics.median(own)
+        for name in sorted(calls, reverse=index % 2 == 0):
+            seconds[name].append(timed(partial(calls[name], model)))
+    ratio = statistics.median(a / c for a, c in zip(seconds["apply"], seconds["captures"], strict=True))
+    return ratio, statistics.median(seconds["apply"]) / layers, statistics.median(seconds["captures"]) / layers
 
 
 def main() -> None:
@@ -88,15 +89,15 @@ def main() -> None:
     bare_captures(llama(1))  # imports and caches
     adapted(llama(1))
     for dropout, needed in ((0.0, "one capture"), (0.1, "two captures")):
-        ratio, _ = compare(options.layers, options.rounds, dropout)
-        print(f"apply / {needed}, {options.layers} layers: {ratio:.3f} (goal 1.30)")
-    per_layer = {}
+        ratio, _, _ = compare(options.layers, options.rounds, dropout)
+        print(f"apply / {needed}, {options.layers} layers: {ratio:.3f} (goal 1.30)", flush=True)
+    found = {}
     for depth in map(int, options.depths.split(",")):
-        ratio, own = compare(depth, options.rounds)
-        per_layer[depth] = own
-        print(f"  {depth:3d} layers: ratio {ratio:.3f}, own cost a layer {own * 1e3:.1f} ms")
-    first, *_, last = per_layer.values()
-    print(f"own cost a layer, deepest over shallowest: {last / first:.2f}")
+        ratio, *found[depth] = compare(depth, options.rounds)
+        print(f"  {depth:3d} layers: apply / one capture {ratio:.3f}", flush=True)
+    (apply_first, bare_first), *_, (apply_last, bare_last) = found.values()
+    print(f"a layer's time, deepest over shallowest: apply {apply_last / apply_first:.2f}, ", end="")
+    print(f"torch.export alone {bare_last / bare_first:.2f}")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ class Insert(Pass):
 
 def _rewrite(gm: CapturedModule, nodes: Sequence[Node], kind: str, site: Site) -> None:
     graph, variant = gm.graph, VARIANTS[site.variant]
-    if site.path not in dict(gm.named_modules(remove_duplicate=False)):
+    parent, _, name = site.path.rpartition(".")
+    if name not in get_path(gm, parent)._modules:
         gm.set_submodule(site.path, Scope())
     with graph.inserting_before(nodes[0]):
         parameters = [_made(graph.get_attr(n)) for n in site.parameter_names.values()]
