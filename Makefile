@@ -22,7 +22,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Threads that wait without spinning: beside another busy process, spinning triples the time.
-demo: install ## fine-tune MiniLM on real text, merge, export to ONNX, check (about 3 minutes)
+demo: install ## fine-tune MiniLM on real text, merge, export to ONNX, check (under 3 minutes on 2 cores)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/lorafx demo
 
 # The tests run against the built wheel: from an empty directory, so that the checkout is not importable.
