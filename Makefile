@@ -21,7 +21,7 @@ unexport PYTHONPATH PYTHONHOME
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# Threads that wait without spinning: beside another busy process, spinning triples the time.
+# Threads that wait without spinning: slower by a little when idle, faster beside another busy process.
 demo: install ## fine-tune MiniLM on real text, merge, export to ONNX, check (under 3 minutes on 2 cores)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/lorafx demo
 
