@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from lorafx.errors import AdapterError
-from lorafx.graph import ROOT_MODE, CapturedModule
-from lorafx.ir import Site, sites
+from lorafx.graph import CapturedModule
+from lorafx.ir import Adapter, Site, base_modules
 from lorafx.spec import ALL_LINEAR, LoraSpec, matches
 
 #: Fields of which PEFT's config has one value for all sites, and no pattern.
@@ -19,33 +19,27 @@ _COMMON_FIELDS = ("variant", "rslora", "dropout", "init", "bias")
 V = TypeVar("V")
 
 
-def adapter_config(gm: CapturedModule, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as plain JSON data; ``metadata`` as in :func:`lorafx.state.save_adapter`.
+def adapter_config(gm: CapturedModule, adapter: Adapter, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter's config as plain JSON data; ``metadata`` as in :func:`lorafx.state.save_adapter`.
 
     Raises:
         AdapterError: no one config of PEFT's means what the graph has.
         SpecError: a metadata key is none of PEFT's.
     """
-    found = sites(gm)
-    spec = _combined(gm.meta["specs"], found, metadata)
+    found = adapter.sites
+    spec = _combined(adapter.specs, found, metadata)
     noted = {**spec.metadata, **metadata}
     spec = replace(spec, metadata={key: value for key, value in noted.items() if value is not None})
-    spec = replace(spec, modules_to_save=_modules_to_save(gm, spec))
-    spec = _targeting(spec, {s.name for s in found}, peft_modules(gm), trained_modules(gm))
+    spec = replace(spec, modules_to_save=_modules_to_save(gm, adapter, spec))
+    spec = _targeting(spec, {s.name for s in found}, base_modules(gm), trained_modules(gm, adapter))
     transposed = any(s.transposed for s in found)
     return {"inference_mode": True, **spec.to_peft(), "fan_in_fan_out": transposed}
 
 
-def peft_modules(gm: CapturedModule) -> tuple[str, ...]:
-    """Names of the original's modules as PEFT lists them: each module once, under its first name."""
-    adapters = {name.rpartition(".")[0] for site in sites(gm) for name in site.parameter_names.values()}
-    return tuple(n for n, _ in gm.named_modules() if n and n != ROOT_MODE and n not in adapters)
-
-
-def trained_modules(gm: CapturedModule) -> tuple[str, ...]:
+def trained_modules(gm: CapturedModule, adapter: Adapter) -> tuple[str, ...]:
     """Names of the modules that train whole, under all their names."""
-    wanted = tuple(m for spec in gm.meta["specs"] for m in spec.trained_modules)
-    return tuple(n for n, _ in gm.named_modules(remove_duplicate=False) if n and matches(n, wanted))
+    wanted = tuple(m for spec in adapter.specs for m in spec.trained_modules)
+    return tuple(n for n in base_modules(gm, aliases=True) if matches(n, wanted))
 
 
 def _combined(specs: Sequence[LoraSpec], found: Sequence[Site], metadata: Mapping[str, Any]) -> LoraSpec:
@@ -86,10 +80,10 @@ def _exactly(values: Mapping[str, V]) -> tuple[V, dict[str, V]]:
     return common, {f"^{re.escape(name)}": value for name, value in values.items() if value != common}
 
 
-def _modules_to_save(gm: CapturedModule, spec: LoraSpec) -> tuple[str, ...]:
+def _modules_to_save(gm: CapturedModule, adapter: Adapter, spec: LoraSpec) -> tuple[str, ...]:
     """Names by which PEFT finds what trains whole. It compares the ends of names, without regard to dots."""
-    trained = set(trained_modules(gm))
-    modules = [n for n, _ in gm.named_modules(remove_duplicate=False)]
+    trained = set(trained_modules(gm, adapter))
+    modules = base_modules(gm, aliases=True)
     wrapped: set[str] = set()
     for names in (tuple(spec.modules_to_save), tuple(sorted(trained))):
         wrapped = {m for m in modules if m.endswith((*names, *spec.heads_of_task))}

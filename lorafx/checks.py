@@ -109,11 +109,68 @@ def flag(where: str, value: Any) -> bool:
     return value
 
 
-def variant(where: str, value: Any) -> str:
-    """A name. Whether there is such a variant is for the registry to say, when the spec is applied."""
-    if not isinstance(value, str) or not value.isidentifier():
-        raise refusal(where, value, 'expected the name of a variant, such as "lora"')
+def integer(where: str, value: Any) -> int:
+    """An integer."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise refusal(where, value, "expected an integer")
+    return int(value)
+
+
+def count(where: str, value: Any) -> int:
+    """An integer of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 0:
+        raise refusal(where, value, "expected an integer of at least 0")
+    return int(value)
+
+
+def number(where: str, value: Any) -> float:
+    """A finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(float(value)):
+        raise refusal(where, value, "expected a finite number")
+    return float(value)
+
+
+def weight(where: str, value: Any) -> float:
+    """A finite number of at least 0."""
+    if number(where, value) < 0:
+        raise refusal(where, value, "expected a number of at least 0")
+    return float(value)
+
+
+def share(where: str, value: Any) -> float:
+    """A number above 0 and below 1."""
+    if not 0 < number(where, value) < 1:
+        raise refusal(where, value, "expected a number above 0 and below 1")
+    return float(value)
+
+
+def word(where: str, value: Any) -> str:
+    """A string that is not empty."""
+    if not isinstance(value, str) or not value:
+        raise refusal(where, value, "expected a name")
     return value
+
+
+def mapping(where: str, value: Any) -> FrozenDict[Any]:
+    """A mapping with strings for keys."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise refusal(where, value, "expected a mapping with strings for keys")
+    return FrozenDict(value)
+
+
+def one_or_more(check: Check[V]) -> Check[tuple[V, ...]]:
+    """One value or a list of them that all pass ``check``, as a tuple."""
+
+    def checked(where: str, value: Any) -> tuple[V, ...]:
+        several = isinstance(value, (Sequence, Set)) and not isinstance(value, (str, bytes))
+        return tuple(check(where, item) for item in (value if several else (value,)))
+
+    return checked
+
+
+def optional(check: Check[V]) -> Check[V | None]:
+    """None, or what ``check`` lets pass."""
+    return lambda where, value: None if value is None else check(where, value)
 
 
 def one_of(choices: tuple[str, ...]) -> Check[str]:

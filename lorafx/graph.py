@@ -12,6 +12,7 @@ What it adds to a GraphModule:
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
@@ -288,6 +289,15 @@ def rebind(root: nn.Module, old: Tensor, value: Tensor) -> Tensor:
     return new
 
 
+def erase(graph: Graph, node: Node) -> None:
+    """Erase a node and free its name, which fx does not: the same rewrite, done again, would read otherwise."""
+    graph.erase_node(node)
+    names = graph._graph_namespace
+    names._obj_to_name.pop(node, None)
+    names._used_names.discard(node.name)
+    names._base_count.pop(re.sub(r"_\d+$", "", node.name), None)
+
+
 def get_path(root: nn.Module, path: str) -> Any:
     """The attribute at a dotted path."""
     value: Any = root
@@ -326,3 +336,10 @@ def annotate(node: Node, **new: Any) -> None:
     """Add notes to a node. Copies on write: a copied graph's nodes share their metadata's values."""
     custom = node.meta.get("custom", {})
     node.meta["custom"] = {**custom, "lorafx": {**custom.get("lorafx", {}), **new}}
+
+
+def unannotate(node: Node, *names: str) -> None:
+    """Remove notes from a node."""
+    custom = node.meta.get("custom", {})
+    left = {n: v for n, v in custom.get("lorafx", {}).items() if n not in names}
+    node.meta["custom"] = {**custom, "lorafx": left}

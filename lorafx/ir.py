@@ -1,23 +1,33 @@
-"""The intermediate representation: sites, stages, the text form of a graph, and the rules each stage keeps.
+"""The intermediate representation: sites, adapters, stages, the text form of a graph, and the rules of each stage.
 
-A *site* is an adapted layer. Each of its calls is one node,
-``lorafx.<variant>(x, weight, bias, *parameters, scaling, dropout, training)``, whose parameters are
-``get_attr`` nodes below the site's own path.
+A *site* is what one adapter does to one layer. Each call of an adapted layer is one node, the twin of the
+operator that was captured (:mod:`lorafx.ops`), whose tensors are ``get_attr`` nodes: a site's parameters lie below
+the layer's own path, what an adapter has beside them below ``_adapters.<name>``. Of the adapters that a graph
+holds, only the active ones have nodes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from lorafx.errors import PassError, VerifyError
-from lorafx.graph import CapturedModule, get_path, notes
+from lorafx.checks import did_you_mean
+from lorafx.errors import AdapterError, PassError, VerifyError
+from lorafx.graph import ROOT_MODE, CapturedModule, get_path, notes
+from lorafx.ops import ADAPTED, STORAGE, adapted_weight
+from lorafx.spec import LoraSpec
 from lorafx.variants import VARIANTS
+
+#: The child of a graph that holds what adapters have beside their sites' parameters.
+ADAPTERS = "_adapters"
+
+#: The buffer with the index of the active adapter that each row of a batch goes through.
+ROWS = "_rows"
 
 
 class Stage(Enum):
@@ -30,28 +40,51 @@ class Stage(Enum):
 
 @dataclass(frozen=True)
 class Site:
-    """An adapted layer.
+    """What one adapter does to one layer.
 
-    ``name`` is the module's dotted path (or the parameter's, for a functional call on a bare parameter),
-    ``path`` the module path that holds its adapter, ``weight``/``bias`` the names of the base tensors.
-    ``transposed`` says that the weight is stored ``[in, out]`` (GPT-2's Conv1D). ``apart`` says that the
-    weight is used elsewhere too, so that a fold must write a weight of its own.
+    ``name`` is the layer's dotted path (or the parameter's, for a bare parameter), ``path`` the module path that
+    holds its adapters, ``weight``/``bias`` the names of the base tensors, ``kind`` the operator or the way the
+    parameter is stored (:data:`lorafx.ops.STORAGE`), ``shape`` the weight's as a matrix, ``[out, in]`` or
+    ``[experts, out, in]``. ``apart`` says that the weight is used elsewhere too, so that a fold must write a
+    weight of its own.
     """
 
     name: str
     path: str
     adapter: str
     variant: str
+    kind: str
     weight: str
     bias: str | None
-    in_features: int
-    out_features: int
+    shape: tuple[int, ...]
     r: int
     alpha: float
     scaling: float
     dropout: float
-    transposed: bool = False
     apart: bool = False
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the matrix."""
+        return self.shape[-1]
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the matrix."""
+        return self.shape[-2]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is stored ``[in, out]`` (GPT-2's Conv1D, an embedding)."""
+        return self.kind in ("addmm", "embedding", "parameter_t")
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The stored weight as ``[..., out, in]``."""
+        return STORAGE[self.kind].matrix(weight)
+
+    def store(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """A matrix in the layout, shape and dtype of a stored weight."""
+        return STORAGE[self.kind].stored(matrix, like.shape).to(like.dtype)
 
     def parameter_name(self, parameter: str) -> str:
         """The name in the state dict of one of the variant's parameters."""
@@ -59,16 +92,53 @@ class Site:
 
     @property
     def parameter_names(self) -> dict[str, str]:
-        """The state dict names of the adapter's tensors, by the variant's names for them."""
+        """The state dict names of the site's parameters, by the variant's names for them."""
         return {p: self.parameter_name(p) for p in VARIANTS[self.variant].parameters}
 
+    @property
+    def tensor_names(self) -> dict[str, str]:
+        """The parameters' names, and those of the tensors that the adapter's sites share."""
+        shared = {s: f"{ADAPTERS}.{self.adapter}.{s}" for s in VARIANTS[self.variant].shared}
+        return {**self.parameter_names, **shared}
+
     def parameters(self, gm: nn.Module) -> dict[str, nn.Parameter]:
-        """The adapter's tensors in ``gm``."""
+        """The site's parameters in ``gm``."""
         return {p: get_path(gm, name) for p, name in self.parameter_names.items()}
 
-    def to_note(self) -> dict[str, Any]:
-        """Plain data for a node's metadata."""
-        return asdict(self)
+    def tensors(self, gm: nn.Module) -> dict[str, Tensor]:
+        """The site's parameters and the shared tensors, in the order in which operators take them."""
+        return {p: get_path(gm, name) for p, name in self.tensor_names.items()}
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter: the variant's, behind the number of experts if there are any."""
+        shapes = VARIANTS[self.variant].shapes(self.out_features, self.in_features, self.r)
+        return {name: (*self.shape[:-2], *shape) for name, shape in shapes.items()}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter of a graph.
+
+    ``trained`` are the base tensors (``modules_to_save``, ``bias``) that it trains a copy of, ``residual`` the
+    weights from which its initialisation took something; both under their names in the base. Its own
+    version of such a tensor is at :meth:`own_name`, the base's stays what it was.
+    """
+
+    name: str
+    specs: tuple[LoraSpec, ...]
+    sites: tuple[Site, ...]
+    trained: tuple[str, ...] = ()
+    residual: tuple[str, ...] = ()
+
+    def own_name(self, name: str) -> str:
+        """Where the adapter keeps its own version of a tensor of the base."""
+        return f"{ADAPTERS}.{self.name}.{name}"
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The state dict names of all that trains with this adapter."""
+        of_sites = (n for site in self.sites for n in site.parameter_names.values())
+        return (*of_sites, *map(self.own_name, self.trained))
 
 
 def stage(gm: CapturedModule) -> Stage:
@@ -85,20 +155,75 @@ def stage(gm: CapturedModule) -> Stage:
     return found
 
 
-def site_nodes(gm: CapturedModule) -> dict[Site, list[Node]]:
-    """Every site and the nodes that call it, in graph order."""
+def adapters(gm: CapturedModule) -> Mapping[str, Adapter]:
+    """The adapters of a graph by name, in the order in which they were added."""
     stage(gm)  # refuses what is no graph of lorafx's
-    found: dict[Site, list[Node]] = {}
-    for node in gm.graph.nodes:
-        note: Mapping[str, Any] | None = notes(node).get("site")
-        if note is not None:
-            found.setdefault(Site(**note), []).append(node)
+    found: Mapping[str, Adapter] = gm.meta.get("adapters", {})
     return found
 
 
+def find_adapter(gm: CapturedModule, name: str | None = None) -> Adapter:
+    """The adapter with this name; None: the one that is active.
+
+    Raises:
+        AdapterError: there is no such adapter, or not just one is active.
+    """
+    found = adapters(gm)
+    if not found:
+        raise AdapterError(
+            f"the graph is {stage(gm).value} and has no adapters; make them by lorafx.apply(model, spec)"
+        )
+    if name is None:
+        running = active_adapters(gm)
+        if len(running) != 1:
+            what = ", ".join(a.name for a in running) or "none"
+            raise AdapterError(f"which adapter is meant? Active: {what}; there are {', '.join(found)}. Name one")
+        return running[0]
+    if name not in found:
+        hint = did_you_mean(str(name), found)
+        raise AdapterError(f"there is no adapter {name!r}{hint}; there are {', '.join(map(repr, found))}")
+    return found[name]
+
+
+def active_adapters(gm: CapturedModule) -> tuple[Adapter, ...]:
+    """The adapters that the graph's calls go through, in the order in which they were activated."""
+    found = adapters(gm)
+    return tuple(found[name] for name in gm.meta.get("active", ()))
+
+
 def sites(gm: CapturedModule) -> tuple[Site, ...]:
-    """The adapted layers of a graph, in the order of their first call."""
-    return tuple(site_nodes(gm))
+    """The sites of the active adapters, in the order of their layers' first calls."""
+    return tuple(site for adapter in active_adapters(gm) for site in adapter.sites)
+
+
+def active_layers(gm: CapturedModule) -> dict[str, list[Site]]:
+    """The sites that have nodes, by layer: those of active adapters with a rank."""
+    layers: dict[str, list[Site]] = {}
+    for site in sites(gm):
+        if site.r > 0:
+            layers.setdefault(site.name, []).append(site)
+    return layers
+
+
+def layer_nodes(gm: CapturedModule) -> dict[str, list[Node]]:
+    """The calls of each layer that some adapter adapts (for a bare parameter: what reads it), in graph order."""
+    stage(gm)
+    found: dict[str, list[Node]] = {}
+    for node in gm.graph.nodes:
+        for layer in notes(node).get("layers", ()):
+            found.setdefault(layer, []).append(node)
+    return found
+
+
+def base_modules(gm: CapturedModule, *, aliases: bool = False) -> tuple[str, ...]:
+    """Names of the original's modules; each under its first name, or with ``aliases`` under all of them."""
+    held = {n.rpartition(".")[0] for a in adapters(gm).values() for s in a.sites for n in s.parameter_names.values()}
+    own = {ROOT_MODE, ADAPTERS, *held}
+    return tuple(
+        name
+        for name, _ in gm.named_modules(remove_duplicate=not aliases)
+        if name and name not in own and not name.startswith(f"{ADAPTERS}.")
+    )
 
 
 def format_graph(gm: CapturedModule) -> str:
@@ -129,41 +254,55 @@ def _function_name(target: Any) -> str:
     return str(target) if hasattr(target, "_schema") else f"{target.__module__}.{target.__name__}"
 
 
-#: The one table of legality: whether a stage allows lorafx's operators.
+#: The one table of legality: whether a stage allows adapters and lorafx's operators.
 _ADAPTED: Mapping[Stage, bool] = {Stage.CAPTURED: False, Stage.INSERTED: True, Stage.MERGED: False}
 
 
 def verify(gm: CapturedModule, expected: Stage) -> None:
     """Check that a graph keeps the rules of a stage.
 
-    Every lorafx operator is a site's, its parameters are where the site says, and no site (nor any
-    adapter tensor that a merged graph would carry along) exists where the stage allows none.
+    Every lorafx operator is a call of an adapted layer and reads exactly the tensors of the active sites, all
+    of the right shapes; and no adapter exists where the stage allows none.
 
     Raises:
         VerifyError: names the node and the rule.
     """
-    nodes = site_nodes(gm)
-    called = {n for held in nodes.values() for n in held}
-    for node in _lorafx_calls(gm.graph):
-        if not _ADAPTED[expected]:
-            raise VerifyError(f"node %{node.name} calls {node.target}, which no {expected.value} graph may hold")
-        if node not in called:
-            raise VerifyError(f"node %{node.name} calls {node.target} but belongs to no site")
-    for site, held in nodes.items():
-        if not _ADAPTED[expected]:
-            raise VerifyError(f"node %{held[0].name} is a call of site {site.name} in a {expected.value} graph")
-        variant = VARIANTS[site.variant]
-        shapes = variant.shapes(site.out_features, site.in_features, site.r)
-        for name, parameter in site.parameters(gm).items():
-            if tuple(parameter.shape) != shapes[name]:
-                raise VerifyError(
-                    f"site {site.name}: {name} is {tuple(parameter.shape)}, its shape must be {shapes[name]}"
-                )
-        wanted = tuple(site.parameter_names.values())
-        for node in held:
-            given = tuple(a.target for a in node.args[3 : 3 + len(wanted)] if isinstance(a, Node))
-            if node.target is variant.op and given != wanted:
-                raise VerifyError(f"site {site.name}: node %{node.name} reads {given}, not {wanted}")
+    calls = list(_lorafx_calls(gm.graph))
+    if not _ADAPTED[expected]:
+        if calls:
+            raise VerifyError(
+                f"node %{calls[0].name} calls {calls[0].target}, which no {expected.value} graph may hold"
+            )
+        if left := list(adapters(gm)):
+            raise VerifyError(f"adapter '{left[0]}' is in a {expected.value} graph")
+        return
+    layers = active_layers(gm)
+    for node in calls:
+        here = [layer for layer in notes(node).get("layers", ()) if layer in layers]
+        if len(here) != 1:
+            raise VerifyError(f"node %{node.name} calls {node.target} but belongs to no layer of an active adapter")
+        found = layers[here[0]]
+        wanted = [n for site in found for n in site.tensor_names.values()]
+        operator, tensors = _operator_and_tensors(node, found[0])
+        given = [t.target for t in tensors]
+        if node.target is not operator or given != wanted:
+            raise VerifyError(f"site {here[0]}: node %{node.name} reads {given} by {node.target}, not {wanted}")
+    called = {layer for node in calls for layer in notes(node)["layers"]}
+    if absent := [layer for layer in layers if layer not in called]:
+        raise VerifyError(f"site {absent[0]}: its adapter is active, and no node calls it")
+    for adapter in adapters(gm).values():
+        for site in adapter.sites:
+            for name, shape in site.parameter_shapes().items():
+                there = tuple(get_path(gm, site.parameter_name(name)).shape)
+                if there != shape:
+                    raise VerifyError(f"site {site.name}: {name} is {there}, its shape must be {shape}")
+
+
+def _operator_and_tensors(node: Node, site: Site) -> tuple[Any, list[Any]]:
+    """The operator that calls such a site, and the adapters' tensors that a node hands it."""
+    if site.kind in ADAPTED:
+        return ADAPTED[site.kind], list(node.args[-6])  # type: ignore[arg-type]
+    return adapted_weight, list(node.args[1])  # type: ignore[arg-type]
 
 
 def _lorafx_calls(graph: Graph) -> Iterable[Node]:

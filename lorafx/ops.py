@@ -1,13 +1,22 @@
-"""The operators that sites call. An operator's pure-torch reference *is* its meaning.
+"""The operators that sites call: each twins an operator that has a weight, and takes adapters as well.
 
-``define_op`` registers a reference as composite: under autograd, autocast, ``torch.func`` and
-``torch.compile`` it is the sum of its parts, and it stays one node in exported graphs. Faster
-implementations are operators of their own with the same schema; lowering exchanges one for the other.
+``lorafx.linear`` has the arguments of ``aten.linear`` and after them those of the adapters. It means
+``aten.linear`` with the updated weight (:class:`~lorafx.variants.base.Update`), computed without forming it:
+
+    y = op(x, W) + b + sum over the adapters of  (gain - 1) op(x, W) + gain op(drop(x), left right) + shift
+
+Each active adapter's update is relative to the frozen layer, so their order means nothing. The pure-torch
+reference *is* the meaning. It is registered as composite: under autograd, autocast, ``torch.func`` and
+``torch.compile`` it is the sum of its parts, and it stays one node in exported graphs. Faster implementations
+are operators of their own with the same schema; lowering exchanges one for the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,7 +24,17 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn import functional as F
 
+from lorafx.variants import VARIANTS
+from lorafx.variants.base import Update
+
+aten = torch.ops.aten
 _LIBRARY: Any = torch.library.Library("lorafx", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+#: What follows a layer's own arguments. ``tensors`` are those of all adapters, one adapter after the other, each in
+#: the order of its variant's ``parameters`` and ``shared``; the other lists have one entry an adapter.
+#: ``rows [batch]`` gives each row of the batch to the adapter with that index (none: -1); None: all to all.
+_ADAPTERS = "Tensor[] tensors, str[] variants, float[] scaling, float[] dropout, bool training, Tensor? rows"
+ADAPTER_ARGUMENTS = 6
 
 
 def define_op(name: str, schema: str, reference: Callable[..., Tensor]) -> OpOverload:
@@ -26,37 +45,172 @@ def define_op(name: str, schema: str, reference: Callable[..., Tensor]) -> OpOve
     return overload
 
 
-def lora_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dropout: float,
-    training: bool,
+@dataclass(frozen=True)
+class Storage:
+    """How a weight is stored: ``matrix`` views it as ``[..., out, in]``, ``stored`` turns a matrix back."""
+
+    matrix: Callable[[Tensor], Tensor]
+    stored: Callable[[Tensor, torch.Size], Tensor]
+
+
+PLAIN = Storage(lambda weight: weight, lambda matrix, shape: matrix)
+SWAPPED = Storage(lambda weight: weight.mT, lambda matrix, shape: matrix.mT.contiguous())
+FLAT = Storage(lambda weight: weight.flatten(1), lambda matrix, shape: matrix.reshape(shape))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An operator with a weight that can be adapted.
+
+    ``arguments`` is its schema as far as adapters go, ``x``, ``weight`` and ``bias`` the places of these
+    operands. ``low_rank(arguments, x, update)`` is the operator with the matrix ``left right`` and without
+    bias; the layer's output has its ``out`` at dimension ``out_dim``. ``picks`` says that the input picks columns of
+    the matrix by number (an embedding): it has no elements to drop.
+    """
+
+    target: OpOverload
+    arguments: str
+    x: int
+    weight: int
+    bias: int | None
+    storage: Storage
+    low_rank: Callable[[Sequence[Any], Tensor, Update], Tensor]
+    out_dim: int = -1
+    picks: bool = False
+
+
+def updates(
+    weight: Tensor, tensors: Sequence[Tensor], variants: Sequence[str], scaling: Sequence[float]
+) -> Iterator[Update]:
+    """The update of each adapter of a matrix, from the operator's arguments."""
+    remaining = iter(tensors)
+    for name, scale in zip(variants, scaling, strict=True):
+        variant = VARIANTS[name]
+        given = {n: next(remaining) for n in (*variant.parameters, *variant.shared)}
+        yield variant.update(weight, given, scale)
+
+
+def adapted(layer: Layer, *arguments: Any) -> Tensor:
+    """The reference of a layer's twin. The branches are added in the adapters' dtype: one rounding at the end."""
+    own, (tensors, variants, scaling, dropout, training, rows) = (
+        arguments[:-ADAPTER_ARGUMENTS],
+        arguments[-ADAPTER_ARGUMENTS:],
+    )
+    base: Tensor = layer.target(*own)
+    x, bias = own[layer.x], None if layer.bias is None else own[layer.bias]
+    total = base
+
+    def along_out(vector: Tensor) -> Tensor:
+        return vector.reshape(-1, *[1] * (base.dim() - 1 - layer.out_dim % base.dim()))
+
+    for index, update in enumerate(updates(layer.storage.matrix(own[layer.weight]), tensors, variants, scaling)):
+        dropped = F.dropout(x, dropout[index], training) if dropout[index] > 0.0 else x
+        branch = layer.low_rank(own, dropped, update)
+        if update.gain is not None:
+            plain = base if bias is None else base - along_out(bias)
+            gain = along_out(update.gain)
+            branch = gain * branch + (gain - 1) * plain
+        if update.shift is not None:
+            branch = branch + along_out(update.shift)
+        if rows is not None:
+            mine = (rows == index).repeat_interleave(base.shape[0] // rows.shape[0])
+            branch = branch * mine.reshape(-1, *[1] * (base.dim() - 1))
+        total = total + branch
+    return total.to(base.dtype)
+
+
+def _linear(arguments: Sequence[Any], x: Tensor, update: Update) -> Tensor:
+    return F.linear(F.linear(x.to(update.right.dtype), update.right), update.left)
+
+
+def _embedding(arguments: Sequence[Any], x: Tensor, update: Update) -> Tensor:
+    _, _, *options = arguments
+    return F.linear(aten.embedding.default(update.right.t(), x, *options), update.left)
+
+
+def _convolution(target: OpOverload, arguments: Sequence[Any], x: Tensor, update: Update) -> Tensor:
+    """With groups, each group's part of the input meets all of ``right``, and its outputs their rows of ``left``."""
+    _, weight, _, stride, padding, dilation, groups = arguments
+    kernel = update.right.reshape(-1, *weight.shape[1:]).repeat(groups, *[1] * (weight.dim() - 1))
+    narrow = target(x.to(kernel.dtype), kernel, None, stride, padding, dilation, groups)
+    point = update.left.reshape(*update.left.shape, *[1] * (weight.dim() - 2))
+    spread: Tensor = target.overloadpacket.default(narrow, point, None, groups=groups)
+    return spread
+
+
+def _convolution_layer(target: OpOverload, dims: int, padding: str) -> Layer:
+    sizes = f"SymInt[{dims}]"
+    arguments = (
+        f"Tensor input, Tensor weight, Tensor? bias, {sizes} stride, {padding} padding, {sizes} dilation, SymInt groups"
+    )
+    return Layer(target, arguments, 0, 1, 2, FLAT, partial(_convolution, target), out_dim=-1 - dims)
+
+
+#: Every operator that can be adapted, by the name of its kind, which is also that of its twin.
+LAYERS: Mapping[str, Layer] = MappingProxyType(
+    {
+        "linear": Layer(
+            aten.linear.default, "Tensor input, Tensor weight, Tensor? bias", 0, 1, 2, PLAIN, _linear
+        ),
+        # GPT-2's Conv1D: the weight is stored [in, out]
+        "addmm": Layer(
+            aten.addmm.default, "Tensor bias, Tensor input, Tensor weight", 1, 2, 0, SWAPPED, _linear
+        ),
+        "embedding": Layer(
+            aten.embedding.default,
+            "Tensor weight, Tensor indices, SymInt padding_idx, bool scale_grad_by_freq, bool sparse",
+            1, 0, None, SWAPPED, _embedding, picks=True,
+        ),
+        "conv1d": _convolution_layer(aten.conv1d.default, 1, "SymInt[1]"),
+        "conv2d": _convolution_layer(aten.conv2d.default, 2, "SymInt[2]"),
+        "conv3d": _convolution_layer(aten.conv3d.default, 3, "SymInt[3]"),
+        "conv1d_padding": _convolution_layer(aten.conv1d.padding, 1, "str"),
+        "conv2d_padding": _convolution_layer(aten.conv2d.padding, 2, "str"),
+        "conv3d_padding": _convolution_layer(aten.conv3d.padding, 3, "str"),
+    }
+)  # fmt: skip
+
+#: The twin of each layer.
+ADAPTED: Mapping[str, OpOverload] = MappingProxyType(
+    {
+        name: define_op(name, f"({layer.arguments}, {_ADAPTERS}) -> Tensor", partial(adapted, layer))
+        for name, layer in LAYERS.items()
+    }
+)
+
+
+def adapted_weight_reference(
+    weight: Tensor, tensors: Sequence[Tensor], variants: Sequence[str], scaling: Sequence[float], transposed: bool
 ) -> Tensor:
-    """``y = x W^T + b + scaling * (drop(x) A^T) B^T`` (LoRA, arXiv 2106.09685, eq. 3).
+    """A parameter with its updates folded in, for code that is none of the layers: ``W + sum (fold(W) - W)``.
 
     Args:
-        x: ``[..., in]``; weight: ``[out, in]``; bias: ``[out]`` or None.
-        lora_A, lora_B: ``[r, in]`` and ``[out, r]``.
-        scaling: alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv 2312.03732).
-        dropout: probability of dropping an element of the branch's input while ``training``.
-
-    Returns:
-        ``[..., out]`` in the base layer's result dtype. The branch is computed in the adapter's dtype and
-        added there, so that float32 adapters on a half-precision base are rounded once.
+        weight: ``[..., out, in]``, or ``[..., in, out]`` if ``transposed``; a stack of them for experts.
+        tensors, variants, scaling: as in the layers' twins.
     """
-    base = F.linear(x, weight, bias)
-    dropped = F.dropout(x, dropout, training) if dropout > 0.0 else x
-    branch = F.linear(F.linear(dropped.to(lora_A.dtype), lora_A), lora_B)
-    return (base + branch * scaling).to(base.dtype)
+    matrix = weight.mT if transposed else weight
+    found = updates(matrix, tensors, variants, scaling)
+    folded = fold(matrix, found).to(weight.dtype)
+    return folded.mT if transposed else folded
 
 
-lora_linear = define_op(
-    "lora_linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, float dropout, bool "
-    "training) -> Tensor",
-    lora_linear_reference,
+def fold(matrix: Tensor, found: Iterator[Update] | Sequence[Update]) -> Tensor:
+    """``W + sum over the updates of (W' - W)``, in the dtype that the operands promote to."""
+    total = matrix
+    for update in found:
+        total = (
+            total + (update.fold(matrix) - matrix) if update.gain is not None else total + update.left @ update.right
+        )
+    return total
+
+
+#: How the weight of each kind of site is stored. ``parameter`` is a bare parameter, ``parameter_t`` a transposed one.
+STORAGE: Mapping[str, Storage] = MappingProxyType(
+    {**{name: layer.storage for name, layer in LAYERS.items()}, "parameter": PLAIN, "parameter_t": SWAPPED}
+)
+
+adapted_weight = define_op(
+    "weight",
+    "(Tensor weight, Tensor[] tensors, str[] variants, float[] scaling, bool transposed) -> Tensor",
+    adapted_weight_reference,
 )

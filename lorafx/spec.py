@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import re
 import tempfile
@@ -23,13 +22,13 @@ import torch
 from lorafx import checks
 from lorafx.errors import SpecError
 from lorafx.peft_config import HEADS_OF_TASK, METADATA, fields_from_peft, peft_from_fields
+from lorafx.variants import VARIANTS
 
 ALL_LINEAR = "all-linear"
 PEFT_CONFIG_NAME = "adapter_config.json"
 
-Init = Literal["kaiming", "gaussian"]
 Bias = Literal["none", "all", "lora_only"]
-Tied = Literal["refuse", "untie"]
+Tied = Literal["refuse", "untie", "tie"]
 AdapterDtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 T = TypeVar("T")
@@ -53,16 +52,22 @@ class LoraSpec:
 
     Attributes:
         r: rank, the inner dimension of ``B A``; an integer of at least 1.
-        alpha: numerator of the scaling; above 0.
+        alpha: numerator of the scaling; above 0. None: the variant's default (16; for VeRA r, no scaling).
         target_modules: what to adapt. Names: each matches exactly or as a dotted suffix; kept sorted,
             since their order means nothing. A string: a regex for the full name, or ``"all-linear"``:
             every Linear but the output layer.
-        exclude_modules: what not to adapt, in the same grammar; wins over ``target_modules``.
-        dropout: probability of dropping an element of the adapter's input in training; in [0, 1).
+        target_parameters: parameters to adapt wherever they are used, by name or dotted suffix: stacks of expert
+            weights ``[experts, out, in]``, and what no layer of its own multiplies by.
+        exclude_modules: what not to adapt, in the same grammar; wins over both.
+        layers_to_transform: adapt only these layers of the numbered ones; ``layers_pattern`` names the list
+            that numbers them (``"layers"``, ``"h"``), if not every list.
+        dropout: probability of dropping an element of the adapter's input in training; in [0, 1). An
+            embedding's input has no elements to drop, so there it means nothing, as in PEFT.
         rslora: scale by alpha / sqrt(r) instead of alpha / r.
-        variant: name of the adapter kind; looked up among the variants when the spec is applied.
-        init: A's distribution: ``"kaiming"``, uniform in +-1/sqrt(in), or ``"gaussian"``, normal with
-            standard deviation 1/r, as in PEFT. B is zero, so the model starts out unchanged.
+        variant: name of the adapter kind, one of :data:`lorafx.variants.VARIANTS`.
+        init: how the adapter starts (:mod:`lorafx.variants.inits`); None: the variant's default, for LoRA
+            ``"kaiming"``. The model always starts out unchanged.
+        options: what only this variant has, such as VeRA's ``projection_prng_key``.
         rank_pattern: pattern to r, where it differs.
         alpha_pattern: pattern to alpha, where it differs.
         bias: which biases of the base train: ``"none"``, ``"all"``, or those of the adapted layers,
@@ -71,8 +76,8 @@ class LoraSpec:
             adapter.
         adapter_dtype: dtype of the adapter's parameters, by name or as a ``torch.dtype``. None: float32 on a
             half-precision base, otherwise the base weight's own (:meth:`dtype_for`).
-        tied: when a targeted weight is used elsewhere too: ``"refuse"``, or ``"untie"``: the fold
-            writes a weight of its own for the adapted call.
+        tied: when a targeted weight is used elsewhere too: ``"refuse"``; ``"untie"``: the fold
+            writes a weight of its own for the adapted call; or ``"tie"``: every use is adapted alike.
         metadata: what PEFT notes down beside the settings (base_model_name_or_path, task_type, ...): kept and
             written back, of no effect here, and left out of ``==``.
 
@@ -81,13 +86,17 @@ class LoraSpec:
     """
 
     r: int = 8
-    alpha: float = 16
+    alpha: float = None  # type: ignore[assignment]  # a number once built
     target_modules: str | Collection[str] = ALL_LINEAR
+    target_parameters: Collection[str] = ()
     exclude_modules: str | Collection[str] | None = None
+    layers_to_transform: int | Collection[int] = ()
+    layers_pattern: str | Collection[str] = ()
     dropout: float = 0.0
     rslora: bool = False
     variant: str = "lora"
-    init: Init = "kaiming"
+    init: str = None  # type: ignore[assignment]  # a name once built
+    options: Mapping[str, Any] = field(default_factory=dict)
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     bias: Bias = "none"
@@ -99,6 +108,8 @@ class LoraSpec:
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
             object.__setattr__(self, name, check(f"LoraSpec.{name}", getattr(self, name)))
+        for name, value in _of_variant(self).items():
+            object.__setattr__(self, name, value)
 
     def rank_for(self, site: str) -> int:
         """r of the site with this name: its first match in ``rank_pattern``, otherwise ``r``."""
@@ -110,8 +121,7 @@ class LoraSpec:
 
     def scaling_for(self, site: str) -> float:
         """s in ``y = W x + s B A x``: alpha / r (arXiv 2106.09685), or alpha / sqrt(r) (arXiv 2312.03732)."""
-        r = self.rank_for(site)
-        return self.alpha_for(site) / (math.sqrt(r) if self.rslora else r)
+        return VARIANTS[self.variant].scaling(self.alpha_for(site), self.rank_for(site), self.rslora)
 
     @property
     def heads_of_task(self) -> tuple[str, ...]:
@@ -256,6 +266,24 @@ def _first_match(pattern: Mapping[str, T], site: str, default: T) -> T:
     return next(found, default)
 
 
+def _of_variant(spec: LoraSpec) -> dict[str, Any]:
+    """The fields whose values and defaults are the variant's to say."""
+    variant = VARIANTS[spec.variant]
+    if spec.init is not None and not variant.has_init(spec.init):
+        expected = f"variant {variant.name!r} starts by {' or '.join(map(repr, variant.inits))}"
+        raise checks.refusal("LoraSpec.init", spec.init, expected + checks.did_you_mean(spec.init, variant.inits))
+    checks.refuse_unknown(f"LoraSpec.options of variant {variant.name!r}", spec.options, variant.options)
+    options = {
+        name: option.check(f"LoraSpec.options[{name!r}]", spec.options.get(name, option.default))
+        for name, option in variant.options.items()
+    }
+    return {
+        "alpha": variant.default_alpha(spec.r) if spec.alpha is None else spec.alpha,
+        "init": variant.inits[0] if spec.init is None else spec.init,
+        "options": checks.FrozenDict(options),
+    }
+
+
 def _targets(where: str, value: Any) -> str | tuple[str, ...]:
     if isinstance(value, str) and value.lower() == ALL_LINEAR:  # PEFT ignores the case too
         return ALL_LINEAR
@@ -275,13 +303,17 @@ def _excludes(where: str, value: Any) -> str | tuple[str, ...] | None:
 
 _CHECKS: Mapping[str, checks.Check[Any]] = {
     "r": checks.rank,
-    "alpha": checks.alpha,
+    "alpha": checks.optional(checks.alpha),
     "target_modules": _targets,
+    "target_parameters": checks.names,
     "exclude_modules": _excludes,
+    "layers_to_transform": checks.one_or_more(checks.count),
+    "layers_pattern": checks.one_or_more(checks.word),
     "dropout": checks.dropout,
     "rslora": checks.flag,
-    "variant": checks.variant,
-    "init": checks.one_of(get_args(Init)),
+    "variant": checks.one_of(tuple(VARIANTS)),
+    "init": checks.optional(checks.word),
+    "options": checks.mapping,
     "rank_pattern": checks.pattern(checks.rank),
     "alpha_pattern": checks.pattern(checks.alpha),
     "bias": checks.one_of(get_args(Bias)),

@@ -23,37 +23,36 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorafx.adapter_config import adapter_config, peft_modules, trained_modules
+from lorafx.adapter_config import adapter_config, trained_modules
 from lorafx.errors import AdapterError, SpecError
 from lorafx.graph import CapturedModule, get_path
-from lorafx.ir import Site, Stage, sites, stage
+from lorafx.ir import Adapter, Site, base_modules, find_adapter
 from lorafx.spec import PEFT_CONFIG_NAME, LoraSpec
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
-def adapter_state_dict(gm: CapturedModule) -> dict[str, Tensor]:
+def adapter_state_dict(gm: CapturedModule, adapter: str | None = None) -> dict[str, Tensor]:
     """What training changes, under its names in ``gm.state_dict()`` and sharing its memory.
 
-    Adapters, trained biases, and the parameters and persistent buffers of ``modules_to_save``; it goes
-    back by ``gm.load_state_dict(state, strict=False)``. Other buffers (those of a BatchNorm outside
-    ``modules_to_save``) are not in it, as they are not in PEFT's files.
+    The parameters of ``adapter`` (None: the active one), and its copies of trained biases and of the parameters and
+    persistent buffers of ``modules_to_save``; it goes back by ``gm.load_state_dict(state, strict=False)``. Other
+    buffers (those of a BatchNorm outside ``modules_to_save``) are not in it, as they are not in PEFT's files.
 
     Raises:
-        AdapterError: the graph has no adapters.
+        AdapterError: the graph has no such adapter.
     """
     state = gm.state_dict()
-    names = dict.fromkeys(n for site in _adapted(gm) for n in site.parameter_names.values())
-    whole = {id(get_path(gm, n)) for n in gm.meta["original"]}
-    names.update((n, None) for n, p in gm.named_parameters(remove_duplicate=False) if id(p) in whole)
-    modules = tuple(f"{m}." for m in trained_modules(gm))
-    names.update((n, None) for n in state if n.startswith(modules))
-    return {name: state[name] for name in names}
+    return {name: state[name] for name in find_adapter(gm, adapter).parameter_names if name in state}
 
 
 def save_adapter(
-    gm: CapturedModule, directory: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None
+    gm: CapturedModule,
+    directory: str | os.PathLike[str],
+    adapter: str | None = None,
+    *,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the adapter to ``directory`` so that PEFT and :func:`load_adapter` read it.
 
@@ -66,6 +65,7 @@ def save_adapter(
     Args:
         gm: a graph from :func:`lorafx.apply`.
         directory: made if it does not exist.
+        adapter: which one; None: the one that is active.
         metadata: keys that PEFT notes beside the settings (``base_model_name_or_path``, ``task_type``,
             ...), over those of the spec; None as a value leaves a key out.
 
@@ -75,9 +75,10 @@ def save_adapter(
             directory cannot be written. The adapter that was there stays.
         SpecError: a metadata key is none of PEFT's.
     """
-    keys = _peft_keys(gm)
-    config = adapter_config(gm, metadata or {})
-    state = adapter_state_dict(gm)
+    found = find_adapter(gm, adapter)
+    keys = _peft_keys(gm, found)
+    config = adapter_config(gm, found, metadata or {})
+    state = adapter_state_dict(gm, found.name)
     if problems := [f"{name}: {why}" for name, tensor in state.items() if (why := _unusable(tensor))]:
         raise AdapterError(_listing("the adapter cannot be saved; nothing was written", problems))
     # Copies, since safetensors refuses tensors that share memory, as tied ones do.
@@ -88,7 +89,7 @@ def save_adapter(
         raise AdapterError(f"{directory}: the adapter could not be written: {error}") from error
 
 
-def load_adapter(gm: CapturedModule, directory: str | os.PathLike[str]) -> None:
+def load_adapter(gm: CapturedModule, directory: str | os.PathLike[str], adapter: str | None = None) -> None:
     """Load an adapter, PEFT's or ours, into a graph with the same sites: all of it or nothing.
 
     Values are cast to the dtypes in the graph and copied in place, so an optimizer that holds its parameters
@@ -103,10 +104,11 @@ def load_adapter(gm: CapturedModule, directory: str | os.PathLike[str]) -> None:
             scaling, and missing, extra, wrongly shaped or non-finite tensors, all in one list.
     """
     directory = Path(directory)
-    keys = _peft_keys(gm)
+    found = find_adapter(gm, adapter)
+    keys = _peft_keys(gm, found)
     spec = _read_spec(directory)
     given = _read_tensors(directory)
-    odd_sites = _site_differences(_adapted(gm), spec)
+    odd_sites = _site_differences(found.sites, spec)
     odd_names = {name for site in odd_sites for name in site.parameter_names.values()}
     problems = list(odd_sites.values())
     values: dict[str, Tensor] = {}
@@ -119,33 +121,25 @@ def load_adapter(gm: CapturedModule, directory: str | os.PathLike[str]) -> None:
                 values[name] = given[key].to(device=target.device, dtype=target.dtype)
             else:
                 problems.append(f"{key}: {why}")
-    problems += [f"not of this graph's adapter: {key!r}" for key in _extra(given, keys, trained_modules(gm))]
+    problems += [f"not of this graph's adapter: {key!r}" for key in _extra(given, keys, trained_modules(gm, found))]
     problems += _broken_ties(gm, values)
     if problems:
-        found = _listing(f"{directory}: the adapter does not fit this graph; nothing was loaded", problems)
+        listing = _listing(f"{directory}: the adapter does not fit this graph; nothing was loaded", problems)
         raise AdapterError(
-            f"{found}\nAdapt the model that it was trained on, with its settings: apply(model, directory)"
+            f"{listing}\nAdapt the model that it was trained on, with its settings: apply(model, directory)"
         )
     with torch.no_grad():
         for name, value in values.items():
             get_path(gm, name).copy_(value)
 
 
-def _adapted(gm: CapturedModule) -> tuple[Site, ...]:
-    if stage(gm) is not Stage.INSERTED:
-        raise AdapterError(
-            f"the graph is {stage(gm).value} and has no adapters; make them by lorafx.apply(model, spec)"
-        )
-    return sites(gm)
-
-
-def _peft_keys(gm: CapturedModule) -> dict[str, str]:
+def _peft_keys(gm: CapturedModule, adapter: Adapter) -> dict[str, str]:
     """PEFT's key for each name of :func:`adapter_state_dict`.
 
     Raises:
         AdapterError: a site is no module's.
     """
-    found, modules = _adapted(gm), frozenset(peft_modules(gm))
+    found, modules = adapter.sites, frozenset(base_modules(gm))
     if misplaced := [s.name for s in found if s.name != s.path or s.name not in modules]:
         raise AdapterError(
             f"site '{misplaced[0]}' is no module of its own (it is a functional call on a bare parameter, or another "
@@ -155,11 +149,12 @@ def _peft_keys(gm: CapturedModule) -> dict[str, str]:
         )
     wrapped = {s.name for s in found}
     keys = {n: f"{PREFIX}{s.name}.{p}.weight" for s in found for p, n in s.parameter_names.items()}
-    for name in adapter_state_dict(gm):
-        if name not in keys:
-            module, _, leaf = name.rpartition(".")
-            keys[name] = f"{PREFIX}{module}.base_layer.{leaf}" if module in wrapped else PREFIX + name
-    return keys
+    for name in adapter.trained:
+        module, _, leaf = name.rpartition(".")
+        in_file = f"{module}.base_layer.{leaf}" if module in wrapped else name
+        keys[adapter.own_name(name)] = PREFIX + in_file
+    kept = adapter_state_dict(gm, adapter.name).keys()
+    return {name: key for name, key in keys.items() if name in kept}
 
 
 def _write(directory: Path, config: bytes, tensors: Mapping[str, Tensor]) -> None:

@@ -1,112 +1,170 @@
-"""Insert: each matched layer's calls become calls of the variant's operator.
+"""Insert: an adapter's parameters at each matched layer, and the layers' calls through them (:mod:`.activate`).
 
-    before:  linear = aten.linear(x, <q.weight>, <q.bias>)
-    after:   a, b   = <q.lora_A.default>, <q.lora_B.default>
-             train  = by_mode(<q>, True, False)                       # only with dropout
-             linear = lorafx.lora_linear(x, <q.weight>, <q.bias>, a, b, scaling, dropout, train)
-
-Nodes are edited in place and keep their names, so that taking the adapters away gives the graph back.
+What trains beside them is a copy: of ``modules_to_save`` and of the biases asked for, below
+``_adapters.<name>`` under their names in the base, which stays as it is.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from lorafx.errors import MatchError
-from lorafx.graph import CapturedModule, Scope, annotate, by_mode, get_path, mark_own, rebind, set_tensor
-from lorafx.ir import Site, Stage
+from lorafx.graph import CapturedModule, annotate, get_path, mark_own, named_tensors, notes, set_tensor
+from lorafx.ir import Adapter, Site, Stage, adapters
+from lorafx.passes.activate import activate, deactivate
 from lorafx.passes.base import Pass, PassResult
-from lorafx.passes.layers import find_operands
 from lorafx.passes.match import Choice
-from lorafx.passes.modes import scope_node
 from lorafx.spec import LoraSpec, matches
 from lorafx.variants import VARIANTS
-
-aten = torch.ops.aten
+from lorafx.variants.base import Start, StartRequest
 
 
 @dataclass(frozen=True)
 class Insert(Pass):
-    """Adapt the chosen layers of a captured graph, in place.
+    """Adapt the chosen layers of a graph, in place; the new adapter is the active one.
 
     Options: ``choices`` from :func:`~lorafx.passes.match.match`; ``specs`` they were made with;
-    ``generator`` for the initial values (None: torch's global one).
+    ``generator`` for the initial values (None: torch's global one); ``adapter``, its name.
 
-    After it, only the adapters, ``modules_to_save`` and the biases asked for require gradients.
+    After it, only this adapter's parameters, its ``modules_to_save`` and the biases asked for require gradients.
     """
 
     choices: tuple[Choice, ...]
     specs: tuple[LoraSpec, ...]
     generator: torch.Generator | None = None
+    adapter: str = "default"
 
     name: ClassVar[str] = "insert"
-    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.CAPTURED})
+    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.CAPTURED, Stage.INSERTED})
     ensures: ClassVar[Stage] = Stage.INSERTED
 
     def run(self, gm: CapturedModule) -> PassResult:
         trained = trained_base(gm, self.choices, self.specs)
-        skipped = []
-        changed = 0
-        for choice in self.choices:
-            if choice.site is None or choice.spec is None:
-                skipped.append((choice.candidate.name, choice.reason))
-                continue
-            self._add_parameters(gm, choice.site, choice.spec)
-            _rewrite(gm, choice.candidate.nodes, choice.candidate.kind, choice.site)
-            changed += 1
-        gm.meta["original"] = {}
-        gm.meta["samples"] = {c.site.weight: sample(get_path(gm, c.site.weight)) for c in self.choices if c.site}
-        for name in trained:
-            _make_trainable(gm, name)
-        gm.meta["specs"] = self.specs
-        return PassResult(gm, changed, tuple(skipped))
-
-    def _add_parameters(self, gm: CapturedModule, site: Site, spec: LoraSpec) -> None:
-        weight = get_path(gm, site.weight)
-        matrix = weight.detach().t() if site.transposed else weight.detach()
-        values = VARIANTS[site.variant].init(matrix, site.r, spec.init, spec.dtype_for(weight.dtype), self.generator)
-        for name, value in values.items():
-            parameter = nn.Parameter(value)
-            mark_own(parameter)
-            set_tensor(gm, site.parameter_name(name), parameter)
-
-
-def _rewrite(gm: CapturedModule, nodes: Sequence[Node], kind: str, site: Site) -> None:
-    graph, variant = gm.graph, VARIANTS[site.variant]
-    parent, _, name = site.path.rpartition(".")
-    if name not in get_path(gm, parent)._modules:
-        gm.set_submodule(site.path, Scope())
-    with graph.inserting_before(nodes[0]):
-        parameters = [_made(graph.get_attr(n)) for n in site.parameter_names.values()]
-    for node in nodes:
-        match = find_operands(node)
-        assert match is not None
-        operands = match[1]
-        training: Any = False
-        weight = operands.weight
-        if site.dropout > 0.0:
-            scope = scope_node(graph, site.path)
-            with graph.inserting_before(node):
-                training = _made(graph.call_function(by_mode, (scope, True, False)))
-        if site.transposed:
-            with graph.inserting_before(node):
-                weight = graph.call_function(aten.t.default, (weight,))
-        node.target = variant.op
-        node.args = (operands.x, weight, operands.bias, *parameters, site.scaling, site.dropout, training)
-        node.kwargs = {}
-        annotate(node, site=site.to_note(), kind=kind)
+        deactivate(gm)
+        chosen = [c for c in self.choices if c.site is not None and c.spec is not None]
+        adapter = Adapter(self.adapter, self.specs, tuple(c.site for c in chosen if c.site), trained)
+        residual = []
+        for choice in chosen:
+            assert choice.site is not None
+            assert choice.spec is not None
+            start = _start(gm, choice.site, choice.spec, self.generator)
+            for name, value in start.parameters.items():
+                _own(gm, choice.site.parameter_name(name), nn.Parameter(value))
+            if start.base is not None:
+                _own(gm, adapter.own_name(choice.site.weight), nn.Parameter(start.base, requires_grad=False))
+                residual.append(choice.site.weight)
+            mark_layer(gm, choice)
+        _add_shared(gm, chosen, adapter)
+        _copy_trained(gm, adapter)
+        adapter = Adapter(self.adapter, self.specs, adapter.sites, trained, tuple(residual))
+        gm.meta["adapters"] = {**adapters(gm), self.adapter: adapter}
+        known = gm.meta.get("samples", {})
+        gm.meta["samples"] = {**known, **{s.weight: sample(get_path(gm, s.weight)) for s in adapter.sites}}
+        activate(gm, (self.adapter,))
+        train_only(gm, (self.adapter,))
+        skipped = tuple((c.candidate.name, c.reason) for c in self.choices if c.site is None)
+        return PassResult(gm, len(chosen), skipped)
 
 
-def _made(node: Node) -> Node:
-    """Mark a node as the adapter's, to go when the adapter goes."""
-    annotate(node, inserted=True)
-    return node
+def train_only(gm: CapturedModule, names: Sequence[str]) -> None:
+    """Let the parameters of these adapters require gradients, and those of no others."""
+    wanted = {n for name in names for n in adapters(gm)[name].parameter_names}
+    for adapter in adapters(gm).values():
+        for name in adapter.parameter_names:
+            tensor = get_path(gm, name)
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(name in wanted)
+
+
+def mark_layer(gm: CapturedModule, choice: Choice) -> None:
+    """Note on a layer's calls that they are its, for :mod:`.activate` to find them by."""
+    wanted = {node.name for node in choice.candidate.nodes}
+    for node in gm.graph.nodes:
+        layers = notes(node).get("layers", ())
+        if node.name in wanted and choice.candidate.name not in layers:
+            annotate(node, layers=(*layers, choice.candidate.name))
+
+
+def _start(gm: CapturedModule, site: Site, spec: LoraSpec, generator: torch.Generator | None) -> Start:
+    """First values of a site; for a stack of weights, those of each one stacked."""
+    weight = get_path(gm, site.weight).detach()
+    dtype = spec.dtype_for(weight.dtype)
+    variant = VARIANTS[site.variant]
+    matrix = site.matrix(weight)
+
+    def start(one: Tensor) -> Start:
+        return variant.start(
+            StartRequest(
+                one, site.r, site.scaling, spec.init, dtype, generator, spec.options, sparse=site.kind == "embedding"
+            )
+        )
+
+    if matrix.dim() == 2:
+        found = start(matrix)
+        base = found.base
+    else:
+        several = [start(one) for one in matrix.unbind()]
+        found = Start({n: torch.stack([s.parameters[n] for s in several]) for n in several[0].parameters})
+        bases = [s.base for s in several if s.base is not None]
+        base = torch.stack(bases) if bases else None
+    return Start(found.parameters, None if base is None else site.store(base, weight))
+
+
+def _own(gm: CapturedModule, name: str, tensor: Tensor, *, persistent: bool = True) -> None:
+    """Give the graph a tensor of its own; one that is not persistent is in no state dict."""
+    mark_own(tensor)
+    set_tensor(gm, name, tensor)
+    if not persistent:
+        holder, _, leaf = name.rpartition(".")
+        get_path(gm, holder)._non_persistent_buffers_set.add(leaf)
+
+
+def _add_shared(gm: CapturedModule, chosen: Sequence[Choice], adapter: Adapter) -> None:
+    """The tensors that a variant's sites share, as large as the largest of them needs."""
+    groups: dict[str, list[Choice]] = {}
+    for choice in chosen:
+        if choice.site is not None and VARIANTS[choice.site.variant].shared:
+            groups.setdefault(choice.site.variant, []).append(choice)
+    for name, members in groups.items():
+        first = members[0]
+        assert first.spec is not None
+        found = [c.site for c in members if c.site is not None]
+        weight = get_path(gm, found[0].weight)
+        sizes = [(s.out_features, s.in_features) for s in found]
+        largest = max(s.r for s in found)
+        shared = VARIANTS[name].share(sizes, largest, first.spec.options, first.spec.dtype_for(weight.dtype))
+        for tensor, value in shared.items():
+            _own(gm, adapter.own_name(tensor), value.to(weight.device), persistent=False)
+
+
+def _copy_trained(gm: CapturedModule, adapter: Adapter) -> None:
+    """The adapter's copies of what trains whole; names of one tensor stay names of one tensor."""
+    for node in gm.graph.find_nodes(op="call_module"):
+        if any(name.startswith(f"{node.target}.") for name in adapter.trained):
+            gm.set_submodule(adapter.own_name(str(node.target)), _module_copy(get_path(gm, str(node.target))))
+    copies: dict[int, Tensor] = {}
+    kept = gm.state_dict().keys()
+    for name in adapter.trained:
+        old = get_path(gm, name)
+        if id(old) not in copies:
+            value = old.detach().clone()
+            copies[id(old)] = nn.Parameter(value) if isinstance(old, nn.Parameter) else value
+        _own(gm, adapter.own_name(name), copies[id(old)], persistent=name in kept)
+
+
+def _module_copy(module: nn.Module) -> nn.Module:
+    """A module of the same class over the same tensors."""
+    new = copy.copy(module)
+    for store in ("_parameters", "_buffers"):
+        setattr(new, store, dict(getattr(module, store)))
+    new._modules = {n: None if m is None else _module_copy(m) for n, m in module._modules.items()}
+    return new
 
 
 def sample(weight: Tensor) -> Tensor:
@@ -116,34 +174,27 @@ def sample(weight: Tensor) -> Tensor:
 
 
 def trained_base(gm: CapturedModule, choices: Sequence[Choice], specs: Sequence[LoraSpec]) -> tuple[str, ...]:
-    """Names of base parameters that train whole: ``modules_to_save`` and ``bias``."""
+    """Names of the base tensors that train whole: ``modules_to_save`` (their buffers too) and ``bias``."""
     names: dict[str, None] = {}
-    parameters = dict(gm.named_parameters(remove_duplicate=False))
+    tensors: dict[str, Any] = dict(named_tensors(gm))
+    parameters = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter)}
     modules = [n for n, _ in gm.named_modules(remove_duplicate=False) if n]
     for spec in specs:
         for module in modules:
             if matches(module, spec.trained_modules):
-                names.update(dict.fromkeys(n for n in parameters if n.startswith(module + ".")))
+                names.update(dict.fromkeys(n for n in tensors if n.startswith(module + ".")))
         if spec.bias == "all":
             names.update(dict.fromkeys(n for n in parameters if n.rpartition(".")[2].endswith("bias")))
         if spec.bias == "lora_only":
             taken = (c.site.bias for c in choices if c.site is not None and c.spec is spec)
             names.update(dict.fromkeys(n for n in taken if n is not None))
+    of_adapters = {n for a in adapters(gm).values() for n in a.parameter_names}
+    names = {n: None for n in names if not n.startswith("_adapters.") and n not in of_adapters}
     for name in names:
-        aliases = [n for n, p in parameters.items() if p is parameters[name] and n not in names]
+        aliases = [n for n, p in tensors.items() if p is tensors[name] and n not in names]
         if aliases:
             raise MatchError(
                 f"'{name}' is to be trained whole (modules_to_save or bias), and is the same tensor as "
                 f"'{aliases[0]}', which is not. Name both modules in modules_to_save, or leave both out"
             )
     return tuple(names)
-
-
-def _make_trainable(gm: CapturedModule, name: str) -> None:
-    """Give a base parameter storage of its own, keep the original aside, and let it train."""
-    old = get_path(gm, name)
-    if old.requires_grad:
-        return
-    gm.meta["original"][name] = old
-    new = rebind(gm, old, old.detach().clone())
-    new.requires_grad_(True)

@@ -1,117 +1,98 @@
-"""The kinds of calls that can be adapted, and how each is rewritten to a site's operands and back.
+"""The calls that can be adapted: how each becomes a call of its twin, and the call it was again.
 
-linear:   aten.linear(x, weight, bias?)        weight [out, in]
-addmm:    aten.addmm(bias, x, weight)          weight [in, out]  (GPT-2's Conv1D)
+    linear = aten.linear(x, w, b)     <->     linear = lorafx.linear(x, w, b, [...], ...)
+
+A twin has the arguments of its layer first (:mod:`lorafx.ops`), so one rule serves all kinds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.fx import Node
+
+from lorafx.graph import annotate, notes, unannotate
+from lorafx.ops import ADAPTED, ADAPTER_ARGUMENTS, LAYERS
 
 aten = torch.ops.aten
 
 #: Operators through which a weight may pass on its way to the call without becoming another matrix.
 _CASTS = frozenset({aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten.alias.default, aten.detach.default})
 
+_KINDS: Mapping[Any, str] = {layer.target: name for name, layer in LAYERS.items()}
+
 
 @dataclass(frozen=True)
 class Operands:
-    """What a call multiplies: ``x [..., in]`` by the matrix held by ``source`` (reached through "
-    "``weight``)."""
+    """What a call multiplies: ``x`` by the weight held by ``source`` (reached through ``weight``)."""
 
+    kind: str
     x: Node
     weight: Node
     bias: Node | None
     source: Node
 
 
-class LayerKind(Protocol):
-    """A form of call that computes ``x W^T + b``."""
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the weight is stored ``[in, out]``."""
-        ...
-
-    def operands(self, node: Node) -> Operands | None:
-        """The operands if the node is such a call on a parameter, else None."""
-        ...
-
-    def restore(self, node: Node, x: Any, weight: Any, bias: Any) -> None:
-        """Turn a site's node into this call again."""
-        ...
-
-
-@dataclass(frozen=True)
-class LinearCall:
-    """``aten.linear``: what nn.Linear and F.linear are captured as."""
-
-    transposed: bool = False
-
-    def operands(self, node: Node) -> Operands | None:
-        if node.target is not aten.linear.default:
-            return None
-        x, weight, *rest = node.args
-        bias = node.kwargs.get("bias", rest[0] if rest else None)
-        return _operands(x, weight, bias)
-
-    def restore(self, node: Node, x: Any, weight: Any, bias: Any) -> None:
-        node.target = aten.linear.default
-        node.args = (x, weight) if bias is None else (x, weight, bias)
-
-
-@dataclass(frozen=True)
-class AddmmCall:
-    """``aten.addmm`` with a stored ``[in, out]`` weight; the site reads it through ``aten.t``."""
-
-    transposed: bool = True
-
-    def operands(self, node: Node) -> Operands | None:
-        if node.target is not aten.addmm.default or node.kwargs:
-            return None
-        bias, x, weight = node.args
-        return _operands(x, weight, bias)
-
-    def restore(self, node: Node, x: Any, weight: Any, bias: Any) -> None:
-        node.target = aten.addmm.default
-        stored = weight.args[0]
-        node.args = (bias, x, stored)
-        if not weight.users:
-            weight.graph.erase_node(weight)
-
-
-#: Each kind by the name under which a site's node notes what it was.
-LAYER_KINDS: Mapping[str, LayerKind] = MappingProxyType({"linear": LinearCall(), "addmm": AddmmCall()})
-
-
-def find_operands(node: Node) -> tuple[str, Operands] | None:
-    """The kind and operands of a call that can be adapted, else None."""
-    if node.op != "call_function":
+def find_operands(node: Node) -> Operands | None:
+    """The operands of a call that can be adapted, else None."""
+    kind = _KINDS.get(node.target) if node.op == "call_function" else None
+    if kind is None:
         return None
-    for name, kind in LAYER_KINDS.items():
-        if (operands := kind.operands(node)) is not None:
-            return name, operands
-    return None
-
-
-def _operands(x: Any, weight: Any, bias: Any) -> Operands | None:
+    layer, given = LAYERS[kind], _arguments(node)
+    x, weight = given[layer.x], given[layer.weight]
+    bias = None if layer.bias is None else given[layer.bias]
     source = weight
     while isinstance(source, Node) and source.target in _CASTS:
         source = source.args[0]
     if not isinstance(x, Node) or not isinstance(source, Node) or source.op != "get_attr":
         return None
-    return Operands(x, weight, bias if isinstance(bias, Node) else None, source)
+    if any(node.kwargs.get(a.name, a.default_value) != a.default_value for a in _options(node)):
+        return None  # addmm with a factor
+    return Operands(kind, x, weight, bias if isinstance(bias, Node) else None, source)
+
+
+def call_twin(node: Node, adapters: Sequence[Any]) -> None:
+    """Make a call one of its twin, with these arguments of the adapters."""
+    kind = _KINDS[node.target]
+    annotate(node, call={"kind": kind, "positional": len(node.args), "named": tuple(node.kwargs)})
+    arguments = _arguments(node)
+    node.target = ADAPTED[kind]
+    node.args = (*arguments, *adapters)
+    node.kwargs = {}
+
+
+def call_layer(node: Node) -> None:
+    """The inverse of :func:`call_twin`."""
+    call = notes(node)["call"]
+    arguments = node.args[:-ADAPTER_ARGUMENTS]
+    node.target = LAYERS[call["kind"]].target
+    named = {a.name: i for i, a in enumerate(_positional(node))}
+    options = {a.name: a.default_value for a in _options(node)}
+    node.args = arguments[: call["positional"]]
+    node.kwargs = {n: arguments[named[n]] if n in named else options[n] for n in call["named"]}
+    unannotate(node, "call")
+
+
+def _arguments(node: Node) -> tuple[Any, ...]:
+    """All positional arguments of a call, defaults included."""
+    rest = _positional(node)[len(node.args) :]
+    return (*node.args, *(node.kwargs.get(a.name, a.default_value) for a in rest))
+
+
+def _positional(node: Node) -> list[Any]:
+    return [a for a in node.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
+
+
+def _options(node: Node) -> list[Any]:
+    return [a for a in node.target._schema.arguments if a.kwarg_only]  # type: ignore[union-attr]
 
 
 def readers(source: Node) -> list[Node]:
     """The calls that read a ``get_attr`` node, seen through casts of it."""
     found = []
     for user in source.users:
-        found += readers(user) if user.target in _CASTS or user.target is aten.t.default else [user]
+        found += readers(user) if user.target in _CASTS else [user]
     return found

@@ -19,10 +19,10 @@ from torch.fx import Node
 from lorafx.checks import did_you_mean
 from lorafx.errors import FrozenHeadWarning, MatchError
 from lorafx.graph import CapturedModule, get_path, named_tensors, notes
-from lorafx.ir import Site, same_memory
-from lorafx.passes.layers import LAYER_KINDS, find_operands, readers
+from lorafx.ir import Site, base_modules, same_memory
+from lorafx.ops import LAYERS, STORAGE
+from lorafx.passes.layers import find_operands, readers
 from lorafx.spec import ALL_LINEAR, LoraSpec, matches
-from lorafx.variants import find_variant
 
 aten = torch.ops.aten
 
@@ -32,6 +32,10 @@ _SHAPE_ONLY_NAMES = """
     clone alias detach to _to_copy float double half bfloat16 getitem split chunk unbind
 """
 _SHAPE_ONLY = frozenset(_SHAPE_ONLY_NAMES.split())
+
+
+#: The kinds that "all-linear" means.
+LINEAR = ("linear", "addmm")
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,7 @@ class Candidate:
     nodes: tuple[Node, ...]
     weight: str
     bias: str | None
-    in_features: int
-    out_features: int
+    shape: tuple[int, ...]
     dtype: torch.dtype
     module: bool
     is_output: bool
@@ -72,13 +75,15 @@ def candidates(gm: CapturedModule) -> tuple[Candidate, ...]:
     heads = tuple(gm.meta.get("output_layers", ()))
     makers = _output_makers(gm)
     for node in gm.graph.nodes:
-        match = find_operands(node)
-        if match is None:
+        operands = find_operands(node)
+        if operands is None:
             continue
-        kind, operands = match
         weight_name = str(operands.source.target)
         weight = get_path(gm, weight_name)
-        if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
+        if not isinstance(weight, nn.Parameter):
+            continue
+        matrix = STORAGE[operands.kind].matrix(weight)
+        if matrix.dim() != 2:
             continue
         # A layer's weight used by other code (nn.MultiheadAttention's out_proj) is the layer's site still.
         owner = weight_name.removesuffix(".weight")
@@ -89,17 +94,15 @@ def candidates(gm: CapturedModule) -> tuple[Candidate, ...]:
             known = found[name]
             found[name] = replace(known, nodes=(*known.nodes, node), is_output=known.is_output or node in makers)
             continue
-        shape = weight.shape if not LAYER_KINDS[kind].transposed else weight.shape[::-1]
         output = node in makers or any(name == h or name.startswith(h + ".") for h in heads)
         found[name] = Candidate(
             name=name,
             path=name if owned else f"{name}_adapter",
-            kind=kind,
+            kind=operands.kind,
             nodes=(node,),
             weight=weight_name,
             bias=_name_of_parameter(operands.bias),
-            in_features=int(shape[1]),
-            out_features=int(shape[0]),
+            shape=tuple(matrix.shape),
             dtype=weight.dtype,
             module=layer,
             is_output=output,
@@ -113,12 +116,9 @@ def match(gm: CapturedModule, specs: Sequence[LoraSpec], adapter: str = "default
     """Decide for every candidate. Where several specs mean a layer, the first in the list has it.
 
     Raises:
-        SpecError: a spec names an unknown variant or initialisation.
         MatchError: a target names no layer, nothing is matched at all, or a matched weight has other
             uses that a fold would change (``tied="refuse"``).
     """
-    for spec in specs:
-        find_variant(spec.variant, spec.init)
     found = candidates(gm)
     choices: dict[str, Choice] = {}
     for spec in specs:
@@ -147,6 +147,8 @@ def _why_not(candidate: Candidate, spec: LoraSpec) -> str | None:
         return "trained whole (modules_to_save)"
     if spec.target_modules != ALL_LINEAR:
         return None if matches(candidate.name, spec.target_modules) else "not in target_modules"
+    if candidate.kind not in LINEAR:
+        return "no linear layer (name it in target_modules to adapt it)"
     if candidate.is_output:
         return "output layer (name it in target_modules to adapt it)"
     if not candidate.module:
@@ -160,15 +162,14 @@ def _site(candidate: Candidate, spec: LoraSpec, adapter: str) -> Site:
         path=candidate.path,
         adapter=adapter,
         variant=spec.variant,
+        kind=candidate.kind,
         weight=candidate.weight,
         bias=candidate.bias,
-        in_features=candidate.in_features,
-        out_features=candidate.out_features,
+        shape=candidate.shape,
         r=spec.rank_for(candidate.name),
         alpha=spec.alpha_for(candidate.name),
         scaling=spec.scaling_for(candidate.name),
-        dropout=spec.dropout,
-        transposed=LAYER_KINDS[candidate.kind].transposed,
+        dropout=0.0 if LAYERS[candidate.kind].picks else spec.dropout,
         apart=bool(candidate.elsewhere) and spec.tied == "untie",
     )
 
@@ -176,7 +177,7 @@ def _site(candidate: Candidate, spec: LoraSpec, adapter: str) -> Site:
 def _check_entries(gm: CapturedModule, found: Sequence[Candidate], spec: LoraSpec) -> None:
     """Refuse the entries of a list that name no layer of the graph, all of them at once."""
     unmatched = []
-    modules = [n for n, _ in gm.named_modules(remove_duplicate=False) if n]
+    modules = base_modules(gm, aliases=True)
     names = [c.name for c in found]
     for field in ("target_modules", "exclude_modules", "modules_to_save"):
         entries = getattr(spec, field)

@@ -1,6 +1,6 @@
-"""Merge: fold the adapters into the weights; the exact inverse of insert.
+"""Merge: fold adapters into the weights; the exact inverse of insert.
 
-    before:  linear = lorafx.lora_linear(x, <q.weight>, <q.bias>, a, b, scaling, dropout, train)
+    before:  linear = lorafx.linear(x, <q.weight>, <q.bias>, [a, b], ["lora"], [scaling], [dropout], train, None)
     after:   linear = aten.linear(x, <q.weight>, <q.bias>)            # q.weight = W + scaling * B A
 
 The result is a graph of its own with its own copies of what changed; the adapted graph stays as it is,
@@ -9,7 +9,7 @@ and everything else is shared with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,7 +20,9 @@ from torch.fx import Node
 from lorafx.errors import MergeError, PassError
 from lorafx.graph import (
     CapturedModule,
+    annotate,
     delete_path,
+    erase,
     get_path,
     is_own,
     mark_own,
@@ -29,20 +31,33 @@ from lorafx.graph import (
     rebind,
     set_tensor,
     share,
+    unannotate,
 )
-from lorafx.ir import Site, Stage, format_graph, site_nodes, sites
+from lorafx.ir import (
+    ADAPTERS,
+    Adapter,
+    Site,
+    Stage,
+    active_adapters,
+    active_layers,
+    adapters,
+    format_graph,
+    layer_nodes,
+    sites,
+)
+from lorafx.ops import LAYERS, fold, updates
+from lorafx.passes.activate import deactivate
 from lorafx.passes.base import Pass, PassResult
 from lorafx.passes.insert import sample
-from lorafx.passes.layers import LAYER_KINDS, readers
+from lorafx.passes.layers import find_operands, readers
 from lorafx.variants import VARIANTS
 
 
 @dataclass(frozen=True)
 class Merge(Pass):
-    """Take the adapters away from a copy of the graph, which no further training of this one changes.
+    """Take all adapters away from a copy of the graph, which no further training of this one changes.
 
-    ``fold=True`` writes them into the weights; ``fold=False`` gives the base back, with the values that
-    ``modules_to_save`` and biases had before training.
+    ``fold=True`` writes the active ones into the weights; ``fold=False`` gives the base back.
     """
 
     fold: bool = True
@@ -52,29 +67,32 @@ class Merge(Pass):
     ensures: ClassVar[Stage] = Stage.MERGED
 
     def run(self, gm: CapturedModule) -> PassResult:
-        found = site_nodes(gm)
-        weights = {s: merged_weight(gm, s) for s in found} if self.fold else {}
+        layers = active_layers(gm) if self.fold else {}
+        weights = {layer: merged_weight(gm, found) for layer, found in layers.items()}
+        biases = {layer: merged_bias(gm, found) for layer, found in layers.items()}
+        running = active_adapters(gm) if self.fold else ()
         result = share(gm)
-        for site, nodes in site_nodes(result).items():
-            if self.fold:
-                _write(result, site, nodes, weights[site])
-            for node in nodes:
-                _restore(node)
-            _remove_adapter(result, site)
-        for node in reversed(list(result.graph.nodes)):
-            if notes(node).get("inserted") and not node.users:
-                result.graph.erase_node(node)
-        _erase_unused_scopes(result)
-        originals = result.meta.pop("original")
-        _freeze(result, {} if self.fold else originals)
+        deactivate(result)
+        own = [(n, get_path(result, a.own_name(n))) for a in running for n in a.trained]
+        nodes = layer_nodes(result)
+        for name, value in own:
+            rebind(result, get_path(result, name), value.detach().clone())
+        for layer, found in layers.items():
+            _write(result, found[0], nodes[layer], weights[layer])
+            bias = biases[layer]
+            if bias is not None and found[0].bias is not None:
+                rebind(result, get_path(result, found[0].bias), bias)
+        for adapter in adapters(gm).values():
+            remove_adapter(result, adapter)
+        _freeze(result)
         result.graph.lint()
-        if (text := result.meta.get("captured")) is not None and not any(s.apart for s in found):
+        if (text := result.meta.get("captured")) is not None and not any(s.apart for f in layers.values() for s in f):
             _same_as_captured(text, result)
-        return PassResult(result, len(found))
+        return PassResult(result, len(layers))
 
 
 def merge(gm: CapturedModule) -> CapturedModule:
-    """A base-shaped graph whose weights hold the adapters. ``gm`` is left as it is.
+    """A base-shaped graph whose weights hold the active adapters. ``gm`` is left as it is.
 
     Each weight is computed in float32 or better (float64 over a float32 base) and rounded once to its
     dtype. The merged graph prints as the captured one.
@@ -91,30 +109,54 @@ def unadapted(gm: CapturedModule) -> CapturedModule:
     return Merge(fold=False)(gm).gm
 
 
-def merged_weight(gm: CapturedModule, site: Site) -> Tensor:
-    """The folded weight of one site, in the stored layout and dtype of its base weight.
+def merged_weight(gm: CapturedModule, found: Sequence[Site]) -> Tensor:
+    """The weight of one layer with the updates of these sites folded in, in the layout and dtype of the base's.
 
     Raises:
-        MergeError: the adapter or the result holds NaN or Inf; or the base was overwritten after apply.
+        MergeError: an adapter or the result holds NaN or Inf; or the base was overwritten after apply.
     """
-    parameters = {n: p.detach() for n, p in site.parameters(gm).items()}
-    for name, value in parameters.items():
-        if not value.is_meta and not bool(torch.isfinite(value).all()):
-            raise MergeError(
-                f"site '{site.name}': {name} holds NaN or Inf, so it cannot be folded. Training diverged: go back to "
-                "an earlier adapter, or lower the learning rate"
-            )
-    weight = get_path(gm, site.weight).detach()
-    _refuse_changed(gm, site)
+    first = found[0]
+    for site in found:
+        for name, value in site.parameters(gm).items():
+            if not value.is_meta and not bool(torch.isfinite(value).all()):
+                raise MergeError(
+                    f"site '{site.name}': {name} holds NaN or Inf, so it cannot be folded. Training diverged: go back "
+                    "to an earlier adapter, or lower the learning rate"
+                )
+    _refuse_changed(gm, first)
+    weight = _own_or_base(gm, first.weight)
     wide = torch.float32 if weight.dtype.itemsize < 4 else torch.float64
-    matrix = weight.t() if site.transposed else weight
-    merged = VARIANTS[site.variant].merge(matrix.to(wide), parameters, site.scaling).to(weight.dtype)
+    tensors = [t.detach().to(wide) for site in found for t in site.tensors(gm).values()]
+    matrix = first.matrix(weight).to(wide)
+    changes = updates(matrix, tensors, [s.variant for s in found], [s.scaling for s in found])
+    merged = first.store(fold(matrix, changes), weight)
     if not merged.is_meta and not bool(torch.isfinite(merged).all()) and bool(torch.isfinite(weight).all()):
         raise MergeError(
-            f"site '{site.name}': the merged weight does not fit in {weight.dtype} (it overflows to Inf). Merge into "
+            f"site '{first.name}': the merged weight does not fit in {weight.dtype} (it overflows to Inf). Merge into "
             "a wider copy of the model, or lower the adapter's scaling"
         )
-    return merged.t().contiguous() if site.transposed else merged
+    return merged
+
+
+def merged_bias(gm: CapturedModule, found: Sequence[Site]) -> Tensor | None:
+    """The bias of one layer with the shifts of these sites added; None where they have none."""
+    first = found[0]
+    if first.bias is None or not any(VARIANTS[s.variant].shifts_bias for s in found):
+        return None
+    weight = first.matrix(_own_or_base(gm, first.weight))
+    wide = torch.float32 if weight.dtype.itemsize < 4 else torch.float64
+    tensors = [t.detach() for site in found for t in site.tensors(gm).values()]
+    changes = updates(weight, tensors, [s.variant for s in found], [s.scaling for s in found])
+    shifts = [u.shift.to(wide) for u in changes if u.shift is not None]
+    bias = _own_or_base(gm, first.bias)
+    return torch.stack([bias.to(wide), *shifts]).sum(0).to(bias.dtype)
+
+
+def _own_or_base(gm: CapturedModule, name: str) -> Tensor:
+    """A tensor of the base as the active adapters have it."""
+    owner = next((a for a in active_adapters(gm) if name in (*a.trained, *a.residual)), None)
+    found: Tensor = get_path(gm, name if owner is None else owner.own_name(name))
+    return found.detach()
 
 
 def _refuse_changed(gm: CapturedModule, site: Site) -> None:
@@ -150,17 +192,8 @@ def merged_state_dict(gm: CapturedModule) -> dict[str, Tensor]:
     return dict(merge(gm).state_dict())
 
 
-def _restore(node: Node) -> None:
-    x, weight, bias = node.args[:3]
-    kind = LAYER_KINDS[notes(node)["kind"]]
-    kind.restore(node, x, weight, bias)
-    node.kwargs = {}
-    lorafx = {k: v for k, v in notes(node).items() if k not in ("site", "kind")}
-    node.meta["custom"] = {**node.meta["custom"], "lorafx": lorafx}
-
-
-def _write(gm: CapturedModule, site: Site, nodes: list[Node], weight: Tensor) -> None:
-    """Store a site's folded weight; ``nodes`` are the site's calls, not yet restored."""
+def _write(gm: CapturedModule, site: Site, nodes: Sequence[Node], weight: Tensor) -> None:
+    """Store a layer's folded weight; ``nodes`` are its calls in a graph without adapters."""
     if not site.apart:
         rebind(gm, get_path(gm, site.weight), weight)  # under every name: ties stay tied
         return
@@ -173,16 +206,17 @@ def _write(gm: CapturedModule, site: Site, nodes: list[Node], weight: Tensor) ->
     name = f"{site.path}.merged_weight"
     set_tensor(gm, name, parameter)
     for node in nodes:
-        read = node.args[1]
-        assert isinstance(read, Node)
-        node.update_arg(1, _read_instead(read, name))
+        operands = find_operands(node)
+        assert operands is not None
+        node.update_arg(LAYERS[site.kind].weight, _read_instead(operands.weight, name))
+        read = operands.weight
         while not read.users and read.op == "call_function":
             unused, read = read, read.all_input_nodes[0]
             gm.graph.erase_node(unused)
 
 
 def _read_instead(read: Node, name: str) -> Node:
-    """A read of another parameter, through the same casts and transposition."""
+    """A read of another parameter, through the same casts."""
     with read.graph.inserting_before(read):
         if read.op == "get_attr":
             return read.graph.get_attr(name)
@@ -191,31 +225,46 @@ def _read_instead(read: Node, name: str) -> Node:
         return read.graph.node_copy(read, lambda _: own)
 
 
-def _remove_adapter(gm: CapturedModule, site: Site) -> None:
-    for name in site.parameter_names.values():
-        delete_path(gm, name)
-        holder = name.rpartition(".")[0]
-        if not get_path(gm, holder)._parameters:
-            delete_path(gm, holder)
-    if site.path != site.name and not site.apart:
-        delete_path(gm, site.path)
-
-
-def _erase_unused_scopes(gm: CapturedModule) -> None:
-    for node in gm.graph.find_nodes(op="get_attr"):
+def remove_adapter(gm: CapturedModule, adapter: Adapter) -> None:
+    """Take the tensors of an adapter that is not active, and all trace of it, out of the graph."""
+    left = {n: a for n, a in adapters(gm).items() if n != adapter.name}
+    gm.meta["adapters"] = left
+    still = {site.name for other in left.values() for site in other.sites}
+    for site in adapter.sites:
+        for name in site.parameter_names.values():
+            delete_path(gm, name)
+            holder = name.rpartition(".")[0]
+            if not get_path(gm, holder)._parameters:
+                delete_path(gm, holder)
+        if site.name not in still:
+            holder = get_path(gm, site.path)
+            if site.path != site.name and not holder._modules and not holder._parameters:
+                delete_path(gm, site.path)
+    for node in gm.graph.nodes:
+        if layers := notes(node).get("layers"):
+            unannotate(node, "layers")
+            if remaining := tuple(name for name in layers if name in still):
+                annotate(node, layers=remaining)
+    if hasattr(gm, ADAPTERS):
+        held = getattr(gm, ADAPTERS)
+        if adapter.name in held._modules:
+            delete_path(gm, f"{ADAPTERS}.{adapter.name}")
+        if not held._modules:
+            delete_path(gm, ADAPTERS)
+    for node in list(gm.graph.find_nodes(op="get_attr")):
         if not node.users:
-            gm.graph.erase_node(node)
+            erase(gm.graph, node)
 
 
-def _freeze(gm: CapturedModule, originals: Mapping[str, Tensor]) -> None:
-    """Give what the adapted graph goes on changing a copy, or its original value back; nothing trains."""
+def _freeze(gm: CapturedModule) -> None:
+    """Give what the adapted graph goes on changing a copy; nothing trains."""
     for name, tensor in list(named_tensors(gm)):
         if get_path(gm, name) is not tensor:
             continue  # another name of one that is done
-        if name in originals:
-            mark_own(rebind(gm, tensor, originals[name].detach()).requires_grad_(False), False)
-        elif not isinstance(tensor, nn.Parameter) or tensor.requires_grad:
-            rebind(gm, tensor, tensor.detach().clone()).requires_grad_(False)
+        if not isinstance(tensor, nn.Parameter):
+            rebind(gm, tensor, tensor.detach().clone())
+        elif tensor.requires_grad:
+            rebind(gm, tensor, tensor.detach()).requires_grad_(False)
 
 
 def _same_as_captured(captured: str, merged: CapturedModule) -> None:

@@ -16,7 +16,6 @@ from torch.fx import Node
 from lorafx.checks import format_bytes
 from lorafx.graph import CapturedModule
 from lorafx.passes.match import Choice
-from lorafx.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class PlanRow:
 
     site: str
     kind: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     r: int | None
     scaling: float | None
     parameters: int
@@ -66,7 +65,7 @@ class Plan:
         for row in self.rows:
             table.add_row(
                 row.site,
-                f"{row.shape[0]} x {row.shape[1]}",
+                " x ".join(map(str, row.shape)),
                 "" if row.r is None else str(row.r),
                 "" if row.scaling is None else f"{row.scaling:.4g}",
                 f"{row.parameters:,}" if row.parameters else "",
@@ -93,8 +92,7 @@ def make_plan(gm: CapturedModule, choices: Sequence[Choice], trained: Sequence[n
         candidate, site, spec = choice.candidate, choice.site, choice.spec
         count = 0
         if site is not None and spec is not None:
-            shapes = VARIANTS[site.variant].shapes(site.out_features, site.in_features, site.r)
-            count = sum(math.prod(s) for s in shapes.values())
+            count = sum(math.prod(s) for s in site.parameter_shapes().values())
             width = spec.dtype_for(candidate.dtype).itemsize
             activations += sum(_saved_bytes(n, site.r, site.dropout, site.in_features, width) for n in candidate.nodes)
         new += count
@@ -102,7 +100,7 @@ def make_plan(gm: CapturedModule, choices: Sequence[Choice], trained: Sequence[n
             PlanRow(
                 candidate.name,
                 candidate.kind,
-                (candidate.out_features, candidate.in_features),
+                candidate.shape,
                 site.r if site else None,
                 site.scaling if site else None,
                 count,

@@ -1,21 +1,55 @@
-"""What a variant is: its parameters, how they start, its operator, and how it folds into a weight."""
+"""What a variant is: its tensors, how they start, and the update of a layer that they stand for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
+
+from lorafx.checks import Check
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an adapter makes of a layer: ``W' = gain * (W + left right)`` and ``b' = b + shift``.
+
+    ``left`` is ``[..., out, r]`` and ``right`` ``[..., r, in]``, the scaling included; ``gain`` (a factor for each row
+    of the weight) and ``shift`` are ``[..., out]``. Leading dimensions are those of a stack of weights
+    (experts). Every variant is of this form, so every kind of layer, the fold and the export take all of them.
+    """
+
+    left: Tensor
+    right: Tensor
+    gain: Tensor | None = None
+    shift: Tensor | None = None
+
+    def fold(self, weight: Tensor) -> Tensor:
+        """``W'`` for ``weight [..., out, in]``, in the dtype that the operands promote to."""
+        folded = weight + self.left @ self.right
+        return folded if self.gain is None else self.gain.unsqueeze(-1) * folded
+
+
+@dataclass(frozen=True)
+class Start:
+    """First values: of the parameters, and of the base weight where the initialisation changes that too."""
+
+    parameters: dict[str, Tensor]
+    base: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting that one variant has (``LoraSpec.options``): its default, and the check of a value."""
+
+    default: Any
+    check: Check[Any]
 
 
 class Variant(Protocol):
-    """One way to adapt a linear layer.
-
-    The operator's schema is ``op(x, weight, bias, *parameters, scaling, dropout, training)`` with the
-    parameters in the order of :attr:`parameters`.
-    """
+    """One way to adapt a weight. Shapes are those of one matrix ``[out, in]``; a stack has them all in front."""
 
     @property
     def name(self) -> str:
@@ -24,32 +58,73 @@ class Variant(Protocol):
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the trainable tensors, as PEFT calls them."""
+        """Names of the trainable tensors of a site, as PEFT calls them."""
+        ...
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of the frozen tensors that all sites of an adapter have in common."""
         ...
 
     @property
     def inits(self) -> tuple[str, ...]:
-        """Values of ``LoraSpec.init`` that it knows."""
+        """Values of ``LoraSpec.init`` that it knows, the default first."""
         ...
 
     @property
-    def op(self) -> OpOverload:
-        """The operator whose reference defines the variant."""
+    def options(self) -> Mapping[str, Option]:
+        """The keys of ``LoraSpec.options`` that it has."""
+        ...
+
+    @property
+    def shifts_bias(self) -> bool:
+        """Whether it adds to the layer's bias, so that the layer must have one."""
+        ...
+
+    def has_init(self, name: str) -> bool:
+        """Whether it knows this value of ``LoraSpec.init``."""
+        ...
+
+    def default_alpha(self, r: int) -> float:
+        """alpha where the spec gives none."""
+        ...
+
+    def scaling(self, alpha: float, r: int, rslora: bool) -> float:
+        """The factor of ``left right``."""
         ...
 
     def shapes(self, out_features: int, in_features: int, r: int) -> Mapping[str, tuple[int, ...]]:
-        """The shape of each parameter at a layer of this size."""
+        """The shape of each parameter at a matrix of this size."""
         ...
 
-    def init(
-        self, weight: Tensor, r: int, init: str, dtype: torch.dtype, generator: torch.Generator | None
+    def share(
+        self, sizes: Sequence[tuple[int, int]], r: int, options: Mapping[str, Any], dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Starting values, on the weight's device, for which the layer's output is unchanged."""
+        """The shared tensors for matrices of these ``(out, in)`` sizes, on the CPU."""
         ...
 
-    def merge(self, weight: Tensor, parameters: Mapping[str, Tensor], scaling: float) -> Tensor:
-        """The weight ``[out, in]`` whose plain linear layer equals the adapted one.
-
-        Computed and returned in the dtype of ``weight``: the caller widens first and rounds after.
-        """
+    def start(self, request: StartRequest) -> Start:
+        """First values, on the weight's device, for which the layer's output is unchanged."""
         ...
+
+    def update(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Update:
+        """The update that ``tensors`` (parameters and shared) mean for ``weight [..., out, in]``."""
+        ...
+
+
+@dataclass(frozen=True)
+class StartRequest:
+    """What first values are asked for.
+
+    ``weight`` is ``[out, in]``. ``sparse`` says that the input picks single columns (an embedding's
+    one-hot rows): then the side that the input meets starts at zero, so that only what is seen changes.
+    """
+
+    weight: Tensor
+    r: int
+    scaling: float
+    init: str
+    dtype: torch.dtype
+    generator: torch.Generator | None
+    options: Mapping[str, Any]
+    sparse: bool = False

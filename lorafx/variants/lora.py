@@ -1,49 +1,86 @@
-"""LoRA: ``W' = W + scaling * B A`` (arXiv 2106.09685); rsLoRA is another scaling (arXiv 2312.03732)."""
+"""LoRA: ``W' = W + s B A`` (arXiv 2106.09685, eq. 3); rsLoRA is another scaling (arXiv 2312.03732)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._ops import OpOverload
+from torch import Tensor
 
-from lorafx import ops
+from lorafx.variants.base import Option, Start, StartRequest, Update
+from lorafx.variants.inits import INITS
+
+NO_OPTIONS: Mapping[str, Option] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Two factors: ``lora_A [r, in]`` starts at random, ``lora_B [out, r]`` at zero."""
+    """Two factors: ``lora_A [r, in]`` starts at random, ``lora_B [out, r]`` at zero (:mod:`.inits`)."""
 
     name: str = "lora"
     parameters: tuple[str, ...] = ("lora_A", "lora_B")
-    inits: tuple[str, ...] = ("kaiming", "gaussian")
-    op: OpOverload = ops.lora_linear
+    shared: tuple[str, ...] = ()
+    inits: tuple[str, ...] = tuple(INITS)
+    options: Mapping[str, Option] = field(default_factory=lambda: NO_OPTIONS)
+    shifts_bias: bool = False
+
+    def has_init(self, name: str) -> bool:
+        """Whether it is one of ``inits``."""
+        return name in self.inits
+
+    def default_alpha(self, r: int) -> float:
+        """16, whatever r is."""
+        return 16
+
+    def scaling(self, alpha: float, r: int, rslora: bool) -> float:
+        """alpha / r (arXiv 2106.09685, section 4.1), or alpha / sqrt(r) (arXiv 2312.03732, theorem 3.2)."""
+        return alpha / (math.sqrt(r) if rslora else r)
 
     def shapes(self, out_features: int, in_features: int, r: int) -> Mapping[str, tuple[int, ...]]:
         """``lora_A [r, in]`` and ``lora_B [out, r]``."""
         return {"lora_A": (r, in_features), "lora_B": (out_features, r)}
 
-    def init(
-        self, weight: Tensor, r: int, init: str, dtype: torch.dtype, generator: torch.Generator | None
+    def share(
+        self, sizes: Sequence[tuple[int, int]], r: int, options: Mapping[str, Any], dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """A from ``kaiming`` uniform with a = sqrt(5), or from a ``gaussian`` of deviation 1/r; B zero.
+        """Nothing is shared."""
+        return {}
 
-        Values are drawn on the CPU in float32, so that a seed means the same on every device.
-        """
-        out_features, in_features = weight.shape
-        drawn_on = "meta" if weight.is_meta else "cpu"
-        a = torch.empty((r, in_features), dtype=torch.float32, device=drawn_on)
-        if init == "gaussian":
-            nn.init.normal_(a, std=1.0 / r, generator=generator)
-        else:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        b = torch.zeros((out_features, r), dtype=dtype, device=weight.device)
-        return {"lora_A": a.to(device=weight.device, dtype=dtype), "lora_B": b}
+    def start(self, request: StartRequest) -> Start:
+        """The factors of the initialisation asked for, rounded to the adapter's dtype."""
+        factors = INITS[request.init](request)
+        device, dtype = request.weight.device, request.dtype
+        parameters = {"lora_A": factors.a, "lora_B": factors.b}
+        return Start({n: t.to(device=device, dtype=dtype) for n, t in parameters.items()}, factors.base)
 
-    def merge(self, weight: Tensor, parameters: Mapping[str, Tensor], scaling: float) -> Tensor:
-        """``W + scaling * B A`` in the dtype of ``weight``."""
-        a, b = (parameters[n].to(weight.dtype) for n in self.parameters)
-        return torch.addmm(weight, b, a, alpha=scaling)
+    def update(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Update:
+        """``left = s B``, ``right = A``."""
+        return Update(tensors["lora_B"] * scaling, tensors["lora_A"])
+
+
+@dataclass(frozen=True)
+class LoraWithBias(Lora):
+    """LoRA whose second factor is a layer with a bias: ``b' = b + s lora_B_bias`` (PEFT's ``lora_bias``)."""
+
+    name: str = "lora_bias"
+    parameters: tuple[str, ...] = ("lora_A", "lora_B", "lora_B_bias")
+    shifts_bias: bool = True
+
+    def shapes(self, out_features: int, in_features: int, r: int) -> Mapping[str, tuple[int, ...]]:
+        """LoRA's, and ``lora_B_bias [out]``."""
+        return {**super().shapes(out_features, in_features, r), "lora_B_bias": (out_features,)}
+
+    def start(self, request: StartRequest) -> Start:
+        """LoRA's, and a bias of zero."""
+        begun = super().start(request)
+        weight = request.weight
+        bias = torch.zeros(weight.shape[0], dtype=request.dtype, device=weight.device)
+        return Start({**begun.parameters, "lora_B_bias": bias}, begun.base)
+
+    def update(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Update:
+        """LoRA's, and the shift of the bias."""
+        return Update(tensors["lora_B"] * scaling, tensors["lora_A"], shift=tensors["lora_B_bias"] * scaling)

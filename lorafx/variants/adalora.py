@@ -1,0 +1,79 @@
+"""AdaLoRA: a singular value decomposition that is trained, and whose rank shrinks (arXiv 2303.10512, eq. 3)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafx import checks
+from lorafx.variants.base import Option, Start, StartRequest, Update
+
+_OPTIONS: Mapping[str, Option] = MappingProxyType(
+    {
+        "target_r": Option(8, checks.rank),
+        "tinit": Option(0, checks.count),
+        "tfinal": Option(0, checks.count),
+        "deltaT": Option(1, checks.rank),
+        "beta1": Option(0.85, checks.share),
+        "beta2": Option(0.85, checks.share),
+        "orth_reg_weight": Option(0.5, checks.weight),
+        "total_step": Option(None, checks.optional(checks.rank)),
+    }
+)
+
+
+@dataclass(frozen=True)
+class AdaLora:
+    """``W' = W + s P diag(E) Q``: ``lora_B [out, r]`` is P, ``lora_E [r, 1]`` the values, ``lora_A [r, in]`` Q.
+
+    The options are PEFT's; :class:`lorafx.RankScheduler` reads them, and takes ranks away while training.
+    """
+
+    name: str = "adalora"
+    parameters: tuple[str, ...] = ("lora_A", "lora_B", "lora_E")
+    shared: tuple[str, ...] = ()
+    inits: tuple[str, ...] = ("gaussian",)
+    options: Mapping[str, Option] = field(default_factory=lambda: _OPTIONS)
+    shifts_bias: bool = False
+
+    def has_init(self, name: str) -> bool:
+        """Whether it is one of ``inits``."""
+        return name in self.inits
+
+    def default_alpha(self, r: int) -> float:
+        """16, whatever r is."""
+        return 16
+
+    def scaling(self, alpha: float, r: int, rslora: bool) -> float:
+        """alpha / r of the first rank, with the 1e-5 that the authors' code and PEFT add to r."""
+        return alpha / ((math.sqrt(r) if rslora else r) + 1e-5)
+
+    def shapes(self, out_features: int, in_features: int, r: int) -> Mapping[str, tuple[int, ...]]:
+        """``lora_A [r, in]``, ``lora_B [out, r]``, ``lora_E [r, 1]``."""
+        return {"lora_A": (r, in_features), "lora_B": (out_features, r), "lora_E": (r, 1)}
+
+    def share(
+        self, sizes: Sequence[tuple[int, int]], r: int, options: Mapping[str, Any], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Nothing is shared."""
+        return {}
+
+    def start(self, request: StartRequest) -> Start:
+        """Both factors normal with deviation 0.02, the values zero."""
+        parameters = {}
+        for name, shape in self.shapes(request.weight.shape[0], request.weight.shape[1], request.r).items():
+            values = torch.zeros(shape, dtype=torch.float32, device="meta" if request.weight.is_meta else "cpu")
+            if name != "lora_E":
+                nn.init.normal_(values, std=0.02, generator=request.generator)
+            parameters[name] = values.to(device=request.weight.device, dtype=request.dtype)
+        return Start(parameters)
+
+    def update(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Update:
+        """``left = s P``, ``right = diag(E) Q``."""
+        return Update(tensors["lora_B"] * scaling, tensors["lora_A"] * tensors["lora_E"])

@@ -1,0 +1,82 @@
+"""VeRA: two frozen random matrices for all layers, two trained vectors for each (arXiv 2310.11454, eq. 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafx import checks
+from lorafx.variants.base import Option, Start, StartRequest, Update
+
+_OPTIONS: Mapping[str, Option] = MappingProxyType(
+    {
+        "projection_prng_key": Option(0, checks.integer),
+        "save_projection": Option(True, checks.flag),
+        "d_initial": Option(0.1, checks.number),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Vera:
+    """``W' = W + s diag(b) B diag(d) A``: ``vera_lambda_b [out]`` starts at zero, ``vera_lambda_d [r]`` at 0.1.
+
+    ``vera_A [r, largest in]`` and ``vera_B [largest out, r]`` come from a seed, as PEFT draws them, and each
+    site takes the part that it needs. Options: ``projection_prng_key`` (the seed), ``save_projection``
+    (write them to disk too), ``d_initial``.
+    """
+
+    name: str = "vera"
+    parameters: tuple[str, ...] = ("vera_lambda_b", "vera_lambda_d")
+    shared: tuple[str, ...] = ("vera_A", "vera_B")
+    inits: tuple[str, ...] = ("kaiming",)
+    options: Mapping[str, Option] = field(default_factory=lambda: _OPTIONS)
+    shifts_bias: bool = False
+
+    def has_init(self, name: str) -> bool:
+        """Whether it is one of ``inits``."""
+        return name in self.inits
+
+    def default_alpha(self, r: int) -> float:
+        """r, so that there is no scaling, as in the paper."""
+        return r
+
+    def scaling(self, alpha: float, r: int, rslora: bool) -> float:
+        """As LoRA's; 1 unless alpha is given."""
+        return alpha / (math.sqrt(r) if rslora else r)
+
+    def shapes(self, out_features: int, in_features: int, r: int) -> Mapping[str, tuple[int, ...]]:
+        """``vera_lambda_b [out]`` and ``vera_lambda_d [r]``."""
+        return {"vera_lambda_b": (out_features,), "vera_lambda_d": (r,)}
+
+    def share(
+        self, sizes: Sequence[tuple[int, int]], r: int, options: Mapping[str, Any], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """A, then B, from one generator: uniform in +-sqrt(6 / fan_in)."""
+        generator = torch.Generator().manual_seed(options["projection_prng_key"])
+        out_features, in_features = (max(s[i] for s in sizes) for i in (0, 1))
+        drawn = {}
+        for name, shape in (("vera_A", (r, in_features)), ("vera_B", (out_features, r))):
+            bound = math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(shape[1]))
+            drawn[name] = torch.empty(shape).uniform_(-bound, bound, generator=generator).to(dtype)
+        return drawn
+
+    def start(self, request: StartRequest) -> Start:
+        """b zero, d the same everywhere."""
+        kwargs: dict[str, Any] = {"dtype": request.dtype, "device": request.weight.device}
+        b = torch.zeros(request.weight.shape[0], **kwargs)
+        d = torch.full((request.r,), request.options["d_initial"], **kwargs)
+        return Start({"vera_lambda_b": b, "vera_lambda_d": d})
+
+    def update(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Update:
+        """``left = s diag(b) B``, ``right = diag(d) A``, with this layer's part of A and B."""
+        b, d = tensors["vera_lambda_b"], tensors["vera_lambda_d"]
+        out_features, in_features, r = weight.shape[-2], weight.shape[-1], d.shape[-1]
+        left = tensors["vera_B"][:out_features, :r] * (b * scaling).unsqueeze(-1)
+        return Update(left, tensors["vera_A"][:r, :in_features] * d.unsqueeze(-1))

@@ -1,0 +1,178 @@
+"""Activate: rewrite the calls of adapted layers so that they go through the adapters asked for, and no others.
+
+    none:    linear = aten.linear(x, <q.weight>, <q.bias>)
+    "fr":    a, b   = <q.lora_A.fr>, <q.lora_B.fr>
+             train  = by_mode(<q>, True, False)                       # only with dropout
+             linear = lorafx.linear(x, <q.weight>, <q.bias>, [a, b], ["lora"], [scaling], [dropout], train, None)
+    a bare parameter:
+             w      = <experts.down_proj>
+             w'     = lorafx.weight(w, [a, b], ["lora"], [scaling], False)      # and everyone reads w'
+
+An adapter's own version of a base tensor (``modules_to_save``, trained biases, what PiSSA leaves of a weight)
+is read in the base's stead. An adapter that is not active has no node, so it costs nothing. Nodes are edited
+in place and keep their names, so that without adapters the graph is the captured one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from lorafx.errors import AdapterError
+from lorafx.graph import CapturedModule, Scope, annotate, by_mode, erase, get_path, notes, unannotate
+from lorafx.ir import ROWS, Adapter, Site, active_layers, find_adapter, layer_nodes
+from lorafx.ops import ADAPTED, adapted_weight
+from lorafx.passes.layers import call_layer, call_twin
+from lorafx.passes.modes import scope_node
+
+aten = torch.ops.aten
+
+
+def activate(gm: CapturedModule, names: Sequence[str], by_row: bool = False) -> None:
+    """Make these the active adapters of ``gm``, in place; without names the graph is the base's.
+
+    Several are summed: each adds what it would add to the frozen model alone. ``by_row`` gives each row of a
+    batch to the one that the buffer ``_rows`` says. Needs a ``recompile`` afterwards.
+
+    Raises:
+        AdapterError: there is no such adapter, or two have their own version of one tensor. Nothing is changed.
+    """
+    chosen = [find_adapter(gm, name) for name in names]
+    owners = _owners(chosen)
+    deactivate(gm)
+    gm.meta["active"] = tuple(names)
+    _read_own(gm, owners)
+    nodes = layer_nodes(gm)
+    index = {name: i for i, name in enumerate(names)}
+    for layer, found in active_layers(gm).items():
+        if found[0].kind in ADAPTED:
+            _call_twins(gm, nodes[layer], found, index if by_row else None)
+        else:
+            _update_parameter(gm, nodes[layer], found)
+
+
+def deactivate(gm: CapturedModule) -> None:
+    """Bring the graph of ``gm`` back to what was captured, in place; every adapter's tensors stay."""
+    graph = gm.graph
+    for node in graph.nodes:
+        if "call" in notes(node):
+            call_layer(node)
+        elif node.target is adapted_weight:
+            node.replace_all_uses_with(node.args[0])
+        elif (base := notes(node).get("base")) is not None:
+            node.target = base
+            unannotate(node, "base")
+    for node in reversed(list(graph.nodes)):
+        if notes(node).get("inserted") and not node.users:
+            erase(graph, node)
+    for node in list(graph.find_nodes(op="get_attr")):
+        if not node.users:  # a scope that only adapters' dropout reads
+            erase(graph, node)
+    gm.meta["active"] = ()
+
+
+def _owners(chosen: Sequence[Adapter]) -> dict[str, Adapter]:
+    """The adapter that has its own version of a base tensor, by the tensor's name."""
+    owners: dict[str, Adapter] = {}
+    for adapter in chosen:
+        for name in (*adapter.trained, *adapter.residual):
+            if name in owners:
+                raise AdapterError(
+                    f"adapters '{owners[name].name}' and '{adapter.name}' cannot be active together: each has its own "
+                    f"version of '{name}' (modules_to_save, bias, or an initialisation that changes the weight). "
+                    "Activate one of them"
+                )
+            owners[name] = adapter
+    return owners
+
+
+def _read_own(gm: CapturedModule, owners: Mapping[str, Adapter]) -> None:
+    """Let the graph read these tensors of the base, under whatever name, from their adapters."""
+    own = {id(get_path(gm, name)): adapter.own_name(name) for name, adapter in owners.items()}
+    for node in gm.graph.nodes:
+        target = None
+        if node.op == "get_attr":
+            target = own.get(id(get_path(gm, str(node.target))))
+        if node.op == "call_module":  # called whole: the adapter has a copy of the module
+            inside = (a for n, a in owners.items() if n.startswith(f"{node.target}."))
+            target = next((a.own_name(str(node.target)) for a in inside), None)
+        if target is not None:
+            annotate(node, base=node.target)
+            node.target = target
+
+
+def _call_twins(
+    gm: CapturedModule, nodes: Sequence[Node], found: Sequence[Site], index: Mapping[str, int] | None
+) -> None:
+    graph = gm.graph
+    _hold(gm, found[0].path)
+    with graph.inserting_before(nodes[0]):
+        tensors = [_made(graph.get_attr(n)) for site in found for n in site.tensor_names.values()]
+    for node in nodes:
+        training: Any = False
+        rows = None
+        if any(site.dropout > 0.0 for site in found):
+            scope = scope_node(graph, found[0].path)
+            with graph.inserting_before(node):
+                training = _made(graph.call_function(by_mode, (scope, True, False)))
+        if index is not None:
+            with graph.inserting_before(node):
+                rows = _rows(graph, [index[site.adapter] for site in found])
+        call_twin(
+            node,
+            [
+                tensors,
+                [site.variant for site in found],
+                [site.scaling for site in found],
+                [site.dropout for site in found],
+                training,
+                rows,
+            ],
+        )
+
+
+def _rows(graph: Graph, indices: Sequence[int]) -> Node:
+    """Which of a layer's adapters each row goes through. A layer that not all adapters have counts its own."""
+    rows = _made(graph.get_attr(ROWS))
+    if list(indices) == list(range(len(indices))):
+        return rows
+    known = _made(graph.call_function(aten.full_like.default, (rows, -1)))
+    for position, number in enumerate(indices):
+        mine = _made(graph.call_function(aten.eq.Scalar, (rows, number)))
+        known = _made(graph.call_function(aten.masked_fill.Scalar, (known, mine, position)))
+    return known
+
+
+def _update_parameter(gm: CapturedModule, nodes: Sequence[Node], found: Sequence[Site]) -> None:
+    graph = gm.graph
+    with graph.inserting_before(nodes[0]):
+        tensors = [_made(graph.get_attr(n)) for site in found for n in site.tensor_names.values()]
+    for node in nodes:
+        with graph.inserting_before(node.next):
+            arguments = (
+                node,
+                tensors,
+                [site.variant for site in found],
+                [site.scaling for site in found],
+                found[0].transposed,
+            )
+            updated = _made(graph.call_function(adapted_weight))
+            annotate(updated, layers=(found[0].name,), scope=found[0].name.rpartition(".")[0])
+        node.replace_all_uses_with(updated)
+        updated.args = arguments
+
+
+def _hold(gm: CapturedModule, path: str) -> None:
+    """See that there is a module at a path."""
+    parent, _, name = path.rpartition(".")
+    if name not in get_path(gm, parent)._modules:
+        gm.set_submodule(path, Scope())
+
+
+def _made(node: Node) -> Node:
+    """Mark a node as an adapter's, to go when the adapter goes."""
+    annotate(node, inserted=True)
+    return node
