@@ -7,6 +7,18 @@ report = lorafx.merge_and_export(gm, "model.onnx")           # a verified ONNX f
 
 from __future__ import annotations
 
+from lorafx.adapters import (
+    AdapterInfo,
+    add_adapter,
+    delete_adapter,
+    disable_adapters,
+    list_adapters,
+    merge,
+    rename_adapter,
+    set_adapter,
+    set_adapter_names,
+    unmerge,
+)
 from lorafx.api import apply, plan
 from lorafx.errors import (
     AdapterError,
@@ -26,7 +38,7 @@ from lorafx.errors import (
 from lorafx.export.export import export_base, merge_and_export
 from lorafx.export.report import ExportReport
 from lorafx.ir import Site, sites
-from lorafx.passes.merge import merge, merged_state_dict, unadapted
+from lorafx.passes.merge import merged_state_dict, unadapted
 from lorafx.passes.plan import Plan
 from lorafx.spec import LoraSpec
 from lorafx.state import adapter_state_dict, load_adapter, save_adapter
@@ -35,6 +47,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterError",
+    "AdapterInfo",
     "CaptureError",
     "ExportError",
     "ExportReport",
@@ -52,14 +65,22 @@ __all__ = [
     "SpecError",
     "VerifyError",
     "adapter_state_dict",
+    "add_adapter",
     "apply",
+    "delete_adapter",
+    "disable_adapters",
     "export_base",
+    "list_adapters",
     "load_adapter",
     "merge",
     "merge_and_export",
     "merged_state_dict",
     "plan",
+    "rename_adapter",
     "save_adapter",
+    "set_adapter",
+    "set_adapter_names",
     "sites",
     "unadapted",
+    "unmerge",
 ]

@@ -26,6 +26,9 @@ from lorafx.variants import VARIANTS
 #: The child of a graph that holds what adapters have beside their sites' parameters.
 ADAPTERS = "_adapters"
 
+#: The child that holds the weights with adapters that are merged in place, under their names in the base.
+FOLDED = "_folded"
+
 #: The buffer with the index of the active adapter that each row of a batch goes through.
 ROWS = "_rows"
 
@@ -218,12 +221,8 @@ def layer_nodes(gm: CapturedModule) -> dict[str, list[Node]]:
 def base_modules(gm: CapturedModule, *, aliases: bool = False) -> tuple[str, ...]:
     """Names of the original's modules; each under its first name, or with ``aliases`` under all of them."""
     held = {n.rpartition(".")[0] for a in adapters(gm).values() for s in a.sites for n in s.parameter_names.values()}
-    own = {ROOT_MODE, ADAPTERS, *held}
-    return tuple(
-        name
-        for name, _ in gm.named_modules(remove_duplicate=not aliases)
-        if name and name not in own and not name.startswith(f"{ADAPTERS}.")
-    )
+    names = (n for n, _ in gm.named_modules(remove_duplicate=not aliases))
+    return tuple(n for n in names if n and n not in held and n.partition(".")[0] not in (ROOT_MODE, ADAPTERS, FOLDED))
 
 
 def format_graph(gm: CapturedModule) -> str:

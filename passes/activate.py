@@ -15,7 +15,7 @@ in place and keep their names, so that without adapters the graph is the capture
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,11 @@ from torch.fx import Graph, Node
 
 from lorafx.errors import AdapterError
 from lorafx.graph import CapturedModule, Scope, annotate, by_mode, erase, get_path, notes, unannotate
-from lorafx.ir import ROWS, Adapter, Site, active_layers, find_adapter, layer_nodes
+from lorafx.ir import FOLDED, ROWS, Adapter, Site, active_layers, find_adapter, layer_nodes
 from lorafx.ops import ADAPTED, adapted_weight
 from lorafx.passes.layers import call_layer, call_twin
 from lorafx.passes.modes import scope_node
+from lorafx.variants import VARIANTS
 
 aten = torch.ops.aten
 
@@ -38,13 +39,15 @@ def activate(gm: CapturedModule, names: Sequence[str], by_row: bool = False) -> 
     batch to the one that the buffer ``_rows`` says. Needs a ``recompile`` afterwards.
 
     Raises:
-        AdapterError: there is no such adapter, or two have their own version of one tensor. Nothing is changed.
+        AdapterError: there is no such adapter, it is merged in place, or two have their own version of one
+            tensor. Nothing is changed.
     """
     chosen = [find_adapter(gm, name) for name in names]
-    owners = _owners(chosen)
+    own = own_tensors(chosen, gm.meta.get("merged", ()), gm.meta.get("folded", ()))
     deactivate(gm)
     gm.meta["active"] = tuple(names)
-    _read_own(gm, owners)
+    gm.meta["by_row"] = by_row
+    _read_own(gm, own)
     nodes = layer_nodes(gm)
     index = {name: i for i, name in enumerate(names)}
     for layer, found in active_layers(gm).items():
@@ -72,33 +75,51 @@ def deactivate(gm: CapturedModule) -> None:
         if not node.users:  # a scope that only adapters' dropout reads
             erase(graph, node)
     gm.meta["active"] = ()
+    gm.meta["by_row"] = False
 
 
-def _owners(chosen: Sequence[Adapter]) -> dict[str, Adapter]:
-    """The adapter that has its own version of a base tensor, by the tensor's name."""
-    owners: dict[str, Adapter] = {}
+def own_tensors(chosen: Sequence[Adapter], merged: Collection[str], folded: Collection[str]) -> dict[str, str]:
+    """Where what is read in the stead of tensors of the base lies, by their names in the base.
+
+    ``merged`` are the adapters that are merged in place, ``folded`` the tensors that hold them.
+
+    Raises:
+        AdapterError: see :func:`activate`.
+    """
+    owners = dict.fromkeys(folded, "what is merged in place")
+    own = {name: f"{FOLDED}.{name}" for name in folded}
     for adapter in chosen:
+        if adapter.name in merged:
+            raise AdapterError(f"adapter '{adapter.name}' is merged into the weights already; call unmerge(gm) first")
         for name in (*adapter.trained, *adapter.residual):
             if name in owners:
                 raise AdapterError(
-                    f"adapters '{owners[name].name}' and '{adapter.name}' cannot be active together: each has its own "
-                    f"version of '{name}' (modules_to_save, bias, or an initialisation that changes the weight). "
-                    "Activate one of them"
+                    f"adapter '{adapter.name}' cannot be active together with {owners[name]}: each has its own version "
+                    f"of '{name}' (modules_to_save, bias, or an initialisation that changes the weight). Activate "
+                    "one of them"
                 )
-            owners[name] = adapter
-    return owners
+            owners[name] = f"adapter '{adapter.name}'"
+            own[name] = adapter.own_name(name)
+        for site in adapter.sites:
+            if site.weight in folded and VARIANTS[site.variant].scales_rows:
+                raise AdapterError(
+                    f"adapter '{adapter.name}' rescales the rows of '{site.weight}' ({site.variant}), which holds "
+                    f"{', '.join(merged)} merged in place, and would rescale that too. Call unmerge(gm) "
+                    "first; active together, each is relative to the base"
+                )
+    return own
 
 
-def _read_own(gm: CapturedModule, owners: Mapping[str, Adapter]) -> None:
-    """Let the graph read these tensors of the base, under whatever name, from their adapters."""
-    own = {id(get_path(gm, name)): adapter.own_name(name) for name, adapter in owners.items()}
+def _read_own(gm: CapturedModule, own: Mapping[str, str]) -> None:
+    """Let the graph read these tensors of the base, under whatever name, from elsewhere."""
+    by_id = {id(get_path(gm, name)): target for name, target in own.items()}
     for node in gm.graph.nodes:
         target = None
         if node.op == "get_attr":
-            target = own.get(id(get_path(gm, str(node.target))))
-        if node.op == "call_module":  # called whole: the adapter has a copy of the module
-            inside = (a for n, a in owners.items() if n.startswith(f"{node.target}."))
-            target = next((a.own_name(str(node.target)) for a in inside), None)
+            target = by_id.get(id(get_path(gm, str(node.target))))
+        if node.op == "call_module":  # called whole: there is a copy of the module around the other tensors
+            inside = (t.removesuffix(n) + str(node.target) for n, t in own.items() if n.startswith(f"{node.target}."))
+            target = next(inside, None)
         if target is not None:
             annotate(node, base=node.target)
             node.target = target

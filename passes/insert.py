@@ -145,9 +145,7 @@ def _add_shared(gm: CapturedModule, chosen: Sequence[Choice], adapter: Adapter) 
 
 def _copy_trained(gm: CapturedModule, adapter: Adapter) -> None:
     """The adapter's copies of what trains whole; names of one tensor stay names of one tensor."""
-    for node in gm.graph.find_nodes(op="call_module"):
-        if any(name.startswith(f"{node.target}.") for name in adapter.trained):
-            gm.set_submodule(adapter.own_name(str(node.target)), _module_copy(get_path(gm, str(node.target))))
+    copy_called_modules(gm, adapter.own_name(""), adapter.trained)
     copies: dict[int, Tensor] = {}
     kept = gm.state_dict().keys()
     for name in adapter.trained:
@@ -156,6 +154,16 @@ def _copy_trained(gm: CapturedModule, adapter: Adapter) -> None:
             value = old.detach().clone()
             copies[id(old)] = nn.Parameter(value) if isinstance(old, nn.Parameter) else value
         _own(gm, adapter.own_name(name), copies[id(old)], persistent=name in kept)
+
+
+def copy_called_modules(gm: CapturedModule, prefix: str, names: Sequence[str]) -> None:
+    """Copy the modules that the graph calls whole and that hold tensors of these names to below ``prefix``.
+
+    Put there afterwards, other tensors take the place of those of the base in the copies.
+    """
+    for node in gm.graph.find_nodes(op="call_module"):
+        if any(name.startswith(f"{node.target}.") for name in names):
+            gm.set_submodule(f"{prefix}{node.target}", _module_copy(get_path(gm, str(node.target))))
 
 
 def _module_copy(module: nn.Module) -> nn.Module:

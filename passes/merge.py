@@ -35,6 +35,7 @@ from lorafx.graph import (
 )
 from lorafx.ir import (
     ADAPTERS,
+    FOLDED,
     Adapter,
     Site,
     Stage,
@@ -46,7 +47,7 @@ from lorafx.ir import (
     sites,
 )
 from lorafx.ops import LAYERS, fold, updates
-from lorafx.passes.activate import deactivate
+from lorafx.passes.activate import activate, deactivate
 from lorafx.passes.base import Pass, PassResult
 from lorafx.passes.insert import sample
 from lorafx.passes.layers import find_operands, readers
@@ -57,56 +58,87 @@ from lorafx.variants import VARIANTS
 class Merge(Pass):
     """Take all adapters away from a copy of the graph, which no further training of this one changes.
 
-    ``fold=True`` writes the active ones into the weights; ``fold=False`` gives the base back.
+    ``fold=True`` writes into the weights those of ``adapters`` (None: the active ones, and what is merged in
+    place); ``fold=False`` gives the base back.
     """
 
     fold: bool = True
+    adapters: tuple[str, ...] | None = None
 
     name: ClassVar[str] = "merge"
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.INSERTED})
     ensures: ClassVar[Stage] = Stage.MERGED
 
     def run(self, gm: CapturedModule) -> PassResult:
-        layers = active_layers(gm) if self.fold else {}
-        weights = {layer: merged_weight(gm, found) for layer, found in layers.items()}
-        biases = {layer: merged_bias(gm, found) for layer, found in layers.items()}
-        running = active_adapters(gm) if self.fold else ()
         result = share(gm)
+        if self.adapters is not None:
+            forget_folded(result)
+            activate(result, self.adapters)
+        layers = active_layers(result) if self.fold else {}
+        values = folded_tensors(result) if self.fold else {}
         deactivate(result)
-        own = [(n, get_path(result, a.own_name(n))) for a in running for n in a.trained]
         nodes = layer_nodes(result)
-        for name, value in own:
-            rebind(result, get_path(result, name), value.detach().clone())
-        for layer, found in layers.items():
-            _write(result, found[0], nodes[layer], weights[layer])
-            bias = biases[layer]
-            if bias is not None and found[0].bias is not None:
-                rebind(result, get_path(result, found[0].bias), bias)
+        for layer in {found[0].name: found[0] for found in layers.values() if found[0].apart}.values():
+            _write_apart(result, layer, nodes[layer.name], values.pop(layer.name))
+        for name, value in values.items():
+            rebind(result, get_path(result, name), value)  # under every name: ties stay tied
+        forget_folded(result)
         for adapter in adapters(gm).values():
             remove_adapter(result, adapter)
         _freeze(result)
         result.graph.lint()
-        if (text := result.meta.get("captured")) is not None and not any(s.apart for f in layers.values() for s in f):
+        if (text := result.meta.get("captured")) is not None and not any(f[0].apart for f in layers.values()):
             _same_as_captured(text, result)
         return PassResult(result, len(layers))
 
 
-def merge(gm: CapturedModule) -> CapturedModule:
-    """A base-shaped graph whose weights hold the active adapters. ``gm`` is left as it is.
+def merge(gm: CapturedModule, adapters: str | Sequence[str] | None = None) -> CapturedModule:
+    """A base-shaped graph whose weights hold the active adapters, or the ones named. ``gm`` is left as it is.
 
     Each weight is computed in float32 or better (float64 over a float32 base) and rounded once to its
-    dtype. The merged graph prints as the captured one.
+    dtype. The merged graph prints as the captured one. (:func:`lorafx.merge_in_place` merges within ``gm``.)
 
     Raises:
         MergeError: an adapter holds NaN or Inf; names the site.
+        AdapterError: there is no such adapter, or they cannot be active together.
         PassError: the graph has no adapters (any more).
     """
-    return Merge()(gm).gm
+    names = (adapters,) if isinstance(adapters, str) else adapters
+    return Merge(adapters=None if names is None else tuple(names))(gm).gm
 
 
 def unadapted(gm: CapturedModule) -> CapturedModule:
     """The graph as it was captured: no adapters, the base's own weights."""
     return Merge(fold=False)(gm).gm
+
+
+def folded_tensors(gm: CapturedModule) -> dict[str, Tensor]:
+    """The tensors of the base that the active adapters change, as they make them, by name.
+
+    What is merged in place counts as active. The weight of a layer that is to be kept apart from its other
+    uses goes by the layer's name.
+
+    Raises:
+        MergeError: as :func:`merged_weight`.
+    """
+    values = {name: get_path(gm, f"{FOLDED}.{name}").detach().clone() for name in gm.meta.get("folded", ())}
+    for adapter in active_adapters(gm):
+        for name in (*adapter.trained, *adapter.residual):
+            values[name] = get_path(gm, adapter.own_name(name)).detach().clone()
+    for found in active_layers(gm).values():
+        first = found[0]
+        values[first.name if first.apart else first.weight] = merged_weight(gm, found)
+        if first.bias is not None and (bias := merged_bias(gm, found)) is not None:
+            values[first.bias] = bias
+    return values
+
+
+def forget_folded(gm: CapturedModule) -> None:
+    """Drop what is merged in place from a graph without active adapters."""
+    gm.meta["folded"] = gm.meta["merged"] = ()
+    if hasattr(gm, FOLDED):
+        deactivate(gm)
+        delete_path(gm, FOLDED)
 
 
 def merged_weight(gm: CapturedModule, found: Sequence[Site]) -> Tensor:
@@ -155,7 +187,11 @@ def merged_bias(gm: CapturedModule, found: Sequence[Site]) -> Tensor | None:
 def _own_or_base(gm: CapturedModule, name: str) -> Tensor:
     """A tensor of the base as the active adapters have it."""
     owner = next((a for a in active_adapters(gm) if name in (*a.trained, *a.residual)), None)
-    found: Tensor = get_path(gm, name if owner is None else owner.own_name(name))
+    if owner is not None:
+        name = owner.own_name(name)
+    elif name in gm.meta.get("folded", ()):
+        name = f"{FOLDED}.{name}"
+    found: Tensor = get_path(gm, name)
     return found.detach()
 
 
@@ -192,11 +228,8 @@ def merged_state_dict(gm: CapturedModule) -> dict[str, Tensor]:
     return dict(merge(gm).state_dict())
 
 
-def _write(gm: CapturedModule, site: Site, nodes: Sequence[Node], weight: Tensor) -> None:
-    """Store a layer's folded weight; ``nodes`` are its calls in a graph without adapters."""
-    if not site.apart:
-        rebind(gm, get_path(gm, site.weight), weight)  # under every name: ties stay tied
-        return
+def _write_apart(gm: CapturedModule, site: Site, nodes: Sequence[Node], weight: Tensor) -> None:
+    """Store a layer's folded weight for its own calls only; ``nodes`` are these, in a graph without adapters."""
     parameter = nn.Parameter(weight, requires_grad=False)
     mark_own(parameter)
     named = [n for n in gm.graph.find_nodes(op="get_attr") if n.target == site.weight]

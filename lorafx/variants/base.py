@@ -81,6 +81,11 @@ class Variant(Protocol):
         """Whether it adds to the layer's bias, so that the layer must have one."""
         ...
 
+    @property
+    def scales_rows(self) -> bool:
+        """Whether its updates have a gain."""
+        ...
+
     def has_init(self, name: str) -> bool:
         """Whether it knows this value of ``LoraSpec.init``."""
         ...

@@ -27,6 +27,7 @@ class Lora:
     inits: tuple[str, ...] = tuple(INITS)
     options: Mapping[str, Option] = field(default_factory=lambda: NO_OPTIONS)
     shifts_bias: bool = False
+    scales_rows: bool = False
 
     def has_init(self, name: str) -> bool:
         """Whether it is one of ``inits``."""

@@ -38,6 +38,7 @@ class Vera:
     inits: tuple[str, ...] = ("kaiming",)
     options: Mapping[str, Option] = field(default_factory=lambda: _OPTIONS)
     shifts_bias: bool = False
+    scales_rows: bool = False
 
     def has_init(self, name: str) -> bool:
         """Whether it is one of ``inits``."""

@@ -1,0 +1,313 @@
+"""The life of adapters on one graph: add, switch, sum, route by row, disable, rename, delete, merge in place.
+
+An adapter is its tensors and its record in the graph (:class:`lorafx.ir.Adapter`). Switching rewrites the graph
+(:mod:`lorafx.passes.activate`), so adapters that are not active cost nothing but their memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from lorafx.errors import AdapterError, MergeError
+from lorafx.graph import CapturedModule, get_path, mark_own, set_tensor, share
+from lorafx.ir import (
+    ADAPTERS,
+    FOLDED,
+    ROWS,
+    Stage,
+    active_layers,
+    adapters,
+    find_adapter,
+    verify,
+)
+from lorafx.passes.activate import activate, deactivate, own_tensors
+from lorafx.passes.by_row import check_rows
+from lorafx.passes.insert import Insert, copy_called_modules, train_only
+from lorafx.passes.match import match
+from lorafx.passes.merge import folded_tensors, forget_folded, remove_adapter
+from lorafx.passes.merge import merge as merged
+from lorafx.spec import SpecLike, as_specs
+
+#: What PEFT calls no adapter in ``adapter_names``.
+BASE = "__base__"
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What :func:`list_adapters` tells of one adapter; ``parameters`` counts all that trains with it."""
+
+    name: str
+    active: bool
+    merged: bool
+    variants: tuple[str, ...]
+    ranks: tuple[int, ...]
+    sites: int
+    parameters: int
+
+
+def list_adapters(gm: CapturedModule) -> tuple[AdapterInfo, ...]:
+    """The adapters of a graph, in the order in which they were added."""
+    running = gm.meta.get("active", ())
+    return tuple(
+        AdapterInfo(
+            name=adapter.name,
+            active=adapter.name in running,
+            merged=adapter.name in gm.meta.get("merged", ()),
+            variants=tuple(dict.fromkeys(s.variant for s in adapter.sites)),
+            ranks=tuple(sorted({s.r for s in adapter.sites})),
+            sites=len(adapter.sites),
+            parameters=sum(
+                p.numel() for n in adapter.parameter_names if isinstance(p := get_path(gm, n), nn.Parameter)
+            ),
+        )
+        for adapter in adapters(gm).values()
+    )
+
+
+def add_adapter(
+    gm: CapturedModule,
+    spec: SpecLike | Sequence[SpecLike],
+    name: str,
+    *,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Add an adapter to a graph, in place. Which adapters are active does not change: see :func:`set_adapter`.
+
+    Args:
+        gm: a graph from :func:`lorafx.apply` or :func:`lorafx.merge`.
+        spec: as for :func:`lorafx.apply`; the path of an adapter on disk gives its settings, and
+            ``load_adapter(gm, path, name)`` then its weights.
+        name: what to call it; ``apply`` calls the first one ``"default"``.
+        seed, generator: make the initial values reproducible (one of them; None uses torch's global state).
+
+    Raises:
+        AdapterError: the name is taken, or none that a module can have.
+        SpecError, MatchError: as :func:`lorafx.apply`. Nothing is changed.
+    """
+    specs = as_specs(spec)
+    _check_new_name(gm, name)
+    if seed is not None:
+        if generator is not None:
+            raise ValueError("give seed or generator, not both")
+        generator = torch.Generator().manual_seed(seed)
+    bare = share(gm)
+    deactivate(bare)
+    choices = match(bare, specs, name)
+    running, by_row = gm.meta.get("active", ()), gm.meta.get("by_row", False)
+    with torch.inference_mode(False):
+        Insert(choices, specs, generator, name)(gm)
+    _switch(gm, running, by_row)
+    train_only(gm, running)
+
+
+def set_adapter(gm: CapturedModule, names: str | Sequence[str]) -> None:
+    """Make these the active adapters, in place. Several are summed: each adds what it would add alone.
+
+    An adapter's update is always relative to the frozen model, whatever else is active, so that the order means
+    nothing; for DoRA that is ``(m / ||W + s B A||) (W + s B A) - W``. The parameters of the active adapters
+    require gradients, and those of no others.
+
+    Raises:
+        AdapterError: there is no such adapter, one is named twice or merged in place, or two have their own
+            version of one tensor. Nothing is changed.
+    """
+    chosen = _names(names)
+    if not chosen:
+        raise AdapterError("set_adapter needs a name; `with disable_adapters(gm):` runs the model without adapters")
+    _switch(gm, chosen)
+    train_only(gm, chosen)
+
+
+def set_adapter_names(gm: CapturedModule, adapter_names: Sequence[str | None]) -> None:
+    """Send each row of the following batches through an adapter of its own, in one pass over the base weights.
+
+    Args:
+        gm: the graph.
+        adapter_names: for each row of the batch the name of its adapter; None (or PEFT's ``"__base__"``): none.
+            The names stay until they are set again; :func:`set_adapter` ends it. Setting other names of
+            the same adapters does not rewrite the graph.
+
+    Raises:
+        AdapterError: there is no such adapter; one trains tensors of the base (``modules_to_save``, ``bias``) or
+            adapts a bare parameter, which cannot be by row; or a layer's first dimension cannot be told to be
+            the batch. Nothing is changed.
+    """
+    rows = [None if name == BASE else name for name in adapter_names]
+    if not rows:
+        raise AdapterError("adapter_names is empty: give one name (or None) for each row of the batch")
+    chosen = tuple(dict.fromkeys(name for name in rows if name is not None))
+    running = gm.meta.get("active", ())
+    if not gm.meta.get("by_row") or not set(chosen) <= set(running):
+        check_rows(gm, [find_adapter(gm, name) for name in chosen])
+        _switch(gm, chosen, by_row=True)
+        running = chosen
+    index = torch.tensor([-1 if name is None else running.index(name) for name in rows])
+    some = next(iter(gm.parameters()))
+    gm.register_buffer(ROWS, index.to(some.device), persistent=False)
+    mark_own(index)
+
+
+@contextmanager
+def disable_adapters(gm: CapturedModule) -> Iterator[CapturedModule]:
+    """The model without any adapter inside the ``with``; afterwards the same ones are active again."""
+    running, by_row = gm.meta.get("active", ()), gm.meta.get("by_row", False)
+    rows = gm._buffers.get(ROWS)
+    _switch(gm, ())
+    try:
+        yield gm
+    finally:
+        _switch(gm, running, by_row)
+        if rows is not None:
+            gm.register_buffer(ROWS, rows, persistent=False)
+
+
+def delete_adapter(gm: CapturedModule, name: str) -> None:
+    """Remove an adapter and its tensors, in place. If it was active, the others that are stay active.
+
+    Raises:
+        AdapterError: there is no such adapter, or it is merged in place.
+    """
+    adapter = find_adapter(gm, name)
+    _refuse_merged(gm, name)
+    running = tuple(n for n in gm.meta.get("active", ()) if n != name)
+    deactivate(gm)
+    remove_adapter(gm, adapter)
+    if not adapters(gm):
+        gm.meta["stage"] = Stage.CAPTURED
+    _switch(gm, running)
+
+
+def rename_adapter(gm: CapturedModule, name: str, new: str) -> None:
+    """Give an adapter another name, in place; its parameters stay the same objects, for optimizers that hold them.
+
+    Raises:
+        AdapterError: there is no such adapter, it is merged in place, or the new name is taken.
+    """
+    old = find_adapter(gm, name)
+    _refuse_merged(gm, name)
+    _check_new_name(gm, new)
+    running, by_row = gm.meta.get("active", ()), gm.meta.get("by_row", False)
+    deactivate(gm)
+    renamed = replace(old, name=new, sites=tuple(replace(s, adapter=new) for s in old.sites))
+    moved = {
+        s.parameter_name(p): t.parameter_name(p)
+        for s, t in zip(old.sites, renamed.sites, strict=True)
+        for p in s.parameter_names
+    }
+    for before, after in moved.items():
+        set_tensor(gm, after, get_path(gm, before))
+        holder, _, leaf = before.rpartition(".")
+        delattr(get_path(gm, holder), leaf)
+    held = gm._modules.get(ADAPTERS)
+    if held is not None and name in held._modules:
+        held.add_module(new, held._modules.pop(name))
+    gm.meta["adapters"] = {(new if n == name else n): (renamed if n == name else a) for n, a in adapters(gm).items()}
+    _switch(gm, tuple(new if n == name else n for n in running), by_row)
+
+
+def merge(gm: CapturedModule, adapters: str | Sequence[str] | None = None, *, inplace: bool = False) -> CapturedModule:
+    """Fold adapters (None: the active ones) into the weights.
+
+    Each weight is computed in float32 or better (float64 over a float32 base) and rounded once to its dtype.
+
+    Args:
+        gm: the graph.
+        adapters: which ones; None: those that are active, and what is merged in place already.
+        inplace: False makes a base-shaped graph without any adapters, which prints as the captured one, and leaves
+            ``gm`` as it is. True lets ``gm`` itself compute with the merged weights. The base's own weights, which
+            the user's model shares, are kept: :func:`unmerge` goes back to them, bit for bit. Active adapters
+            that are not merged stay active on top.
+
+    Returns:
+        The merged graph; with ``inplace``, ``gm``.
+
+    Raises:
+        MergeError: an adapter is merged in place already, holds NaN or Inf (the site is named), or with ``inplace``
+            has a weight to be kept apart from another use.
+        AdapterError: there is no such adapter, or they cannot be active together.
+        PassError: the graph has no adapters (any more). Nothing is changed.
+    """
+    if not inplace:
+        return merged(gm, None if adapters is None else _names(adapters))
+    chosen = tuple(gm.meta.get("active", ())) if adapters is None else _names(adapters)
+    if not chosen:
+        raise MergeError("no adapter is active, so there is nothing to merge: name one, or call set_adapter first")
+    there = gm.meta.get("merged", ())
+    if twice := [name for name in chosen if name in there]:
+        raise MergeError(f"adapter '{twice[0]}' is merged in place already; unmerge(gm) takes it out again")
+    _fold(gm, (*there, *chosen), tuple(n for n in gm.meta.get("active", ()) if n not in chosen))
+    return gm
+
+
+def unmerge(gm: CapturedModule, names: str | Sequence[str] | None = None) -> None:
+    """Take adapters (None: all) out of the weights again; they are active afterwards, beside those that are.
+
+    Raises:
+        MergeError: one is not merged.
+    """
+    merged = tuple(gm.meta.get("merged", ()))
+    chosen = merged if names is None else _names(names)
+    if not merged or not set(chosen) <= set(merged):
+        which = next((n for n in chosen if n not in merged), "none")
+        raise MergeError(f"adapter '{which}' is not merged in place; merged are: {', '.join(merged) or 'none'}")
+    _fold(gm, tuple(n for n in merged if n not in chosen), (*chosen, *gm.meta.get("active", ())))
+
+
+def _fold(gm: CapturedModule, merged: tuple[str, ...], running: tuple[str, ...]) -> None:
+    """Make these the adapters that are merged in place and these the active ones; or raise and change nothing."""
+    work = share(gm)
+    forget_folded(work)
+    activate(work, merged)
+    apart = [found[0].name for found in active_layers(work).values() if found[0].apart]
+    if apart:
+        raise MergeError(
+            f"site '{apart[0]}': its weight has another use and is kept apart (tied=\"untie\"), so it cannot be merged "
+            "in place; merge(gm) makes a graph with a weight of its own for it"
+        )
+    values = folded_tensors(work)
+    own_tensors([find_adapter(gm, name) for name in running], merged, values)  # raises before anything is changed
+    deactivate(gm)
+    forget_folded(gm)
+    copy_called_modules(gm, f"{FOLDED}.", tuple(values))
+    for name, value in values.items():
+        tensor = nn.Parameter(value, requires_grad=False) if isinstance(get_path(gm, name), nn.Parameter) else value
+        mark_own(tensor)
+        set_tensor(gm, f"{FOLDED}.{name}", tensor)
+    gm.meta["merged"], gm.meta["folded"] = merged, tuple(values)
+    _switch(gm, running)
+
+
+def _switch(gm: CapturedModule, names: tuple[str, ...], by_row: bool = False) -> None:
+    activate(gm, names, by_row)
+    if not by_row and ROWS in gm._buffers:
+        delattr(gm, ROWS)
+    gm.recompile()
+    verify(gm, Stage.INSERTED if adapters(gm) else Stage.CAPTURED)
+
+
+def _names(names: str | Sequence[str]) -> tuple[str, ...]:
+    chosen = (names,) if isinstance(names, str) else tuple(names)
+    if twice := [name for i, name in enumerate(chosen) if name in chosen[:i]]:
+        raise AdapterError(f"adapter '{twice[0]}' is named twice; each counts once")
+    return chosen
+
+
+def _check_new_name(gm: CapturedModule, name: str) -> None:
+    if not isinstance(name, str) or re.fullmatch(r"[\w-]+", name) is None or name == BASE:
+        raise AdapterError(f"{name!r} cannot be an adapter's name: use letters, digits, '_' and '-'")
+    if name in adapters(gm):
+        raise AdapterError(
+            f"there is an adapter '{name}' already; delete_adapter(gm, '{name}') removes it, or take another name"
+        )
+
+
+def _refuse_merged(gm: CapturedModule, name: str) -> None:
+    if name in gm.meta.get("merged", ()):
+        raise AdapterError(f"adapter '{name}' is merged into the weights; call unmerge(gm, '{name}') first")
