@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lorafx.errors import AdapterError, MergeError
-from lorafx.graph import CapturedModule, get_path, mark_own, set_tensor, share
+from lorafx.graph import CapturedModule, delete_path, get_path, mark_own, set_tensor, share
 from lorafx.ir import (
     ADAPTERS,
     FOLDED,
@@ -144,14 +144,16 @@ def set_adapter_names(gm: CapturedModule, adapter_names: Sequence[str | None]) -
         raise AdapterError("adapter_names is empty: give one name (or None) for each row of the batch")
     chosen = tuple(dict.fromkeys(name for name in rows if name is not None))
     running = gm.meta.get("active", ())
-    if not gm.meta.get("by_row") or not set(chosen) <= set(running):
+    same = gm.meta.get("by_row", False) and set(chosen) <= set(running)
+    if not same:
         check_rows(gm, [find_adapter(gm, name) for name in chosen])
-        _switch(gm, chosen, by_row=True)
         running = chosen
     index = torch.tensor([-1 if name is None else running.index(name) for name in rows])
-    some = next(iter(gm.parameters()))
-    gm.register_buffer(ROWS, index.to(some.device), persistent=False)
+    index = index.to(next(iter(gm.parameters())).device)
     mark_own(index)
+    gm.register_buffer(ROWS, index, persistent=False)
+    if not same:
+        _switch(gm, running, by_row=True)
 
 
 @contextmanager
@@ -163,9 +165,9 @@ def disable_adapters(gm: CapturedModule) -> Iterator[CapturedModule]:
     try:
         yield gm
     finally:
-        _switch(gm, running, by_row)
         if rows is not None:
             gm.register_buffer(ROWS, rows, persistent=False)
+        _switch(gm, running, by_row)
 
 
 def delete_adapter(gm: CapturedModule, name: str) -> None:
@@ -196,15 +198,10 @@ def rename_adapter(gm: CapturedModule, name: str, new: str) -> None:
     running, by_row = gm.meta.get("active", ()), gm.meta.get("by_row", False)
     deactivate(gm)
     renamed = replace(old, name=new, sites=tuple(replace(s, adapter=new) for s in old.sites))
-    moved = {
-        s.parameter_name(p): t.parameter_name(p)
-        for s, t in zip(old.sites, renamed.sites, strict=True)
-        for p in s.parameter_names
-    }
-    for before, after in moved.items():
-        set_tensor(gm, after, get_path(gm, before))
-        holder, _, leaf = before.rpartition(".")
-        delattr(get_path(gm, holder), leaf)
+    for before, after in zip(old.sites, renamed.sites, strict=True):
+        for parameter, path in before.parameter_names.items():
+            set_tensor(gm, after.parameter_name(parameter), get_path(gm, path))
+            delete_path(gm, path)
     held = gm._modules.get(ADAPTERS)
     if held is not None and name in held._modules:
         held.add_module(new, held._modules.pop(name))

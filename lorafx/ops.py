@@ -113,6 +113,10 @@ def adapted(layer: Layer, *arguments: Any) -> Tensor:
         if update.shift is not None:
             branch = branch + along_out(update.shift)
         if rows is not None:
+            torch._check(
+                base.shape[0] % rows.shape[0] == 0,
+                lambda: f"adapter_names has {rows.shape[0]} names, and the batch another number of rows ({base.shape[0]})",
+            )
             mine = (rows == index).repeat_interleave(base.shape[0] // rows.shape[0])
             branch = branch * mine.reshape(-1, *[1] * (base.dim() - 1))
         total = total + branch

@@ -7,7 +7,7 @@ What trains beside them is a copy: of ``modules_to_save`` and of the biases aske
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -70,6 +70,16 @@ class Insert(Pass):
         train_only(gm, (self.adapter,))
         skipped = tuple((c.candidate.name, c.reason) for c in self.choices if c.site is None)
         return PassResult(gm, len(chosen), skipped)
+
+
+def put_adapter(gm: CapturedModule, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
+    """Add an adapter, not active, with these values of its sites' parameters (by state dict name), in place.
+
+    For layers that some adapter of the graph adapts already; shapes and names are the caller's to get right.
+    """
+    for name, value in tensors.items():
+        _own(gm, name, nn.Parameter(value, requires_grad=False))
+    gm.meta["adapters"] = {**adapters(gm), adapter.name: adapter}
 
 
 def train_only(gm: CapturedModule, names: Sequence[str]) -> None:

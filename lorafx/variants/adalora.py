@@ -47,6 +47,10 @@ class AdaLora:
         """Whether it is one of ``inits``."""
         return name in self.inits
 
+    def misfit(self, init: str, kind: str, shape: tuple[int, ...], r: int, shared: bool) -> str | None:
+        """Nothing: any layer will do."""
+        return None
+
     def default_alpha(self, r: int) -> float:
         """16, whatever r is."""
         return 16

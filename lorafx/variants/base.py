@@ -34,7 +34,10 @@ class Update:
 
 @dataclass(frozen=True)
 class Start:
-    """First values: of the parameters, and of the base weight where the initialisation changes that too."""
+    """First values: of the parameters, and of the base weight where the initialisation changes that too.
+
+    ``base [out, in]`` has the weight's dtype and memory layout.
+    """
 
     parameters: dict[str, Tensor]
     base: Tensor | None = None
@@ -88,6 +91,13 @@ class Variant(Protocol):
 
     def has_init(self, name: str) -> bool:
         """Whether it knows this value of ``LoraSpec.init``."""
+        ...
+
+    def misfit(self, init: str, kind: str, shape: tuple[int, ...], r: int, shared: bool) -> str | None:
+        """Why it cannot start by ``init`` at a layer of this kind, weight and rank, and what to do; None if it can.
+
+        ``shared`` says that the weight has another use, which a start that changes the weight would change too.
+        """
         ...
 
     def default_alpha(self, r: int) -> float:

@@ -1,12 +1,15 @@
 """First values of the factors ``A [r, in]`` and ``B [out, r]``: one function and one line in ``INITS`` each.
 
-Those that start from the weight itself return the base that is left, ``W - s B A``, so that the layer's
-output is unchanged. Values are drawn on the CPU in float32: a seed means the same on every device.
+Random ones leave ``B A = 0``. Those that take their factors from the weight itself, or from gradients, start at
+``B A != 0``; the adapter then keeps a base of its own, ``W - s B A`` (:func:`less`), so that the layer's output is
+unchanged but for one rounding of the weight. Random numbers are drawn on the CPU in float32: a seed means the
+same on every device.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,17 +19,55 @@ from torch import Tensor, nn
 
 from lorafx.variants.base import StartRequest
 
+Factors = tuple[Tensor, Tensor]
+"""A and B in float32 or better."""
+
 
 @dataclass(frozen=True)
-class Factors:
-    """A and B in float32 or better, and the base that goes with them where it is not the weight itself."""
+class Init:
+    """A way to start, and where it can.
 
-    a: Tensor
-    b: Tensor
-    base: Tensor | None = None
+    ``changes_base`` says that ``B A`` is not zero, so that the base becomes ``W - s B A``. One that goes
+    ``by_data`` starts as kaiming does until :func:`lorafx.initialize` has seen some. ``largest_rank(out, in)`` and
+    ``kinds`` limit the ranks and the kinds of layers (None: any); ``even`` asks for an even rank.
+    """
+
+    factors: Callable[[StartRequest], Factors]
+    changes_base: bool = False
+    by_data: bool = False
+    largest_rank: Callable[[int, int], int] | None = None
+    kinds: tuple[str, ...] | None = None
+    even: bool = False
+
+    def misfit(self, name: str, kind: str, shape: tuple[int, ...], r: int, shared: bool) -> str | None:
+        """Why it cannot start a layer of this kind, and what to do; None if it can.
+
+        ``shape`` is the weight's, ``[..., out, in]``; ``shared`` says that the weight has another use.
+        """
+        largest = None if self.largest_rank is None else self.largest_rank(shape[-2], shape[-1])
+        if largest is not None and r > largest:
+            return (
+                f"init={name!r} has at most r={largest} for a weight of {shape[-2]} x {shape[-1]}, not r={r}: lower "
+                "its rank (rank_pattern), or start it otherwise (a spec of its own)"
+            )
+        if self.even and r % 2:
+            return f"init={name!r} splits the rank in two halves, and r={r} is odd: take an even one"
+        if self.kinds is not None and kind not in self.kinds:
+            return (
+                f"init={name!r} looks at the activations that a linear layer multiplies, and this is of kind {kind!r}: "
+                "leave it out (exclude_modules), or give it a spec of its own that starts otherwise"
+            )
+        if self.changes_base and shared:
+            return (
+                f"init={name!r} takes a part of the weight away, and the weight is also used elsewhere: start this "
+                "layer otherwise (a spec of its own), or leave it out (exclude_modules)"
+            )
+        return None
 
 
-Init = Callable[[StartRequest], Factors]
+def less(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """``W - s B A``, computed in float64 and rounded once, in the dtype and memory layout of ``W [..., out, in]``."""
+    return torch.empty_like(weight).copy_(weight.double() - scaling * (b.double() @ a.double()))
 
 
 def _one_random(request: StartRequest, fill: Callable[[Tensor], Tensor]) -> Factors:
@@ -38,7 +79,7 @@ def _one_random(request: StartRequest, fill: Callable[[Tensor], Tensor]) -> Fact
     drawn, zero = (b, a) if request.sparse else (a, b)
     fill(drawn)
     zero.zero_()
-    return Factors(a, b)
+    return a, b
 
 
 def kaiming(request: StartRequest) -> Factors:
@@ -53,5 +94,93 @@ def gaussian(request: StartRequest) -> Factors:
     return _one_random(request, lambda t: nn.init.normal_(t, std=1.0 / request.r, generator=request.generator))
 
 
+def orthogonal(request: StartRequest) -> Factors:
+    """A and B random, and orthogonal to each other: the rank's directions are dealt out between them.
+
+    PEFT's ``"orthogonal"`` (datta0.github.io/posts/rethink-lora-init), drawn in its order. ``B A`` is zero
+    in exact arithmetic; as stored, each of its elements is within about ``eps / 100`` of it, ``eps`` the adapter's.
+    """
+    out_features, in_features = request.weight.shape
+    half = request.r // 2
+
+    def draw(*shape: int) -> Tensor:
+        if request.weight.is_meta:
+            return torch.empty(shape, dtype=torch.float32, device="meta")
+        return torch.randn(shape, dtype=torch.float32, generator=request.generator)
+
+    basis, _ = torch.linalg.qr(draw(request.r, request.r))
+    a = (draw(in_features, half) @ basis[0::2]).t() / 10
+    b = draw(half, out_features).t() @ basis[1::2] / 10
+    return a.contiguous(), b.contiguous()
+
+
+def pissa(request: StartRequest, iterations: int | None = None) -> Factors:
+    """The r largest singular values and their vectors: ``s B A = U S V`` (arXiv 2404.02948, eq. 2 and 3).
+
+    With ``iterations`` the decomposition is :func:`leading_singular`'s, which is faster and a little off; the base
+    that is left makes up for it.
+    """
+    weight = _wide(request.weight)
+    if iterations is None:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+    else:
+        u, s, vh = leading_singular(weight, request.r, iterations, request.generator)
+    root = (s[: request.r] / request.scaling).sqrt()
+    return root.unsqueeze(1) * vh[: request.r], u[:, : request.r] * root
+
+
+def olora(request: StartRequest) -> Factors:
+    """B the first r columns of Q and A the first r rows of R, for ``W = Q R`` (arXiv 2406.01775, algorithm 1)."""
+    q, r = torch.linalg.qr(_wide(request.weight))
+    return r[: request.r].contiguous(), q[:, : request.r].contiguous()
+
+
+def leading_singular(
+    matrix: Tensor, count: int, iterations: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The ``count`` largest singular triplets ``U [m, count]``, ``S [count]``, ``Vh [count, n]`` of a matrix.
+
+    By subspace iteration from random directions, of which there are twice as many as are asked for and 8 more
+    (arXiv 0909.4061, algorithm 4.4); exactly, where that would be as much work.
+    """
+    sampled = 2 * count + 8
+    if sampled >= min(matrix.shape):
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return u[:, :count], s[:count], vh[:count]
+    drawn_on = "meta" if matrix.is_meta else "cpu"
+    directions = torch.randn((matrix.shape[1], sampled), device=drawn_on, generator=generator).to(matrix)
+    basis, _ = torch.linalg.qr(matrix @ directions)
+    for _ in range(iterations):
+        basis, _ = torch.linalg.qr(matrix.mT @ basis)
+        basis, _ = torch.linalg.qr(matrix @ basis)
+    u, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    return basis @ u[:, :count], s[:count], vh[:count]
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
 #: By the name that ``LoraSpec.init`` selects it by.
-INITS: Mapping[str, Init] = MappingProxyType({"kaiming": kaiming, "gaussian": gaussian})
+INITS: Mapping[str, Init] = MappingProxyType(
+    {
+        "kaiming": Init(kaiming),
+        "gaussian": Init(gaussian),
+        "orthogonal": Init(orthogonal, even=True),
+        "pissa": Init(pissa, changes_base=True, largest_rank=min),
+        "olora": Init(olora, changes_base=True, largest_rank=min),
+        "eva": Init(kaiming, by_data=True, largest_rank=lambda m, n: n, kinds=("linear", "addmm")),
+        "lora_ga": Init(kaiming, by_data=True, changes_base=True, largest_rank=lambda m, n: min(m, n) // 2),
+    }
+)
+
+#: The names above, and one of the family ``pissa_niter_<number of iterations>``.
+NAMES = (*INITS, "pissa_niter_16")
+
+
+def find_init(name: str) -> Init | None:
+    """The initialisation with this name; None if there is none."""
+    if found := re.fullmatch(r"pissa_niter_(\d+)", name):
+        iterations = int(found[1])
+        return Init(lambda request: pissa(request, iterations), changes_base=True, largest_rank=min)
+    return INITS.get(name)

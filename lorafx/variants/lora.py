@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lorafx.variants.base import Option, Start, StartRequest, Update
-from lorafx.variants.inits import INITS
+from lorafx.variants.inits import NAMES, find_init, less
 
 NO_OPTIONS: Mapping[str, Option] = MappingProxyType({})
 
@@ -24,14 +24,19 @@ class Lora:
     name: str = "lora"
     parameters: tuple[str, ...] = ("lora_A", "lora_B")
     shared: tuple[str, ...] = ()
-    inits: tuple[str, ...] = tuple(INITS)
+    inits: tuple[str, ...] = NAMES
     options: Mapping[str, Option] = field(default_factory=lambda: NO_OPTIONS)
     shifts_bias: bool = False
     scales_rows: bool = False
 
     def has_init(self, name: str) -> bool:
-        """Whether it is one of ``inits``."""
-        return name in self.inits
+        """Whether it is one of ``inits``, or another number of iterations of the fast PiSSA."""
+        return find_init(name) is not None
+
+    def misfit(self, init: str, kind: str, shape: tuple[int, ...], r: int, shared: bool) -> str | None:
+        """What the initialisation has against it."""
+        found = find_init(init)
+        return None if found is None else found.misfit(init, kind, shape, r, shared)
 
     def default_alpha(self, r: int) -> float:
         """16, whatever r is."""
@@ -52,11 +57,13 @@ class Lora:
         return {}
 
     def start(self, request: StartRequest) -> Start:
-        """The factors of the initialisation asked for, rounded to the adapter's dtype."""
-        factors = INITS[request.init](request)
-        device, dtype = request.weight.device, request.dtype
-        parameters = {"lora_A": factors.a, "lora_B": factors.b}
-        return Start({n: t.to(device=device, dtype=dtype) for n, t in parameters.items()}, factors.base)
+        """The factors of the initialisation asked for, rounded to the adapter's dtype, and what they leave."""
+        init = find_init(request.init)
+        assert init is not None
+        a, b = (t.to(device=request.weight.device, dtype=request.dtype) for t in init.factors(request))
+        taken = init.changes_base and not init.by_data
+        base = less(request.weight, a, b, request.scaling) if taken else None
+        return Start({"lora_A": a, "lora_B": b}, base)
 
     def update(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Update:
         """``left = s B``, ``right = A``."""

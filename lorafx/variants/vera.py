@@ -44,6 +44,10 @@ class Vera:
         """Whether it is one of ``inits``."""
         return name in self.inits
 
+    def misfit(self, init: str, kind: str, shape: tuple[int, ...], r: int, shared: bool) -> str | None:
+        """Nothing: any layer will do."""
+        return None
+
     def default_alpha(self, r: int) -> float:
         """r, so that there is no scaling, as in the paper."""
         return r
