@@ -198,11 +198,17 @@ def dtype_name(choices: tuple[str, ...]) -> Check[str | None]:
     return check
 
 
-def _compiles(where: str, regex: str, value: object) -> None:
+def _compiles(where: str, text: str, value: object) -> None:
     try:
-        re.compile(regex)
+        re.compile(text)
     except re.error as error:
         raise refusal(where, value, f"expected a regular expression, and this is none ({error})") from error
+
+
+def regex(where: str, value: Any) -> str:
+    """A regular expression."""
+    _compiles(where, word(where, value), value)
+    return str(value)
 
 
 def names(where: str, value: Any) -> tuple[str, ...]:
@@ -220,6 +226,25 @@ def regex_or_names(where: str, value: Any) -> str | tuple[str, ...]:
         _compiles(where, value, value)
         return value
     return tuple(sorted(names(where, value)))
+
+
+def rows(where: str, value: Any) -> tuple[int, ...]:
+    """Numbers of rows in the order given, none twice."""
+    if not isinstance(value, (Sequence, Set)) or isinstance(value, (str, bytes)):
+        raise refusal(where, value, "expected a list of row numbers")
+    found = tuple(count(where, row) for row in value)
+    if len(set(found)) < len(found):
+        raise refusal(where, value, "a row stands in it twice")
+    return found
+
+
+def token_indices(where: str, value: Any) -> tuple[int, ...] | FrozenDict[tuple[int, ...]]:
+    """Rows of the input embedding, or a mapping from names of embeddings to rows of each."""
+    if not isinstance(value, Mapping):
+        return rows(where, value)
+    if not all(isinstance(name, str) and name for name in value):
+        raise refusal(where, value, "expected a mapping from names of embeddings to lists of row numbers")
+    return FrozenDict({name: rows(f"{where}[{name!r}]", item) for name, item in value.items()}) or ()
 
 
 def pattern_regex(key: str) -> str:

@@ -34,13 +34,16 @@ ROOT_MODE = "_mode"
 class Scope(nn.Module):
     """A module of the original as the graph sees it: a holder of parameters, buffers and a mode.
 
-    ``origin`` is the original's class, ``linear`` whether that is a layer and not just code that calls one.
+    ``origin`` is the original's class. ``kind`` says what sort of layer that is, if it matters to what is adapted:
+    ``"linear"``, ``"attention"`` (nn.MultiheadAttention) or ``"transposed convolution"``. ``is_transposed`` (so
+    called by transformers and PEFT) says that its stacks of weights are ``[experts, in, out]``.
     """
 
-    def __init__(self, origin: str = "", linear: bool = False) -> None:
+    def __init__(self, origin: str = "", kind: str = "", is_transposed: bool = False) -> None:
         super().__init__()
         self.origin = origin
-        self.linear = linear
+        self.kind = kind
+        self.is_transposed = is_transposed
 
     def extra_repr(self) -> str:
         return self.origin

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from lorafx.checks import did_you_mean
 from lorafx.errors import AdapterError, PassError, VerifyError
 from lorafx.graph import ROOT_MODE, CapturedModule, get_path, notes
-from lorafx.ops import ADAPTED, STORAGE, adapted_weight
+from lorafx.ops import ADAPTED, LAYERS, STORAGE, SWAPPED, adapted_weight
 from lorafx.spec import LoraSpec
 from lorafx.variants import VARIANTS
 
@@ -47,9 +48,9 @@ class Site:
 
     ``name`` is the layer's dotted path (or the parameter's, for a bare parameter), ``path`` the module path that
     holds its adapters, ``weight``/``bias`` the names of the base tensors, ``kind`` the operator or the way the
-    parameter is stored (:data:`lorafx.ops.STORAGE`), ``shape`` the weight's as a matrix, ``[out, in]`` or
+    parameter is stored (:data:`lorafx.ops.STORAGE`), ``shape`` the matrix's that it adapts, ``[out, in]`` or
     ``[experts, out, in]``. ``apart`` says that the weight is used elsewhere too, so that a fold must write a
-    weight of its own.
+    weight of its own; ``rows`` that the matrix is only these rows of the weight's (None: all of them).
     """
 
     name: str
@@ -65,6 +66,17 @@ class Site:
     scaling: float
     dropout: float
     apart: bool = False
+    rows: range | tuple[int, ...] | None = None
+
+    @property
+    def layer(self) -> str:
+        """What the sites of several adapters have in common that adapt the same: a layer, or a bare parameter."""
+        return self.name if self.kind in LAYERS else f"{self.weight} ({self.kind})"
+
+    @property
+    def index_name(self) -> str:
+        """Where the graph holds the indices of ``rows``."""
+        return f"{ADAPTERS}.{self.adapter}.{ROWS}.{self.name}"
 
     @property
     def in_features(self) -> int:
@@ -79,15 +91,23 @@ class Site:
     @property
     def transposed(self) -> bool:
         """Whether the weight is stored ``[in, out]`` (GPT-2's Conv1D, an embedding)."""
-        return self.kind in ("addmm", "embedding", "parameter_t")
+        return STORAGE[self.kind] is SWAPPED
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The stored weight as ``[..., out, in]``."""
-        return STORAGE[self.kind].matrix(weight)
+        """What the site adapts of a stored weight, as ``[..., out, in]``."""
+        matrix = STORAGE[self.kind].matrix(weight)
+        return matrix if self.rows is None else matrix.index_select(-2, self.index(weight))
 
     def store(self, matrix: Tensor, like: Tensor) -> Tensor:
-        """A matrix in the layout, shape and dtype of a stored weight."""
-        return STORAGE[self.kind].stored(matrix, like.shape).to(like.dtype)
+        """A matrix in the layout, shape and dtype of a stored weight; with ``rows``, the others are those of ``like``."""
+        storage = STORAGE[self.kind]
+        if self.rows is not None:
+            matrix = storage.matrix(like).to(matrix.dtype).index_copy(-2, self.index(like), matrix)
+        return storage.stored(matrix, like.shape).to(like.dtype)
+
+    def index(self, like: Tensor) -> Tensor:
+        """``rows`` as a tensor, on the device of another."""
+        return torch.tensor(list(self.rows or ()), device=like.device)
 
     def parameter_name(self, parameter: str) -> str:
         """The name in the state dict of one of the variant's parameters."""
@@ -200,11 +220,11 @@ def sites(gm: CapturedModule) -> tuple[Site, ...]:
 
 
 def active_layers(gm: CapturedModule) -> dict[str, list[Site]]:
-    """The sites that have nodes, by layer: those of active adapters with a rank."""
+    """The sites that have nodes, by :attr:`Site.layer`: those of active adapters with a rank."""
     layers: dict[str, list[Site]] = {}
     for site in sites(gm):
         if site.r > 0:
-            layers.setdefault(site.name, []).append(site)
+            layers.setdefault(site.layer, []).append(site)
     return layers
 
 

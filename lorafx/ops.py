@@ -13,7 +13,7 @@ are operators of their own with the same schema; lowering exchanges one for the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -80,9 +80,9 @@ class Layer:
 
 
 def updates(
-    weight: Tensor, tensors: Sequence[Tensor], variants: Sequence[str], scaling: Sequence[float]
+    weight: Tensor, tensors: Iterable[Tensor], variants: Sequence[str], scaling: Sequence[float]
 ) -> Iterator[Update]:
-    """The update of each adapter of a matrix, from the operator's arguments."""
+    """The update of each adapter of a matrix, from the operator's arguments; takes of an iterator what is theirs."""
     remaining = iter(tensors)
     for name, scale in zip(variants, scaling, strict=True):
         variant = VARIANTS[name]
@@ -107,18 +107,18 @@ def adapted(layer: Layer, *arguments: Any) -> Tensor:
         dropped = F.dropout(x, dropout[index], training) if dropout[index] > 0.0 else x
         branch = layer.low_rank(own, dropped, update)
         if update.gain is not None:
-            plain = base if bias is None else base - along_out(bias)
+            plain = base if bias is None else base - (along_out(bias) if bias.dim() < 2 else bias)
             gain = along_out(update.gain)
             branch = gain * branch + (gain - 1) * plain
         if update.shift is not None:
             branch = branch + along_out(update.shift)
         if rows is not None:
-            torch._check(
+            torch._check(  # type: ignore[no-untyped-call]
                 base.shape[0] % rows.shape[0] == 0,
-                lambda: f"adapter_names has {rows.shape[0]} names, and the batch another number of rows ({base.shape[0]})",
+                lambda: f"adapter_names has {rows.shape[0]} names, and the batch another size ({base.shape[0]})",
             )
             mine = (rows == index).repeat_interleave(base.shape[0] // rows.shape[0])
-            branch = branch * mine.reshape(-1, *[1] * (base.dim() - 1))
+            branch = torch.where(mine.reshape(-1, *[1] * (base.dim() - 1)), branch, 0.0)
         total = total + branch
     return total.to(base.dtype)
 
@@ -183,38 +183,66 @@ ADAPTED: Mapping[str, OpOverload] = MappingProxyType(
 )
 
 
+#: How bare parameters are stored, which are adapted wherever they are read: as ``[..., out, in]``, transposed, or as
+#: a convolution's ``[out, in / groups, *kernel]``.
+PARAMETERS: Mapping[str, Storage] = MappingProxyType(
+    {"parameter": PLAIN, "parameter_t": SWAPPED, "parameter_flat": FLAT}
+)
+
+#: How the weight of each kind of site is stored.
+STORAGE: Mapping[str, Storage] = MappingProxyType(
+    {**{name: layer.storage for name, layer in LAYERS.items()}, **PARAMETERS}
+)
+
+
 def adapted_weight_reference(
-    weight: Tensor, tensors: Sequence[Tensor], variants: Sequence[str], scaling: Sequence[float], transposed: bool
+    weight: Tensor,
+    tensors: Sequence[Tensor],
+    variants: Sequence[str],
+    scaling: Sequence[float],
+    kind: str,
+    rows: Sequence[Tensor | None],
 ) -> Tensor:
-    """A parameter with its updates folded in, for code that is none of the layers: ``W + sum (fold(W) - W)``.
+    """A parameter with its updates folded in, for code that is none of the layers.
 
     Args:
-        weight: ``[..., out, in]``, or ``[..., in, out]`` if ``transposed``; a stack of them for experts.
+        weight: as :data:`PARAMETERS` says for its ``kind``; a stack of matrices for experts.
         tensors, variants, scaling: as in the layers' twins.
+        rows: as in :func:`fold`.
     """
-    matrix = weight.mT if transposed else weight
-    found = updates(matrix, tensors, variants, scaling)
-    folded = fold(matrix, found).to(weight.dtype)
-    return folded.mT if transposed else folded
+    storage = PARAMETERS[kind]
+    folded = fold(storage.matrix(weight), tensors, variants, scaling, rows)
+    return storage.stored(folded, weight.shape).to(weight.dtype)
 
 
-def fold(matrix: Tensor, found: Iterator[Update] | Sequence[Update]) -> Tensor:
-    """``W + sum over the updates of (W' - W)``, in the dtype that the operands promote to."""
+def fold(
+    matrix: Tensor,
+    tensors: Sequence[Tensor],
+    variants: Sequence[str],
+    scaling: Sequence[float],
+    rows: Sequence[Tensor | None],
+) -> Tensor:
+    """``W + sum over the adapters of (W' - W)``, in the dtype that the operands promote to.
+
+    ``rows`` has for each adapter the indices (int64, no two equal) of those rows of ``matrix [..., out, in]`` that
+    it adapts, or None: all of them.
+    """
     total = matrix
-    for update in found:
-        total = (
-            total + (update.fold(matrix) - matrix) if update.gain is not None else total + update.left @ update.right
-        )
+    remaining = iter(tensors)
+    for name, scale, mine in zip(variants, scaling, rows, strict=True):
+        part = matrix if mine is None else matrix.index_select(-2, mine)
+        for update in updates(part, remaining, [name], [scale]):
+            change = update.left @ update.right if update.gain is None else update.fold(part) - part
+            if mine is None:
+                total = total + change
+            else:
+                wide = torch.promote_types(total.dtype, change.dtype)
+                total = total.to(wide).index_add(-2, mine, change.to(wide))
     return total
 
 
-#: How the weight of each kind of site is stored. ``parameter`` is a bare parameter, ``parameter_t`` a transposed one.
-STORAGE: Mapping[str, Storage] = MappingProxyType(
-    {**{name: layer.storage for name, layer in LAYERS.items()}, "parameter": PLAIN, "parameter_t": SWAPPED}
-)
-
 adapted_weight = define_op(
     "weight",
-    "(Tensor weight, Tensor[] tensors, str[] variants, float[] scaling, bool transposed) -> Tensor",
+    "(Tensor weight, Tensor[] tensors, str[] variants, float[] scaling, str kind, Tensor?[] rows) -> Tensor",
     adapted_weight_reference,
 )

@@ -22,7 +22,7 @@ import torch
 from lorafx import checks
 from lorafx.errors import SpecError
 from lorafx.peft_config import HEADS_OF_TASK, METADATA, fields_from_peft, peft_from_fields
-from lorafx.variants import VARIANTS
+from lorafx.variants import SELECTABLE, VARIANTS
 
 ALL_LINEAR = "all-linear"
 PEFT_CONFIG_NAME = "adapter_config.json"
@@ -58,17 +58,20 @@ class LoraSpec:
             every Linear but the output layer.
         target_parameters: parameters to adapt wherever they are used, by name or dotted suffix: stacks of expert
             weights ``[experts, out, in]``, and what no layer of its own multiplies by.
+        trainable_token_indices: rows of embeddings to train, and nothing else of them: a list of token ids for the
+            input embedding, or a mapping from names of embeddings (exact or dotted suffix) to such lists.
         exclude_modules: what not to adapt, in the same grammar; wins over both.
         layers_to_transform: adapt only these layers of the numbered ones; ``layers_pattern`` names the list
             that numbers them (``"layers"``, ``"h"``), if not every list.
         dropout: probability of dropping an element of the adapter's input in training; in [0, 1). An
             embedding's input has no elements to drop, so there it means nothing, as in PEFT.
         rslora: scale by alpha / sqrt(r) instead of alpha / r.
-        variant: name of the adapter kind, one of :data:`lorafx.variants.VARIANTS`.
+        variant: name of the adapter kind, one of :data:`lorafx.variants.SELECTABLE`.
         init: how the adapter starts (:mod:`lorafx.variants.inits`); None: the variant's default, for LoRA
             ``"kaiming"``. The model always starts out unchanged.
         options: what only this variant has, such as VeRA's ``projection_prng_key``.
-        rank_pattern: pattern to r, where it differs.
+        rank_pattern: pattern to r, where it differs. For AdaLoRA, what is left of r there (0: nothing); as in PEFT,
+            the scaling stays that of r.
         alpha_pattern: pattern to alpha, where it differs.
         bias: which biases of the base train: ``"none"``, ``"all"``, or those of the adapted layers,
             ``"lora_only"``.
@@ -89,6 +92,7 @@ class LoraSpec:
     alpha: float = None  # type: ignore[assignment]  # a number once built
     target_modules: str | Collection[str] = ALL_LINEAR
     target_parameters: Collection[str] = ()
+    trainable_token_indices: Collection[int] | Mapping[str, Collection[int]] = ()
     exclude_modules: str | Collection[str] | None = None
     layers_to_transform: int | Collection[int] = ()
     layers_pattern: str | Collection[str] = ()
@@ -110,6 +114,7 @@ class LoraSpec:
             object.__setattr__(self, name, check(f"LoraSpec.{name}", getattr(self, name)))
         for name, value in _of_variant(self).items():
             object.__setattr__(self, name, value)
+        _check_together(self)
 
     def rank_for(self, site: str) -> int:
         """r of the site with this name: its first match in ``rank_pattern``, otherwise ``r``."""
@@ -119,9 +124,23 @@ class LoraSpec:
         """alpha of the site with this name: its first match in ``alpha_pattern``, otherwise ``alpha``."""
         return _first_match(self.alpha_pattern, site, self.alpha)
 
+    def takes_layer(self, name: str) -> bool:
+        """Whether ``layers_to_transform`` lets the module with this name be adapted, by PEFT's rule.
+
+        The number is the first one in the name, or the first behind a name of ``layers_pattern``. What
+        ``target_modules`` lists by its whole name is meant in any case.
+        """
+        if not self.layers_to_transform or (not isinstance(self.target_modules, str) and name in self.target_modules):
+            return True
+        lists = [rf"(?:^|.*?\.){p}" for p in self.layers_pattern] or [r".*?\.[^.]*"]
+        found = next(filter(None, (re.match(rf"{regex}\.(\d+)\.", name) for regex in lists)), None)
+        return found is not None and int(found[1]) in self.layers_to_transform
+
     def scaling_for(self, site: str) -> float:
         """s in ``y = W x + s B A x``: alpha / r (arXiv 2106.09685), or alpha / sqrt(r) (arXiv 2312.03732)."""
-        return VARIANTS[self.variant].scaling(self.alpha_for(site), self.rank_for(site), self.rslora)
+        variant = VARIANTS[self.variant]
+        r = self.r if variant.shrinks else self.rank_for(site)
+        return variant.scaling(self.alpha_for(site), r, self.rslora)
 
     @property
     def heads_of_task(self) -> tuple[str, ...]:
@@ -183,12 +202,14 @@ class LoraSpec:
             raise SpecError(f"{path}: {error}") from error
 
     def to_peft(self) -> dict[str, Any]:
-        """Keywords for ``peft.LoraConfig``, as plain JSON data fit for ``adapter_config.json``.
+        """Keywords for the variant's config in PEFT, as plain JSON data fit for ``adapter_config.json``.
 
-        ``adapter_dtype`` and ``tied`` have no key there and are left out. Raises :class:`SpecError` for a
-        variant that PEFT does not have.
+        That is ``LoraConfig``, ``AdaLoraConfig`` or ``VeraConfig``; the key ``peft_type`` says which.
+
+        ``adapter_dtype`` and ``tied="untie"`` have no key there and are left out. Raises :class:`SpecError` for a
+        variant that PEFT does not have, and for other fields that its config has no key for.
         """
-        return peft_from_fields(self.to_dict())
+        return peft_from_fields(self.to_dict(), LoraSpec(r=self.r, variant=self.variant).to_dict())
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any] | PeftConfig) -> LoraSpec:
@@ -284,12 +305,24 @@ def _of_variant(spec: LoraSpec) -> dict[str, Any]:
     }
 
 
+def _check_together(spec: LoraSpec) -> None:
+    """Refuse fields that are allowed one by one and not together."""
+    if not (spec.target_modules or spec.target_parameters or spec.trainable_token_indices):
+        expected = f'expected module names, a regular expression or "{ALL_LINEAR}" (or target_parameters)'
+        raise checks.refusal("LoraSpec.target_modules", spec.target_modules, expected)
+    if spec.layers_pattern and not spec.layers_to_transform:
+        expected = "it goes with layers_to_transform, which numbers to take"
+        raise checks.refusal("LoraSpec.layers_pattern", spec.layers_pattern, expected)
+    least = 0 if VARIANTS[spec.variant].shrinks else 1
+    for key, r in spec.rank_pattern.items():
+        if r < least:
+            raise checks.refusal(f"LoraSpec.rank_pattern[{key!r}]", r, "expected an integer of at least 1")
+
+
 def _targets(where: str, value: Any) -> str | tuple[str, ...]:
     if isinstance(value, str) and value.lower() == ALL_LINEAR:  # PEFT ignores the case too
         return ALL_LINEAR
     targets = checks.regex_or_names(where, value)
-    if not targets:
-        raise checks.refusal(where, value, f'expected module names, a regular expression or "{ALL_LINEAR}"')
     if not isinstance(targets, str) and ALL_LINEAR in targets:
         raise checks.refusal(where, value, f'"{ALL_LINEAR}" is no module name; give it alone, not in a list')
     return targets
@@ -306,15 +339,16 @@ _CHECKS: Mapping[str, checks.Check[Any]] = {
     "alpha": checks.optional(checks.alpha),
     "target_modules": _targets,
     "target_parameters": checks.names,
+    "trainable_token_indices": checks.token_indices,
     "exclude_modules": _excludes,
     "layers_to_transform": checks.one_or_more(checks.count),
-    "layers_pattern": checks.one_or_more(checks.word),
+    "layers_pattern": checks.one_or_more(checks.regex),
     "dropout": checks.dropout,
     "rslora": checks.flag,
-    "variant": checks.one_of(tuple(VARIANTS)),
+    "variant": checks.one_of(tuple(SELECTABLE)),
     "init": checks.optional(checks.word),
     "options": checks.mapping,
-    "rank_pattern": checks.pattern(checks.rank),
+    "rank_pattern": checks.pattern(checks.count),
     "alpha_pattern": checks.pattern(checks.alpha),
     "bias": checks.one_of(get_args(Bias)),
     "modules_to_save": checks.names,

@@ -4,9 +4,9 @@
     "fr":    a, b   = <q.lora_A.fr>, <q.lora_B.fr>
              train  = by_mode(<q>, True, False)                       # only with dropout
              linear = lorafx.linear(x, <q.weight>, <q.bias>, [a, b], ["lora"], [scaling], [dropout], train, None)
-    a bare parameter:
+    a bare parameter, or some rows of one:
              w      = <experts.down_proj>
-             w'     = lorafx.weight(w, [a, b], ["lora"], [scaling], False)      # and everyone reads w'
+             w'     = lorafx.weight(w, [a, b], ["lora"], [scaling], "parameter", [None])    # and everyone reads w'
 
 An adapter's own version of a base tensor (``modules_to_save``, trained biases, what PiSSA leaves of a weight)
 is read in the base's stead. An adapter that is not active has no node, so it costs nothing. Nodes are edited
@@ -100,12 +100,14 @@ def own_tensors(chosen: Sequence[Adapter], merged: Collection[str], folded: Coll
                 )
             owners[name] = f"adapter '{adapter.name}'"
             own[name] = adapter.own_name(name)
+    for adapter in chosen:
         for site in adapter.sites:
-            if site.weight in folded and VARIANTS[site.variant].scales_rows:
+            read, mine = own.get(site.weight), adapter.own_name(site.weight)
+            if VARIANTS[site.variant].scales_rows and read not in (None, mine):
                 raise AdapterError(
-                    f"adapter '{adapter.name}' rescales the rows of '{site.weight}' ({site.variant}), which holds "
-                    f"{', '.join(merged)} merged in place, and would rescale that too. Call unmerge(gm) "
-                    "first; active together, each is relative to the base"
+                    f"adapter '{adapter.name}' rescales the rows of '{site.weight}' ({site.variant}), relative to the "
+                    f"base, and {owners[site.weight]} puts another weight in its place. Activate one of them; what is "
+                    "merged in place goes by unmerge(gm)"
                 )
     return own
 
@@ -171,6 +173,7 @@ def _update_parameter(gm: CapturedModule, nodes: Sequence[Node], found: Sequence
     graph = gm.graph
     with graph.inserting_before(nodes[0]):
         tensors = [_made(graph.get_attr(n)) for site in found for n in site.tensor_names.values()]
+        rows = [None if site.rows is None else _made(graph.get_attr(site.index_name)) for site in found]
     for node in nodes:
         with graph.inserting_before(node.next):
             arguments = (
@@ -178,10 +181,11 @@ def _update_parameter(gm: CapturedModule, nodes: Sequence[Node], found: Sequence
                 tensors,
                 [site.variant for site in found],
                 [site.scaling for site in found],
-                found[0].transposed,
+                found[0].kind,
+                rows,
             )
             updated = _made(graph.call_function(adapted_weight))
-            annotate(updated, layers=(found[0].name,), scope=found[0].name.rpartition(".")[0])
+            annotate(updated, layers=(found[0].layer,), scope=found[0].weight.rpartition(".")[0])
         node.replace_all_uses_with(updated)
         updated.args = arguments
 

@@ -51,8 +51,8 @@ def check_rows(gm: CapturedModule, chosen: Sequence[Adapter]) -> None:
     deactivate(bare)
     batch = _batch(bare)
     nodes = layer_nodes(bare)
-    for site in {site.name: site for adapter in chosen for site in adapter.sites}.values():
-        for node in nodes[site.name]:
+    for site in {site.layer: site for adapter in chosen for site in adapter.sites}.values():
+        for node in nodes[site.layer]:
             if why := _why_not(node, site, batch):
                 raise AdapterError(
                     f"site '{site.name}': {why}, so rows of a batch cannot go through adapters of their own. Leave the "

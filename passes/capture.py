@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import is_concrete_int
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
 from lorafx.errors import CaptureError, FixedDimensionWarning
@@ -31,6 +32,7 @@ from lorafx.passes.frontends import Trace, export_trace, symbolic_trace
 from lorafx.passes.huggingface import (
     capture_config,
     initializer_range,
+    input_embedding,
     output_layers,
     synthesize_inputs,
     synthesize_labels,
@@ -178,6 +180,7 @@ def _build(model: nn.Module, trace: Trace, signature: Signature, example: dict[s
     gm = CapturedModule(root, graph, type(model).__name__)
     gm.meta["example"] = example
     gm.meta["output_layers"] = output_layers(model)
+    gm.meta["input_embedding"] = input_embedding(model)
     gm.meta["initializer_range"] = initializer_range(model)
     gm.check()
     return gm
@@ -214,7 +217,8 @@ def mirror(model: nn.Module, kept: set[str]) -> nn.Module:
             target = copy.copy(source)
             target._parameters, target._buffers, target._modules = {}, {}, {}
         else:
-            target = Scope(type(source).__name__, _is_linear(source))
+            transposed = getattr(source, "is_transposed", False) is True
+            target = Scope(type(source).__name__, _kind(source), transposed)
         modules[id(source)] = target
         target.training = source.training
         for name, parameter in source._parameters.items():
@@ -230,9 +234,13 @@ def mirror(model: nn.Module, kept: set[str]) -> nn.Module:
     return visit(model, "", False)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer: torch's, or transformers' Conv1D (which it is but in name)."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+def _kind(module: nn.Module) -> str:
+    """The kind of a scope; transformers' Conv1D is a linear layer but in name."""
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return "linear"
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention"
+    return "transposed convolution" if isinstance(module, _ConvTransposeNd) else ""
 
 
 def _dimensions(

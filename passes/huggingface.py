@@ -89,6 +89,13 @@ def output_layers(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
+def input_embedding(model: nn.Module) -> str | None:
+    """Path of a Hugging Face model's embedding of its input tokens; None where it has none."""
+    find = getattr(model, "get_input_embeddings", None) if is_hf(model) else None
+    embedding = find() if callable(find) else None
+    return next((n for n, m in model.named_modules() if m is embedding), None)
+
+
 def initializer_range(model: nn.Module) -> float:
     """The deviation that transformers initialises this model's layers with; NaN where it has none."""
     return float(getattr(configs(model)[0], "initializer_range", None) or math.nan) if is_hf(model) else math.nan

@@ -20,6 +20,7 @@ from lorafx.ir import Adapter, Site, Stage, adapters
 from lorafx.passes.activate import activate, deactivate
 from lorafx.passes.base import Pass, PassResult
 from lorafx.passes.match import Choice
+from lorafx.passes.residual import keep_residual
 from lorafx.spec import LoraSpec, matches
 from lorafx.variants import VARIANTS
 from lorafx.variants.base import Start, StartRequest
@@ -41,7 +42,7 @@ class Insert(Pass):
     adapter: str = "default"
 
     name: ClassVar[str] = "insert"
-    requires: ClassVar[frozenset[Stage]] = frozenset({Stage.CAPTURED, Stage.INSERTED})
+    requires: ClassVar[frozenset[Stage]] = frozenset(Stage)
     ensures: ClassVar[Stage] = Stage.INSERTED
 
     def run(self, gm: CapturedModule) -> PassResult:
@@ -53,16 +54,15 @@ class Insert(Pass):
         for choice in chosen:
             assert choice.site is not None
             assert choice.spec is not None
-            start = _start(gm, choice.site, choice.spec, self.generator)
+            start = start_values(gm, choice.site, choice.spec, self.generator)
             for name, value in start.parameters.items():
                 _own(gm, choice.site.parameter_name(name), nn.Parameter(value))
-            if start.base is not None:
-                _own(gm, adapter.own_name(choice.site.weight), nn.Parameter(start.base, requires_grad=False))
+            if keep_residual(gm, adapter, choice.site, start):
                 residual.append(choice.site.weight)
             mark_layer(gm, choice)
         _add_shared(gm, chosen, adapter)
         _copy_trained(gm, adapter)
-        adapter = Adapter(self.adapter, self.specs, adapter.sites, trained, tuple(residual))
+        adapter = Adapter(self.adapter, self.specs, adapter.sites, trained, tuple(dict.fromkeys(residual)))
         gm.meta["adapters"] = {**adapters(gm), self.adapter: adapter}
         known = gm.meta.get("samples", {})
         gm.meta["samples"] = {**known, **{s.weight: sample(get_path(gm, s.weight)) for s in adapter.sites}}
@@ -94,36 +94,49 @@ def train_only(gm: CapturedModule, names: Sequence[str]) -> None:
 
 def mark_layer(gm: CapturedModule, choice: Choice) -> None:
     """Note on a layer's calls that they are its, for :mod:`.activate` to find them by."""
+    assert choice.site is not None
     wanted = {node.name for node in choice.candidate.nodes}
     for node in gm.graph.nodes:
         layers = notes(node).get("layers", ())
-        if node.name in wanted and choice.candidate.name not in layers:
-            annotate(node, layers=(*layers, choice.candidate.name))
+        if node.name in wanted and choice.site.layer not in layers:
+            annotate(node, layers=(*layers, choice.site.layer))
 
 
-def _start(gm: CapturedModule, site: Site, spec: LoraSpec, generator: torch.Generator | None) -> Start:
-    """First values of a site; for a stack of weights, those of each one stacked."""
+def start_values(
+    gm: CapturedModule,
+    site: Site,
+    spec: LoraSpec,
+    generator: torch.Generator | None = None,
+    factors: tuple[Tensor, Tensor] | None = None,
+) -> Start:
+    """First values of a site, by the spec's initialisation or from given factors A and B.
+
+    For a stack of weights they are those of each one, stacked.
+    """
     weight = get_path(gm, site.weight).detach()
-    dtype = spec.dtype_for(weight.dtype)
-    variant = VARIANTS[site.variant]
-    matrix = site.matrix(weight)
+    variant, dtype = VARIANTS[site.variant], spec.dtype_for(weight.dtype)
 
-    def start(one: Tensor) -> Start:
-        return variant.start(
-            StartRequest(
-                one, site.r, site.scaling, spec.init, dtype, generator, spec.options, sparse=site.kind == "embedding"
-            )
+    def start(matrix: Tensor, *factors: Tensor) -> Start:
+        request = StartRequest(
+            matrix,
+            site.r,
+            site.scaling,
+            spec.init,
+            dtype,
+            generator,
+            spec.options,
+            sparse=site.kind == "embedding",
+            factors=(factors[0], factors[1]) if factors else None,
         )
+        return variant.start(request)
 
+    matrix = site.matrix(weight)
     if matrix.dim() == 2:
-        found = start(matrix)
-        base = found.base
-    else:
-        several = [start(one) for one in matrix.unbind()]
-        found = Start({n: torch.stack([s.parameters[n] for s in several]) for n in several[0].parameters})
-        bases = [s.base for s in several if s.base is not None]
-        base = torch.stack(bases) if bases else None
-    return Start(found.parameters, None if base is None else site.store(base, weight))
+        return start(matrix, *(factors or ()))
+    several = [start(*one) for one in zip(matrix, *(factors or ()), strict=True)]
+    bases = [s.base for s in several if s.base is not None]
+    parameters = {n: torch.stack([s.parameters[n] for s in several]) for n in several[0].parameters}
+    return Start(parameters, torch.stack(bases) if bases else None)
 
 
 def _own(gm: CapturedModule, name: str, tensor: Tensor, *, persistent: bool = True) -> None:

@@ -23,6 +23,7 @@ from lorafx.ir import Site, base_modules, same_memory
 from lorafx.ops import LAYERS, STORAGE
 from lorafx.passes.layers import find_operands, readers
 from lorafx.spec import ALL_LINEAR, LoraSpec, matches
+from lorafx.variants import VARIANTS
 
 aten = torch.ops.aten
 
@@ -87,7 +88,7 @@ def candidates(gm: CapturedModule) -> tuple[Candidate, ...]:
             continue
         # A layer's weight used by other code (nn.MultiheadAttention's out_proj) is the layer's site still.
         owner = weight_name.removesuffix(".weight")
-        layer = owner != weight_name and bool(getattr(get_path(gm, owner), "linear", False))
+        layer = owner != weight_name and getattr(get_path(gm, owner), "kind", "") == "linear"
         owned = layer or weight_name == f"{notes(node).get('scope', '')}.weight"
         name = owner if owned else weight_name
         if name in found:
@@ -136,6 +137,7 @@ def match(gm: CapturedModule, specs: Sequence[LoraSpec], adapter: str = "default
         if taken == 0:
             raise MatchError(_nothing_matched(found, spec))
     _refuse_shared(choices.values())
+    _refuse_misfits(choices.values())
     return tuple(choices.values())
 
 
@@ -234,6 +236,17 @@ def _refuse_shared(choices: Iterable[Choice]) -> None:
             f"Exclude the layer (exclude_modules=['{site.name}']), or set tied=\"untie\": the adapted call then gets "
             "a weight of its own when it is merged"
         )
+
+
+def _refuse_misfits(choices: Iterable[Choice]) -> None:
+    """Refuse a layer that the initialisation asked for cannot start."""
+    for choice in choices:
+        site, spec = choice.site, choice.spec
+        if site is None or spec is None:
+            continue
+        why = VARIANTS[site.variant].misfit(spec.init, site.kind, site.shape, site.r, site.apart)
+        if why is not None:
+            raise MatchError(f"site '{site.name}': {why}")
 
 
 class _WeightUses:

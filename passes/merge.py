@@ -46,7 +46,7 @@ from lorafx.ir import (
     layer_nodes,
     sites,
 )
-from lorafx.ops import LAYERS, fold, updates
+from lorafx.ops import LAYERS, STORAGE, fold, updates
 from lorafx.passes.activate import activate, deactivate
 from lorafx.passes.base import Pass, PassResult
 from lorafx.passes.insert import sample
@@ -159,9 +159,11 @@ def merged_weight(gm: CapturedModule, found: Sequence[Site]) -> Tensor:
     weight = _own_or_base(gm, first.weight)
     wide = torch.float32 if weight.dtype.itemsize < 4 else torch.float64
     tensors = [t.detach().to(wide) for site in found for t in site.tensors(gm).values()]
-    matrix = first.matrix(weight).to(wide)
-    changes = updates(matrix, tensors, [s.variant for s in found], [s.scaling for s in found])
-    merged = first.store(fold(matrix, changes), weight)
+    storage = STORAGE[first.kind]
+    rows = [None if s.rows is None else s.index(weight) for s in found]
+    matrix = storage.matrix(weight).to(wide)
+    folded = fold(matrix, tensors, [s.variant for s in found], [s.scaling for s in found], rows)
+    merged = storage.stored(folded, weight.shape).to(weight.dtype)
     if not merged.is_meta and not bool(torch.isfinite(merged).all()) and bool(torch.isfinite(weight).all()):
         raise MergeError(
             f"site '{first.name}': the merged weight does not fit in {weight.dtype} (it overflows to Inf). Merge into "
@@ -262,21 +264,22 @@ def remove_adapter(gm: CapturedModule, adapter: Adapter) -> None:
     """Take the tensors of an adapter that is not active, and all trace of it, out of the graph."""
     left = {n: a for n, a in adapters(gm).items() if n != adapter.name}
     gm.meta["adapters"] = left
-    still = {site.name for other in left.values() for site in other.sites}
+    still = {site.path for other in left.values() for site in other.sites}
+    layers_left = {site.layer for other in left.values() for site in other.sites}
     for site in adapter.sites:
         for name in site.parameter_names.values():
             delete_path(gm, name)
             holder = name.rpartition(".")[0]
             if not get_path(gm, holder)._parameters:
                 delete_path(gm, holder)
-        if site.name not in still:
+        if site.path not in still:
             holder = get_path(gm, site.path)
             if site.path != site.name and not holder._modules and not holder._parameters:
                 delete_path(gm, site.path)
     for node in gm.graph.nodes:
         if layers := notes(node).get("layers"):
             unannotate(node, "layers")
-            if remaining := tuple(name for name in layers if name in still):
+            if remaining := tuple(name for name in layers if name in layers_left):
                 annotate(node, layers=remaining)
     if hasattr(gm, ADAPTERS):
         held = getattr(gm, ADAPTERS)

@@ -124,7 +124,7 @@ def _never_called(gm: CapturedModule, known: Collection[str]) -> list[PlanRow]:
         inside = next((w for w in whole if name == w or name.startswith(f"{w}.")), None)
         if inside is not None and isinstance(module, nn.Linear):
             reason = f"inside '{inside}', which is called as a whole; give example_inputs to see into it"
-        elif getattr(module, "linear", False):
+        elif getattr(module, "kind", "") == "linear":
             reason = "never called with these inputs"
         else:
             continue

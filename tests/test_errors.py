@@ -57,14 +57,14 @@ def broken_parameter() -> None:
 
 def swapped_parameters() -> None:
     gm = adapted()
-    node = next(n for n in gm.graph.nodes if "site" in notes(n))
-    node.args = (*node.args[:3], node.args[4], node.args[3], *node.args[5:])
+    node = next(n for n in gm.graph.nodes if "call" in notes(n))
+    node.update_arg(3, list(reversed(node.args[3])))
     verify(gm, Stage.INSERTED)
 
 
 def stray_operator() -> None:
     gm = adapted()
-    node = next(n for n in gm.graph.nodes if "site" in notes(n))
+    node = next(n for n in gm.graph.nodes if "call" in notes(n))
     node.meta["custom"] = {}
     verify(gm, Stage.INSERTED)
 
@@ -99,7 +99,7 @@ CASES = {
     "unknown variant": Case(
         errors.SpecError,
         lambda: lorafx.apply(model(), LoraSpec(variant="lorra"), (X,)),
-        ("variant='lorra' is not known", "did you mean 'lora'"),
+        ("variant='lorra' is not allowed", "did you mean 'lora'"),
     ),
     "data-dependent loop": Case(
         errors.CaptureError,
@@ -152,15 +152,15 @@ CASES = {
         errors.VerifyError, broken_parameter, ("site 0: lora_A is (3, 6), its shape must be (2, 6)",)
     ),
     "swapped parameters": Case(
-        errors.VerifyError, swapped_parameters, ("site 0: node %linear reads ('0.lora_B.default', '0.lora_A.default')",)
+        errors.VerifyError, swapped_parameters, ("site 0: node %linear reads ['0.lora_B.default', '0.lora_A.default']",)
     ),
     "operator without a site": Case(
-        errors.VerifyError, stray_operator, ("node %linear calls lorafx.lora_linear.default but belongs to no site",)
+        errors.VerifyError, stray_operator, ("node %linear calls lorafx.linear.default but belongs to no layer",)
     ),
     "adapter in a merged graph": Case(
         errors.VerifyError,
         lambda: verify(adapted(), Stage.MERGED),
-        ("node %linear calls lorafx.lora_linear.default, which no merged graph may hold",),
+        ("node %linear calls lorafx.linear.default, which no merged graph may hold",),
     ),
     "diverged training": Case(
         errors.MergeError, not_a_number, ("site '0': lora_B holds NaN or Inf", "lower the learning rate")

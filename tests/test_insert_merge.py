@@ -72,8 +72,7 @@ def test_a_site_is_one_node(zoo: Zoo, family: Family) -> None:
     # Besides its one node a site has its two parameters and the switch of its dropout; no call is added otherwise.
     before = [n for n in zoo.capture(family).gm.graph.nodes if n.op == "call_function"]
     after = [n for n in gm.graph.nodes if n.op == "call_function"]
-    transposed = sum(s.transposed for s in lorafx.sites(gm))
-    assert len(after) == len(before) + len(called) + transposed
+    assert len(after) == len(before) + len(called)
     verify(gm, Stage.INSERTED)
 
 
@@ -302,8 +301,14 @@ def test_a_merged_graph_can_be_changed_without_the_adapted_one() -> None:
 # bias and modules_to_save
 
 
+OWN = "_adapters.default."
+
+
 def trainable(gm: nn.Module) -> set[str]:
-    return {n for n, p in gm.named_parameters() if p.requires_grad and "lora_" not in n}
+    """Names in the base of what trains a copy."""
+    names = {n for n, p in gm.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert all(n.startswith(OWN) for n in names)
+    return {n.removeprefix(OWN) for n in names}
 
 
 @pytest.mark.parametrize(
@@ -329,7 +334,8 @@ def test_what_else_trains(fields: dict[str, Any], expected: set[str]) -> None:
         gm(X).square().mean().backward()
         optimizer.step()
     for name in expected:
-        assert not torch.equal(gm.get_parameter(name), original[name]), f"{name} did not train"
+        assert not torch.equal(gm.get_parameter(OWN + name), original[name]), f"{name} did not train"
+        assert torch.equal(gm.get_parameter(name), original[name]), f"{name} of the base changed"
     assert same(dict(model.state_dict()), dict(original)), "training wrote into the user's model"
     merged = lorafx.merge(gm)
     assert_close("model", merged(X), gm(X))
@@ -372,7 +378,7 @@ def test_half_of_a_tied_pair_cannot_train_whole() -> None:
 def test_a_tied_pair_trains_whole_as_one() -> None:
     model = TiedHead()
     gm = lorafx.apply(model, LoraSpec(r=2, modules_to_save=["head", "embed"]), (TOKENS,))
-    assert gm.head.weight is gm.embed.weight
+    assert gm.get_parameter(OWN + "head.weight") is gm.get_parameter(OWN + "embed.weight")
     assert trainable(gm) == {"embed.weight"}
     randomize(gm)
     merged = lorafx.merge(gm)
@@ -391,7 +397,7 @@ def test_modules_to_save_train_in_a_real_model(zoo: Zoo) -> None:
     losses = train(gm, family, steps=3)
     assert losses[-1] < losses[0]
     changed = {n for n, t in gm.state_dict().items() if not torch.equal(t, before[n]) and "lora_" not in n}
-    assert changed == {"classifier.weight", "classifier.bias"}
+    assert changed == {OWN + "classifier.weight", OWN + "classifier.bias"}
     model = zoo.eager(family)
     model.load_state_dict(lorafx.merged_state_dict(gm))
     assert_close("model", model(**family.inputs()).logits, gm.eval()(**family.inputs()).logits)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from peft.utils.other import get_pattern_key
 from lorafx import peft_config, spec
 from lorafx.errors import LorafxError, SpecError
 from lorafx.spec import LoraSpec, as_spec, as_specs, matches
+from lorafx.variants import VARIANTS
 
 PARTS = st.sampled_from(["model", "layers", "0", "11", "attn", "q_proj", "proj", "v"])
 NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)
@@ -42,40 +44,90 @@ METADATA = st.fixed_dictionaries(
     },
 )
 
-# What a LoraSpec and a peft.LoraConfig can both say.
-SHARED_FIELDS: dict[str, st.SearchStrategy[Any]] = {
+Fields = dict[str, st.SearchStrategy[Any]]
+
+# What a LoraSpec and each of PEFT's configs can both say.
+CONFIGS: dict[str, Any] = {"LORA": peft.LoraConfig, "ADALORA": peft.AdaLoraConfig, "VERA": peft.VeraConfig}
+TARGETS = st.just("all-linear") | REGEXES | NAME_LISTS
+NUMBERED = st.fixed_dictionaries(
+    {"target_modules": NAME_LISTS, "layers_to_transform": st.lists(st.integers(0, 12), min_size=1, unique=True)},
+    optional={"layers_pattern": st.lists(st.sampled_from(["layers", "h"]), min_size=1, unique=True)},
+)
+TOKENS = st.lists(st.integers(0, 99), max_size=4, unique=True)
+COMMON_FIELDS: Fields = {
     "r": st.integers(1, 512),
-    "alpha": NUMBERS,
-    "target_modules": st.just("all-linear") | REGEXES | NAME_LISTS,
-    "exclude_modules": st.none() | REGEXES | NAME_LISTS,
+    "target_modules": TARGETS,
     "dropout": st.floats(0, 0.99),
-    "rslora": st.booleans(),
-    "init": st.sampled_from(["kaiming", "gaussian"]),
-    "rank_pattern": st.dictionaries(PATTERN_KEYS, st.integers(1, 64), max_size=3),
-    "alpha_pattern": st.dictionaries(PATTERN_KEYS, NUMBERS, max_size=3),
     "bias": st.sampled_from(["none", "all", "lora_only"]),
     "modules_to_save": NAME_LISTS | st.just(()),
     "metadata": METADATA,
 }
-OWN_FIELDS: dict[str, st.SearchStrategy[Any]] = {
-    "variant": st.sampled_from(["lora", "some_variant"]),
+LORA_FIELDS: Fields = {
+    **COMMON_FIELDS,
+    "alpha": NUMBERS,
+    "exclude_modules": st.none() | REGEXES | NAME_LISTS,
+    "rslora": st.booleans(),
+    "variant": st.sampled_from(["lora", "dora"]),
+    "init": st.sampled_from(["kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"]),
+    "rank_pattern": st.dictionaries(PATTERN_KEYS, st.integers(1, 64), max_size=3),
+    "alpha_pattern": st.dictionaries(PATTERN_KEYS, NUMBERS, max_size=3),
+    "target_parameters": NAME_LISTS | st.just(()),
+    "trainable_token_indices": TOKENS | st.dictionaries(NAMES, TOKENS, max_size=2),
+    "tied": st.sampled_from(["refuse", "tie"]),
+}
+LORA_BIAS_FIELDS: Fields = {**LORA_FIELDS, "variant": st.just("lora_bias"), "init": st.just("kaiming")}
+ADALORA_FIELDS: Fields = {
+    **COMMON_FIELDS,
+    "r": st.integers(8, 32),
+    "alpha": NUMBERS,
+    "exclude_modules": st.none() | REGEXES | NAME_LISTS,
+    "variant": st.just("adalora"),
+    "rank_pattern": st.dictionaries(NAMES.map(lambda name: "^" + re.escape(name)), st.integers(0, 8), max_size=3),
+    "options": st.fixed_dictionaries(
+        {"total_step": st.integers(40, 99), "tinit": st.integers(0, 9)},
+        optional={"tfinal": st.integers(0, 9), "deltaT": st.integers(1, 9), "beta1": st.floats(0.1, 0.9)},
+    ),
+}
+VERA_FIELDS: Fields = {
+    **COMMON_FIELDS,
+    "variant": st.just("vera"),
+    "options": st.fixed_dictionaries(
+        {},
+        optional={
+            "projection_prng_key": st.integers(0, 99),
+            "save_projection": st.booleans(),
+            "d_initial": st.floats(-1, 1),
+        },
+    ),
+}
+OWN_FIELDS: Fields = {
+    **LORA_FIELDS,
     "adapter_dtype": st.sampled_from([None, "bfloat16", torch.float64]),
-    "tied": st.sampled_from(["refuse", "untie"]),
+    "tied": st.sampled_from(["refuse", "untie", "tie"]),
 }
 
 
-def specs(fields: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[LoraSpec]:
-    return st.fixed_dictionaries({}, optional=fields).map(lambda drawn: LoraSpec(**drawn))
+def specs(fields: Fields) -> st.SearchStrategy[LoraSpec]:
+    """Some of the fields; variants and their options always, and the numbers of layers beside names."""
+    always = {name: fields[name] for name in ("variant", "options") if name in fields}
+    drawn = st.fixed_dictionaries(always, optional={n: s for n, s in fields.items() if n not in always})
+    return st.builds(lambda own, numbered: LoraSpec(**{**own, **numbered}), drawn, st.just({}) | NUMBERED)
 
 
-SHARED_SPECS = specs(SHARED_FIELDS)
-SPECS = specs({**SHARED_FIELDS, **OWN_FIELDS})
+LORA_SPECS = specs(LORA_FIELDS) | specs(LORA_BIAS_FIELDS)
+PEFT_SPECS = LORA_SPECS | specs(ADALORA_FIELDS) | specs(VERA_FIELDS)
+SPECS = specs(OWN_FIELDS) | specs(ADALORA_FIELDS) | specs(VERA_FIELDS)
 
 few = settings(max_examples=60, deadline=None)
 
 
 def lora_config(**settings: Any) -> Any:
     return peft.LoraConfig(**settings)  # whose methods have no types
+
+
+def peft_config_of(settings: dict[str, Any]) -> Any:
+    """PEFT's config object for the keywords that ``to_peft`` gives."""
+    return CONFIGS[settings["peft_type"]](**settings)
 
 
 def identical(a: LoraSpec, b: LoraSpec) -> bool:
@@ -110,12 +162,19 @@ def test_every_field_is_checked() -> None:
         ("dropout", 1.0, "at least 0 and below 1"),
         ("dropout", -0.1, "at least 0 and below 1"),
         ("rslora", 1, "True or False"),
-        ("variant", "", "the name of a variant"),
-        ("variant", "my-lora", "the name of a variant"),
-        ("init", "kaimin", "'kaiming', 'gaussian' (did you mean 'kaiming'?)"),
+        ("variant", "", "expected one of 'lora', 'lora_bias', 'dora', 'vera', 'adalora'"),
+        ("variant", "adlora", "(did you mean 'adalora' or 'lora' or 'dora'?)"),
+        ("init", "kaimin", "variant 'lora' starts by 'kaiming' or 'gaussian' or "),
+        ("init", "kaimin", "(did you mean 'kaiming'?)"),
+        ("layers_to_transform", [-1], "an integer of at least 0"),
+        ("layers_pattern", "h", "it goes with layers_to_transform"),
+        ("target_parameters", "experts", "a list of module names"),
+        ("trainable_token_indices", 7, "a list of row numbers"),
+        ("trainable_token_indices", [1, 1], "a row stands in it twice"),
+        ("trainable_token_indices", {0: [1]}, "a mapping from names of embeddings"),
         ("bias", "lora", "'none', 'all', 'lora_only'"),
         ("bias", None, "'none', 'all', 'lora_only'"),
-        ("tied", True, "'refuse', 'untie'"),
+        ("tied", True, "'refuse', 'untie', 'tie'"),
         ("modules_to_save", "classifier", "a list of module names"),
         ("adapter_dtype", torch.int8, "'float32', 'bfloat16'"),
         ("adapter_dtype", "fp16", "'float32', 'bfloat16'"),
@@ -198,16 +257,20 @@ def test_scaling() -> None:
 
 
 @few
-@given(SHARED_SPECS, st.lists(NAMES, min_size=1, max_size=4, unique=True))
+@given(LORA_SPECS | specs(ADALORA_FIELDS), st.lists(NAMES, min_size=1, max_size=4, unique=True))
 def test_targets_ranks_and_alphas_are_pefts(ours: LoraSpec, names: list[str]) -> None:
-    theirs = lora_config(**{**ours.to_peft(), "modules_to_save": None})
+    theirs = peft_config_of({**ours.to_peft(), "modules_to_save": None})
     for name in names:
         if ours.target_modules != "all-linear":  # which PEFT, too, resolves by the layers' kinds
             taken = matches(name, ours.target_modules) and not matches(name, ours.exclude_modules or ())
-            assert taken == bool(check_target_module_exists(theirs, name))
-        assert ours.rank_for(name) == theirs.rank_pattern.get(get_pattern_key(theirs.rank_pattern, name), theirs.r)
-        alpha_key = get_pattern_key(theirs.alpha_pattern, name)
-        assert ours.alpha_for(name) == theirs.alpha_pattern.get(alpha_key, theirs.lora_alpha)
+            assert (taken and ours.takes_layer(name)) == bool(check_target_module_exists(theirs, name))
+        if ours.variant != "adalora":
+            assert ours.rank_for(name) == theirs.rank_pattern.get(get_pattern_key(theirs.rank_pattern, name), theirs.r)
+            alpha_key = get_pattern_key(theirs.alpha_pattern, name)
+            assert ours.alpha_for(name) == theirs.alpha_pattern.get(alpha_key, theirs.lora_alpha)
+        elif theirs.rank_pattern:
+            kept = theirs.rank_pattern.get(f"{name}.lora_E", [True] * theirs.init_r)
+            assert (ours.rank_for(name), ours.r) == (sum(kept), len(kept))
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -282,40 +345,70 @@ def test_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == [path]
 
 
-# PEFT's config
+# PEFT's configs
 
 
-def test_every_peft_key_is_classified_once_with_pefts_default() -> None:
+@pytest.mark.parametrize("peft_type", peft_config.METHODS)
+def test_every_peft_key_is_classified_once_with_pefts_default(peft_type: str) -> None:
     """A key that a new PEFT adds, or a default that it changes, fails here instead of being dropped."""
+    method = peft_config.METHODS[peft_type]
     tables = [
-        {"peft_type": None},
-        {key: t.default for key, t in peft_config.TRANSLATED.items()},
+        {key: t.default for key, t in method.translated.items()},
+        method.choosing,
+        method.options,
+        method.starts,
+        method.ignored,
         peft_config.METADATA,
-        peft_config.UNSUPPORTED,
+        method.unsupported,
     ]
-    ours = {key: default for table in tables for key, default in table.items()}
-    assert len(ours) == sum(map(len, tables)), "a key stands in two tables"
+    assert len(method.keys) == sum(map(len, tables)), "a key stands in two tables"
     theirs = {}
-    for f in dataclasses.fields(peft.LoraConfig):
+    for f in dataclasses.fields(CONFIGS[peft_type]):
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         theirs[f.name] = dataclasses.asdict(default) if isinstance(default, LoraRuntimeConfig) else default
-    gone_from_peft = {"enable_lora": None, "merge_weights": False}
-    assert ours == {**theirs, **gone_from_peft}
+    del theirs["peft_type"]
+    gone_from_peft = {"enable_lora": None, "merge_weights": False} if peft_type == "LORA" else {}
+    assert method.keys == {**theirs, **gone_from_peft}
+
+
+def test_options_have_pefts_names_and_defaults() -> None:
+    for method in peft_config.METHODS.values():
+        for variant in method.variants:
+            ours = {name: option.default for name, option in VARIANTS[variant].options.items()}
+            assert {name: ours[name] for name in method.options} == method.options
+    assert {v for m in peft_config.METHODS.values() for v in m.variants} == set(VARIANTS)
 
 
 def test_every_field_is_written_to_peft_or_has_no_key_there() -> None:
-    written = {t.field for t in peft_config.TRANSLATED.values()} | {"variant", "metadata"}
-    assert {f.name for f in dataclasses.fields(LoraSpec)} - written == {"adapter_dtype", "tied"}
+    written = {t.field for t in peft_config.METHODS["LORA"].translated.values()} | {"variant", "metadata", "options"}
+    assert {f.name for f in dataclasses.fields(LoraSpec)} - written == {"adapter_dtype"}
 
 
 @few
-@given(SHARED_SPECS)
+@given(PEFT_SPECS)
 def test_spec_to_peft_and_back(ours: LoraSpec) -> None:
-    theirs = lora_config(**ours.to_peft())
+    theirs = peft_config_of(ours.to_peft())
     back = as_spec(theirs)
     assert identical(back, dataclasses.replace(ours, metadata={**_written_by_peft(theirs), **ours.metadata}))
-    again = lora_config(**back.to_peft())
+    again = peft_config_of(back.to_peft())
     assert again.to_dict() == theirs.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("fields", "lost"),
+    [
+        ({"variant": "vera", "alpha": 3.0}, "VERA has no key for LoraSpec.alpha=3.0"),
+        ({"variant": "vera", "exclude_modules": ["head"], "rslora": True}, "exclude_modules=['head'], LoraSpec.rslora="),
+        ({"variant": "vera", "tied": "tie"}, "VERA has no key for LoraSpec.tied='tie'"),
+        ({"variant": "adalora", "alpha_pattern": {"q": 1}}, "ADALORA has no key for LoraSpec.alpha_pattern={'q': 1}"),
+        ({"variant": "adalora", "rank_pattern": {"q": 1}}, "AdaLoRA's says which of the 8 ranks each module has kept"),
+        ({"layers_to_transform": 1}, "beside target_modules='all-linear': PEFT takes it with a list of names only"),
+    ],
+)
+def test_what_a_config_has_no_place_for_is_refused(fields: dict[str, Any], lost: str) -> None:
+    with pytest.raises(SpecError) as error:
+        LoraSpec(**fields).to_peft()
+    assert lost in str(error.value)
 
 
 def _written_by_peft(config: Any) -> dict[str, Any]:
@@ -384,11 +477,13 @@ def test_config_of_early_peft() -> None:
         as_spec({**old, "enable_lora": [True, False]})
 
 
-@pytest.mark.parametrize("key", sorted(peft_config.UNSUPPORTED))
-def test_unsupported_setting_is_refused_by_name(key: str) -> None:
-    default = peft_config.UNSUPPORTED[key]
-    config = {"peft_type": "LORA", "target_modules": ["q"], key: default}
-    assert as_spec(config) == LoraSpec(alpha=8, target_modules=["q"])
+@pytest.mark.parametrize(
+    ("peft_type", "key"), [(name, key) for name, method in peft_config.METHODS.items() for key in method.unsupported]
+)
+def test_unsupported_setting_is_refused_by_name(peft_type: str, key: str) -> None:
+    default = peft_config.METHODS[peft_type].unsupported[key]
+    config = {"peft_type": peft_type, "target_modules": ["q"], key: default}
+    assert as_spec(config).target_modules == ("q",)
     config[key] = not default if isinstance(default, bool) else {"some": "setting"}
     with pytest.raises(SpecError, match=rf"not supported by lorafx: {key}="):
         as_spec(config)
@@ -397,28 +492,53 @@ def test_unsupported_setting_is_refused_by_name(key: str) -> None:
 def test_unsupported_settings_of_an_object_are_all_named() -> None:
     config = lora_config(
         target_modules=["q"],
-        use_dora=True,
-        layers_to_transform=[1],
+        alora_invocation_tokens=[1],
+        use_qalora=True,
         runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True),
     )
     with pytest.raises(SpecError) as error:
         as_spec(config)
     for named in (
-        "use_dora=True",
-        "layers_to_transform=[1]",
+        "alora_invocation_tokens=[1]",
+        "use_qalora=True",
         "runtime_config={'ephemeral_gpu_offload': True}",
     ):
         assert named in str(error.value)
 
 
-def test_variant_of_peft_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings_of = {**peft_config.VARIANT_SETTINGS, "dora": {"use_dora": True}}
-    monkeypatch.setattr(peft_config, "VARIANT_SETTINGS", settings_of)
-    config = lora_config(target_modules=["q"], use_dora=True)
-    dora = as_spec(config)
-    assert dora.variant == "dora"
-    assert lora_config(**dora.to_peft()).to_dict() == config.to_dict()
-    assert as_spec(lora_config(target_modules=["q"])).variant == "lora"
+@pytest.mark.parametrize(
+    ("settings", "variant"), [({}, "lora"), ({"use_dora": True}, "dora"), ({"lora_bias": True}, "lora_bias")]
+)
+def test_variants_of_a_lora_config(settings: dict[str, Any], variant: str) -> None:
+    config = lora_config(target_modules=["q"], **settings)
+    ours = as_spec(config)
+    assert ours.variant == variant
+    assert lora_config(**ours.to_peft()).to_dict() == config.to_dict()
+    with pytest.raises(SpecError, match="not supported by lorafx: use_dora=True, lora_bias=True"):
+        as_spec({"peft_type": "LORA", "target_modules": ["q"], "use_dora": True, "lora_bias": True})
+
+
+def test_what_peft_ignores_is_ignored() -> None:
+    """AdaLoRA has init_r, and no scaling but one; how an adapter started says nothing of one that has trained."""
+    adalora = {"peft_type": "ADALORA", "target_modules": ["q"], "r": 64, "use_rslora": True, "alpha_pattern": {"q": 2}}
+    assert as_spec(adalora) == LoraSpec(variant="adalora", r=12, alpha=8, target_modules=["q"])
+    eva = lora_config(target_modules=["q"], init_lora_weights="eva")
+    assert eva.eva_config is not None
+    assert as_spec(eva) == LoraSpec(alpha=8, init="eva", target_modules=["q"])
+
+
+def test_ranks_that_adalora_has_kept() -> None:
+    masks = {"layers.0.q.lora_E": [True, False, True], "layers.1.q.lora_E": [False, False, False]}
+    config = peft.AdaLoraConfig(init_r=3, lora_alpha=6, total_step=9, target_modules=["q"], rank_pattern=masks)
+    ours = as_spec(config)
+    assert [ours.rank_for(f"layers.{i}.q") for i in range(3)] == [2, 0, 3]
+    assert {ours.scaling_for(f"layers.{i}.q") for i in range(3)} == {6 / (3 + 1e-5)}
+    assert ours.to_peft()["rank_pattern"] == {
+        "layers.0.q.lora_E": [True, True, False],  # which of them no longer matters
+        "layers.1.q.lora_E": [False, False, False],
+    }
+    with pytest.raises(SpecError, match=r"rank_pattern\['q'\]=0 is not allowed: expected an integer of at least 1"):
+        LoraSpec(rank_pattern={"q": 0})
 
 
 @pytest.mark.parametrize(
@@ -426,11 +546,13 @@ def test_variant_of_peft_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (
             {"init_lora_weights": False},
-            "init_lora_weights=False is not supported; supported are True or 'gaussian'",
+            "init_lora_weights=False is not supported; supported are True, 'gaussian', 'orthogonal', 'pissa',",
         ),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' is not supported"),
+        ({"peft_type": "VERA", "init_weights": False}, "init_weights=False is not supported; supported is True"),
         ({"target_modules": None}, "target_modules=None leaves the choice to PEFT"),
-        ({"peft_type": "LOHA"}, "peft_type='LOHA' is not supported; supported is 'LORA'"),
+        ({"peft_type": "LOHA"}, "peft_type='LOHA' is not supported; supported are 'LORA', 'ADALORA', 'VERA'"),
+        ({"peft_type": "VERA", "lora_alpha": 2}, "unknown key 'lora_alpha'"),
         ({"lora_alhpa": 4}, "unknown key 'lora_alhpa' (did you mean 'lora_alpha'"),
         ({"r": 0}, "LoraSpec.r=0 is not allowed"),
     ],
@@ -447,8 +569,9 @@ def test_other_peft_methods_are_refused() -> None:
 
 
 def test_variant_that_peft_lacks_cannot_be_written() -> None:
-    with pytest.raises(SpecError, match="variant='mine' cannot be written as a PEFT config; PEFT has 'lora'"):
-        LoraSpec(variant="mine").to_peft()
+    fields = {**LoraSpec().to_dict(), "variant": "mine"}
+    with pytest.raises(SpecError, match="variant='mine' cannot be written as a PEFT config; PEFT has 'lora', 'dora', "):
+        peft_config.peft_from_fields(fields, fields)
 
 
 # What is taken for a spec

@@ -73,7 +73,7 @@ def test_modules_to_save_and_biases_train_and_the_model_keeps_its_own() -> None:
     spec = LoraSpec(r=3, target_modules=["query", "dense"], modules_to_save=["classifier"], bias="all")
     gm = lorafx.apply(model, spec, BERT.inputs(), seed=0)
     adapters = {n for site in lorafx.sites(gm) for n in site.parameter_names.values()}
-    whole = {n for n in before if n.endswith("bias") or n.startswith("classifier.")}
+    whole = {f"_adapters.default.{n}" for n in before if n.endswith("bias") or n.startswith("classifier.")}
     assert set(trainable(gm)) == adapters | whole
     without_effect = {n for n in whole if n.endswith("key.bias")}  # softmax takes them away: only rounding is left
     assert changed_by_training(gm, BERT) | without_effect == adapters | whole

@@ -42,6 +42,7 @@ class AdaLora:
     options: Mapping[str, Option] = field(default_factory=lambda: _OPTIONS)
     shifts_bias: bool = False
     scales_rows: bool = False
+    shrinks: bool = True
 
     def has_init(self, name: str) -> bool:
         """Whether it is one of ``inits``."""

@@ -89,6 +89,11 @@ class Variant(Protocol):
         """Whether its updates have a gain."""
         ...
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether training takes ranks away; the scaling stays that of the first one."""
+        ...
+
     def has_init(self, name: str) -> bool:
         """Whether it knows this value of ``LoraSpec.init``."""
         ...
@@ -133,6 +138,7 @@ class StartRequest:
 
     ``weight`` is ``[out, in]``. ``sparse`` says that the input picks single columns (an embedding's
     one-hot rows): then the side that the input meets starts at zero, so that only what is seen changes.
+    ``factors`` are A and B where data has told them (:func:`lorafx.initialize`), in float32 or better.
     """
 
     weight: Tensor
@@ -143,3 +149,4 @@ class StartRequest:
     generator: torch.Generator | None
     options: Mapping[str, Any]
     sparse: bool = False
+    factors: tuple[Tensor, Tensor] | None = None

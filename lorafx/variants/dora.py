@@ -24,6 +24,7 @@ class Dora(Lora):
 
     name: str = "dora"
     parameters: tuple[str, ...] = ("lora_A", "lora_B", "lora_magnitude_vector")
+    scales_rows: bool = True
 
     def shapes(self, out_features: int, in_features: int, r: int) -> Mapping[str, tuple[int, ...]]:
         """LoRA's, and ``lora_magnitude_vector [out]``."""

@@ -28,6 +28,7 @@ class Lora:
     options: Mapping[str, Option] = field(default_factory=lambda: NO_OPTIONS)
     shifts_bias: bool = False
     scales_rows: bool = False
+    shrinks: bool = False
 
     def has_init(self, name: str) -> bool:
         """Whether it is one of ``inits``, or another number of iterations of the fast PiSSA."""
@@ -60,8 +61,9 @@ class Lora:
         """The factors of the initialisation asked for, rounded to the adapter's dtype, and what they leave."""
         init = find_init(request.init)
         assert init is not None
-        a, b = (t.to(device=request.weight.device, dtype=request.dtype) for t in init.factors(request))
-        taken = init.changes_base and not init.by_data
+        factors = init.factors(request) if request.factors is None else request.factors
+        a, b = (t.to(device=request.weight.device, dtype=request.dtype) for t in factors)
+        taken = init.changes_base and (request.factors is not None or not init.by_data)
         base = less(request.weight, a, b, request.scaling) if taken else None
         return Start({"lora_A": a, "lora_B": b}, base)
 

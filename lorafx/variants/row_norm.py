@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 #: How a tensor lies in the memory of a parameter: offset, shape and strides.
-View = tuple[int, tuple[int, ...], tuple[int, ...]]
+View = tuple[Any, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class _Squares:
 
     version: int
     memory: int
-    sample: Tensor | None
+    sample: Tensor
     values: Tensor
 
 
@@ -65,14 +66,15 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
             return compute_norm(squares, weight, a, b, scaling)
         known = _NORMS.get(a)
         if known is None or not _is_current(known, squares, scaling, a, b):
-            values = compute_norm(squares, weight, a, b, scaling)
-            known = _NORMS[a] = _Norm(squares, scaling, a.detach().clone(), b.detach().clone(), values)
+            norm = compute_norm(squares, weight, a, b, scaling)
+            known = _NORMS[a] = _Norm(squares, scaling, a.detach().clone(), b.detach().clone(), norm)
         return known.values
 
 
 def compute_squares(weight: Tensor) -> Tensor:
     """The square of each row's norm, in float64."""
-    return torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float64).square()
+    norm: Tensor = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float64)
+    return norm.square()
 
 
 def compute_norm(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -93,7 +95,7 @@ def _squares(base: Tensor, weight: Tensor) -> Tensor:
     if (
         known is None
         or (known.version, known.memory) != (base._version, base.data_ptr())
-        or not (sample is known.sample or torch.equal(sample, known.sample))
+        or not torch.equal(sample, known.sample)
     ):
         known = views[view] = _Squares(base._version, base.data_ptr(), sample, compute_squares(weight))
     return known.values
@@ -108,11 +110,11 @@ def _looks_like(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and one.device == other.device
 
 
-def _sample(base: Tensor) -> Tensor | None:
+def _sample(base: Tensor) -> Tensor:
     if base.device.type != "cpu":
-        return None
-    flat = base.detach().flatten()
-    return flat[:: max(1, flat.numel() // 64)].clone()
+        return torch.empty(0)
+    count = base.numel()
+    return base.detach().take(torch.arange(0, count, max(1, count // 64)))
 
 
 def _may_keep(tensor: Tensor) -> bool:

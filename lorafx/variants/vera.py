@@ -39,6 +39,7 @@ class Vera:
     options: Mapping[str, Option] = field(default_factory=lambda: _OPTIONS)
     shifts_bias: bool = False
     scales_rows: bool = False
+    shrinks: bool = False
 
     def has_init(self, name: str) -> bool:
         """Whether it is one of ``inits``."""
