@@ -92,7 +92,7 @@ def add_adapter(
         SpecError, MatchError: as :func:`lorafx.apply`. Nothing is changed.
     """
     specs = as_specs(spec)
-    _check_new_name(gm, name)
+    check_new_name(gm, name)
     if seed is not None:
         if generator is not None:
             raise ValueError("give seed or generator, not both")
@@ -103,7 +103,7 @@ def add_adapter(
     running, by_row = gm.meta.get("active", ()), gm.meta.get("by_row", False)
     with torch.inference_mode(False):
         Insert(choices, specs, generator, name)(gm)
-    _switch(gm, running, by_row)
+    switch(gm, running, by_row)
     train_only(gm, running)
 
 
@@ -121,7 +121,7 @@ def set_adapter(gm: CapturedModule, names: str | Sequence[str]) -> None:
     chosen = _names(names)
     if not chosen:
         raise AdapterError("set_adapter needs a name; `with disable_adapters(gm):` runs the model without adapters")
-    _switch(gm, chosen)
+    switch(gm, chosen)
     train_only(gm, chosen)
 
 
@@ -153,7 +153,7 @@ def set_adapter_names(gm: CapturedModule, adapter_names: Sequence[str | None]) -
     mark_own(index)
     gm.register_buffer(ROWS, index, persistent=False)
     if not same:
-        _switch(gm, running, by_row=True)
+        switch(gm, running, by_row=True)
 
 
 @contextmanager
@@ -161,13 +161,13 @@ def disable_adapters(gm: CapturedModule) -> Iterator[CapturedModule]:
     """The model without any adapter inside the ``with``; afterwards the same ones are active again."""
     running, by_row = gm.meta.get("active", ()), gm.meta.get("by_row", False)
     rows = gm._buffers.get(ROWS)
-    _switch(gm, ())
+    switch(gm, ())
     try:
         yield gm
     finally:
         if rows is not None:
             gm.register_buffer(ROWS, rows, persistent=False)
-        _switch(gm, running, by_row)
+        switch(gm, running, by_row)
 
 
 def delete_adapter(gm: CapturedModule, name: str) -> None:
@@ -183,7 +183,7 @@ def delete_adapter(gm: CapturedModule, name: str) -> None:
     remove_adapter(gm, adapter)
     if not adapters(gm):
         gm.meta["stage"] = Stage.CAPTURED
-    _switch(gm, running)
+    switch(gm, running)
 
 
 def rename_adapter(gm: CapturedModule, name: str, new: str) -> None:
@@ -194,7 +194,7 @@ def rename_adapter(gm: CapturedModule, name: str, new: str) -> None:
     """
     old = find_adapter(gm, name)
     _refuse_merged(gm, name)
-    _check_new_name(gm, new)
+    check_new_name(gm, new)
     running, by_row = gm.meta.get("active", ()), gm.meta.get("by_row", False)
     deactivate(gm)
     renamed = replace(old, name=new, sites=tuple(replace(s, adapter=new) for s in old.sites))
@@ -206,7 +206,7 @@ def rename_adapter(gm: CapturedModule, name: str, new: str) -> None:
     if held is not None and name in held._modules:
         held.add_module(new, held._modules.pop(name))
     gm.meta["adapters"] = {(new if n == name else n): (renamed if n == name else a) for n, a in adapters(gm).items()}
-    _switch(gm, tuple(new if n == name else n for n in running), by_row)
+    switch(gm, tuple(new if n == name else n for n in running), by_row)
 
 
 def merge(gm: CapturedModule, adapters: str | Sequence[str] | None = None, *, inplace: bool = False) -> CapturedModule:
@@ -278,10 +278,11 @@ def _fold(gm: CapturedModule, merged: tuple[str, ...], running: tuple[str, ...])
         mark_own(tensor)
         set_tensor(gm, f"{FOLDED}.{name}", tensor)
     gm.meta["merged"], gm.meta["folded"] = merged, tuple(values)
-    _switch(gm, running)
+    switch(gm, running)
 
 
-def _switch(gm: CapturedModule, names: tuple[str, ...], by_row: bool = False) -> None:
+def switch(gm: CapturedModule, names: Sequence[str], by_row: bool = False) -> None:
+    """Rewrite the graph for these active adapters, compile and verify it; what requires gradients stays."""
     activate(gm, names, by_row)
     if not by_row and ROWS in gm._buffers:
         delattr(gm, ROWS)
@@ -296,7 +297,8 @@ def _names(names: str | Sequence[str]) -> tuple[str, ...]:
     return chosen
 
 
-def _check_new_name(gm: CapturedModule, name: str) -> None:
+def check_new_name(gm: CapturedModule, name: str) -> None:
+    """Raise :class:`AdapterError` where a new adapter cannot be called this."""
     if not isinstance(name, str) or re.fullmatch(r"[\w-]+", name) is None or name == BASE:
         raise AdapterError(f"{name!r} cannot be an adapter's name: use letters, digits, '_' and '-'")
     if name in adapters(gm):

@@ -99,7 +99,7 @@ class Site:
         return matrix if self.rows is None else matrix.index_select(-2, self.index(weight))
 
     def store(self, matrix: Tensor, like: Tensor) -> Tensor:
-        """A matrix in the layout, shape and dtype of a stored weight; with ``rows``, the others are those of ``like``."""
+        """A matrix in the layout, shape and dtype of a stored weight, whose other rows (if any) it keeps."""
         storage = STORAGE[self.kind]
         if self.rows is not None:
             matrix = storage.matrix(like).to(matrix.dtype).index_copy(-2, self.index(like), matrix)

@@ -60,16 +60,16 @@ def check_rows(gm: CapturedModule, chosen: Sequence[Adapter]) -> None:
                 )
 
 
-def _why_not(node: Node, site: Site, batch: str | None) -> str | None:
+def _why_not(node: Node, site: Site, batch: frozenset[str]) -> str | None:
     operands = find_operands(node)
     if operands is None or site.kind not in ADAPTED:
         return "it adapts a parameter for the whole batch at once"
-    if batch is None:
+    if not batch:
         return "the graph was captured without inputs, or for one size of batch, and does not tell what the batch is"
     x = operands.x
     while x.target in _KEEP_ROWS:
         x = x.all_input_nodes[0]
-    if _first(x) == batch or (x.target in _VIEWS and _first(x.all_input_nodes[0]) == batch):
+    if _first(x) in batch or (x.target in _VIEWS and _first(x.all_input_nodes[0]) in batch):
         return None
     return "the first dimension of its input is not the batch"
 
@@ -79,12 +79,13 @@ def _first(node: Node) -> str | None:
     return str(value.shape[0]) if isinstance(value, Tensor) and value.dim() > 0 else None
 
 
-def _batch(gm: CapturedModule) -> str | None:
-    """The symbol of the size that all inputs have first; None if there is no such one."""
-    found = set()
-    for node in gm.graph.find_nodes(op="placeholder"):
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and value.dim() > 0:
-            found.add(str(value.shape[0]))
-    symbols = {s for s in found if not s.isdecimal()}
-    return symbols.pop() if len(symbols) == 1 and len(found) == 1 else None
+def _batch(gm: CapturedModule) -> frozenset[str]:
+    """The symbols for the size of the batch: that of the inputs' first dimensions, if they all go by one name.
+
+    There may be several, where the model's code did not need two inputs' sizes to be equal (a mask that broadcasts).
+    """
+    dims = gm.signature.dims
+    names = {dims.get(placeholder, {}).get(0) for placeholder in gm.signature.placeholders}
+    if len(names) != 1 or None in names:
+        return frozenset()
+    return frozenset(size for n in gm.graph.find_nodes(op="placeholder") if (size := _first(n)) is not None)

@@ -129,11 +129,11 @@ def _with_attention(gm: CapturedModule, uses: WeightUses, layers: Sequence[Candi
     yield from renamed.values()
 
 
-def parts(gm: CapturedModule, whole: Candidate) -> tuple[Candidate, ...]:
+def parts(gm: CapturedModule, uses: WeightUses, whole: Candidate) -> tuple[Candidate, ...]:
     """The q, k and v of an attention's fused input projection, each by itself; of another candidate none."""
     if whole.weight.rpartition(".")[2] != "in_proj_weight" or whole.name == whole.weight:
         return ()
-    fused = parameter(gm, WeightUses(gm), whole.weight)
+    fused = parameter(gm, uses, whole.weight)
     height = fused.shape[0] // len(_PARTS)
     names = [f"{whole.name}.{part}" for part in _PARTS]
     return tuple(
@@ -161,8 +161,8 @@ def parameter(gm: CapturedModule, uses: WeightUses, name: str) -> Candidate:
     value: Tensor = get_path(gm, name)
     if value.dim() not in (2, 3) or not value.is_floating_point():
         raise MatchError(
-            f"parameter '{name}' is {value.dtype} of shape {list(value.shape)}: only a floating-point matrix [out, in], "
-            "or a stack of them [experts, out, in], can be adapted"
+            f"parameter '{name}' is {value.dtype} of shape {list(value.shape)}: only a floating-point matrix "
+            "[out, in], or a stack of them [experts, out, in], can be adapted"
         )
     nodes = uses.reads(value)
     if not nodes:
@@ -171,14 +171,14 @@ def parameter(gm: CapturedModule, uses: WeightUses, name: str) -> Candidate:
     return _reads(gm, uses, name, "parameter_t" if transposed else "parameter")
 
 
-def tied(gm: CapturedModule, layer: Candidate) -> Candidate:
+def tied(gm: CapturedModule, uses: WeightUses, layer: Candidate) -> Candidate:
     """A layer's weight, adapted in all its uses alike.
 
     Raises:
         MatchError: another use has a part of the weight's memory only, or is hidden inside a module.
     """
     kind = next(kind for kind, storage in PARAMETERS.items() if storage is STORAGE[layer.kind])
-    found = _reads(gm, WeightUses(gm), layer.weight, kind)
+    found = _reads(gm, uses, layer.weight, kind)
     if found.elsewhere:
         raise MatchError(
             f"site '{layer.name}': tied=\"tie\" cannot adapt these uses of '{layer.weight}', which read a part of its "
@@ -188,17 +188,21 @@ def tied(gm: CapturedModule, layer: Candidate) -> Candidate:
     return replace(found, name=layer.name, path=layer.path, bias=layer.bias, names=layer.names, module=layer.module)
 
 
-def token_rows(gm: CapturedModule, embedding: Candidate, rows: tuple[int, ...]) -> Candidate:
-    """Rows of an embedding's weight, in all its uses."""
-    found = _reads(gm, WeightUses(gm), embedding.weight, "parameter")
-    return replace(
-        found,
-        name=embedding.name,
-        path=embedding.path,
-        names=embedding.names,
-        shape=(len(rows), found.shape[-1]),
-        rows=rows,
-    )
+def token_rows(gm: CapturedModule, uses: WeightUses, embedding: Candidate, rows: tuple[int, ...]) -> Candidate:
+    """Rows of an embedding's weight, in all its uses.
+
+    Raises:
+        MatchError: it has no such row.
+    """
+    found = _reads(gm, uses, embedding.weight, "parameter")
+    count, width = found.shape
+    if rows and max(rows) >= count:
+        raise MatchError(
+            f"trainable_token_indices names row {max(rows)} of '{embedding.name}', which has {count} rows (0 to "
+            f"{count - 1})"
+        )
+    name, path, names = embedding.name, embedding.path, embedding.names
+    return replace(found, name=name, path=path, names=names, shape=(len(rows), width), rows=rows)
 
 
 def _reads(gm: CapturedModule, uses: WeightUses, name: str, kind: str) -> Candidate:
@@ -221,7 +225,7 @@ def _reads(gm: CapturedModule, uses: WeightUses, name: str, kind: str) -> Candid
 
 
 class WeightUses:
-    """Who reads each weight's memory: under its own name or an alias, in the graph or in a module that it calls whole."""
+    """Who reads each weight's memory: under its own name or an alias, also in modules that the graph calls whole."""
 
     def __init__(self, gm: CapturedModule) -> None:
         self.gm = gm

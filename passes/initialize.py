@@ -79,7 +79,7 @@ def initialize(
     factors: dict[Site, Factors] = {}
     for name, sites in by_method.items():
         factors.update(_FACTORS[name](gm, batches, sites, loss_fn))
-    with torch.no_grad(), torch.inference_mode(False):
+    with torch.inference_mode(False), torch.no_grad():
         _write(gm, found, methods, factors)
 
 

@@ -73,12 +73,21 @@ class Insert(Pass):
 
 
 def put_adapter(gm: CapturedModule, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
-    """Add an adapter, not active, with these values of its sites' parameters (by state dict name), in place.
+    """Add an adapter with these values, by state dict name, to a graph without active adapters, in place.
 
-    For layers that some adapter of the graph adapts already; shapes and names are the caller's to get right.
+    They are those of its sites' parameters, and of what it trains whole where that is not as in the base. For layers that
+    some adapter of the graph adapts already; shapes and names are the caller's to get right.
     """
+    _copy_trained(gm, adapter)
+    whole = {adapter.own_name(name) for name in adapter.trained}
     for name, value in tensors.items():
-        _own(gm, name, nn.Parameter(value, requires_grad=False))
+        if name in whole:
+            with torch.no_grad():
+                get_path(gm, name).copy_(value)
+        else:
+            _own(gm, name, nn.Parameter(value))
+    for name in adapter.parameter_names:
+        get_path(gm, name).requires_grad_(False)
     gm.meta["adapters"] = {**adapters(gm), adapter.name: adapter}
 
 
@@ -89,7 +98,7 @@ def train_only(gm: CapturedModule, names: Sequence[str]) -> None:
         for name in adapter.parameter_names:
             tensor = get_path(gm, name)
             if isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(name in wanted)
+                tensor.requires_grad_(name in wanted and tensor.numel() > 0)  # without a rank there is nothing to train
 
 
 def mark_layer(gm: CapturedModule, choice: Choice) -> None:

@@ -1,63 +1,27 @@
-"""Match: which layers of a captured graph the specs mean. Changes nothing; the result is data.
-
-A *candidate* is every call of a layer on a parameter. Calls of one module are one candidate; a
-functional call on a bare parameter is named after the parameter.
-"""
+"""Match: which candidates of a captured graph the specs mean. Changes nothing; the result is data."""
 
 from __future__ import annotations
 
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
-import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from lorafx.checks import did_you_mean
 from lorafx.errors import FrozenHeadWarning, MatchError
-from lorafx.graph import CapturedModule, get_path, named_tensors, notes
-from lorafx.ir import Site, base_modules, same_memory
-from lorafx.ops import LAYERS, STORAGE
-from lorafx.passes.layers import find_operands, readers
+from lorafx.graph import CapturedModule, get_path, named_tensors
+from lorafx.ir import ADAPTERS, FOLDED, Site, adapters, base_modules
+from lorafx.ops import LAYERS
+from lorafx.passes.candidates import Candidate, WeightUses, candidates, parameter, parts, tied, token_rows
 from lorafx.spec import ALL_LINEAR, LoraSpec, matches
 from lorafx.variants import VARIANTS
 
-aten = torch.ops.aten
-
-#: Operators that move or cast values and compute nothing: a layer behind them makes the output.
-_SHAPE_ONLY_NAMES = """
-    view reshape slice select squeeze unsqueeze transpose permute t flatten unflatten expand contiguous
-    clone alias detach to _to_copy float double half bfloat16 getitem split chunk unbind
-"""
-_SHAPE_ONLY = frozenset(_SHAPE_ONLY_NAMES.split())
-
-
 #: The kinds that "all-linear" means.
 LINEAR = ("linear", "addmm")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A layer of the graph that could be adapted.
-
-    ``elsewhere`` lists the other uses of its weight; ``module`` says whether a linear layer makes the call,
-    rather than other code with a parameter; ``is_output`` whether it makes an output of the model.
-    """
-
-    name: str
-    path: str
-    kind: str
-    nodes: tuple[Node, ...]
-    weight: str
-    bias: str | None
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    module: bool
-    is_output: bool
-    elsewhere: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -70,85 +34,104 @@ class Choice:
     reason: str
 
 
-def candidates(gm: CapturedModule) -> tuple[Candidate, ...]:
-    """Every layer of the graph that could be adapted, in order of first call."""
-    found: dict[str, Candidate] = {}
-    heads = tuple(gm.meta.get("output_layers", ()))
-    makers = _output_makers(gm)
-    for node in gm.graph.nodes:
-        operands = find_operands(node)
-        if operands is None:
-            continue
-        weight_name = str(operands.source.target)
-        weight = get_path(gm, weight_name)
-        if not isinstance(weight, nn.Parameter):
-            continue
-        matrix = STORAGE[operands.kind].matrix(weight)
-        if matrix.dim() != 2:
-            continue
-        # A layer's weight used by other code (nn.MultiheadAttention's out_proj) is the layer's site still.
-        owner = weight_name.removesuffix(".weight")
-        layer = owner != weight_name and getattr(get_path(gm, owner), "kind", "") == "linear"
-        owned = layer or weight_name == f"{notes(node).get('scope', '')}.weight"
-        name = owner if owned else weight_name
-        if name in found:
-            known = found[name]
-            found[name] = replace(known, nodes=(*known.nodes, node), is_output=known.is_output or node in makers)
-            continue
-        output = node in makers or any(name == h or name.startswith(h + ".") for h in heads)
-        found[name] = Candidate(
-            name=name,
-            path=name if owned else f"{name}_adapter",
-            kind=operands.kind,
-            nodes=(node,),
-            weight=weight_name,
-            bias=_name_of_parameter(operands.bias),
-            shape=tuple(matrix.shape),
-            dtype=weight.dtype,
-            module=layer,
-            is_output=output,
-            elsewhere=(),
-        )
-    uses = _WeightUses(gm)
-    return tuple(replace(c, elsewhere=uses.beside(c)) for c in found.values())
-
-
 def match(gm: CapturedModule, specs: Sequence[LoraSpec], adapter: str = "default") -> tuple[Choice, ...]:
     """Decide for every candidate. Where several specs mean a layer, the first in the list has it.
 
     Raises:
-        MatchError: a target names no layer, nothing is matched at all, or a matched weight has other
-            uses that a fold would change (``tied="refuse"``).
+        MatchError: a name means nothing that can be adapted, nothing is matched at all, a matched weight has other
+            uses that a fold would change (``tied="refuse"``) or is adapted twice, or an adapter of this kind cannot be
+            there. Nothing is changed.
     """
-    found = candidates(gm)
-    choices: dict[str, Choice] = {}
+    layers, uses = candidates(gm), WeightUses(gm)
+    choices = {c.name: Choice(c, None, None, "") for c in layers}
     for spec in specs:
-        _check_entries(gm, found, spec)
-        taken = 0
-        for candidate in found:
-            reason = _why_not(candidate, spec)
+        _check_entries(gm, (*layers, *(part for layer in layers for part in parts(gm, uses, layer))), spec)
+        meant = [*_layers(gm, uses, layers, spec), *_parameters(gm, uses, spec), *_tokens(gm, uses, layers, spec)]
+        if all(reason is not None for _, reason in meant):
+            raise MatchError(_nothing_matched(meant, spec))
+        for candidate, reason in meant:
             known = choices.get(candidate.name)
-            if known is not None and known.site is not None:
-                taken += reason is None
-                continue
-            site = None if reason is not None else _site(candidate, spec, adapter)
-            taken += site is not None
-            choices[candidate.name] = Choice(candidate, site, spec if site else None, reason or "")
-        if taken == 0:
-            raise MatchError(_nothing_matched(found, spec))
+            if known is None or known.site is None:
+                site = None if reason is not None else _site(candidate, spec, adapter)
+                choices[candidate.name] = Choice(candidate, site, spec if site else None, reason or "")
+            elif reason is None and (known.spec is spec or known.candidate.kind != candidate.kind):
+                raise MatchError(_twice(candidate.name, candidate.name, candidate.weight))
     _refuse_shared(choices.values())
-    _refuse_misfits(choices.values())
+    _refuse_overlaps(gm, choices.values())
+    _refuse_misfits(uses, choices.values())
     return tuple(choices.values())
 
 
-def _why_not(candidate: Candidate, spec: LoraSpec) -> str | None:
-    """The reason to leave a candidate out, or None to take it."""
-    if spec.exclude_modules is not None and matches(candidate.name, spec.exclude_modules):
+Meant = tuple[Candidate, str | None]
+"""A candidate and the reason to leave it out, or None to take it."""
+
+
+def _layers(gm: CapturedModule, uses: WeightUses, layers: Sequence[Candidate], spec: LoraSpec) -> Iterator[Meant]:
+    """What ``target_modules`` means: layers, and parts of an attention's input projection by their names."""
+    taken: list[str] = []
+    first: dict[str, str] = {}
+    for layer in layers:
+        decided = [(layer, _why_not(layer, spec))]
+        if decided[0][1] is not None and spec.target_modules != ALL_LINEAR:
+            decided += [(p, None) for p in parts(gm, uses, layer) if _why_not(p, spec) is None]
+        for candidate, reason in decided:
+            if reason is None:
+                taken += candidate.names
+                if not any(spec.takes_layer(name) for name in candidate.names):
+                    reason = "not among layers_to_transform"
+            if reason is None and candidate.elsewhere and spec.tied == "tie":
+                candidate = tied(gm, uses, candidate)
+                if first.setdefault(candidate.weight, candidate.name) != candidate.name:
+                    reason = f"its weight is that of '{first[candidate.weight]}', and adapted there"
+            yield candidate, reason
+    _check_numbers(taken, spec)
+
+
+def _parameters(gm: CapturedModule, uses: WeightUses, spec: LoraSpec) -> Iterator[Meant]:
+    """What ``target_parameters`` means; of a tensor with several names the first."""
+    seen = set()
+    for name in _base_parameters(gm):
+        value = get_path(gm, name)
+        if matches(name, spec.target_parameters) and id(value) not in seen:
+            seen.add(id(value))
+            yield (candidate := parameter(gm, uses, name)), _left_out(candidate, spec)
+
+
+def _tokens(gm: CapturedModule, uses: WeightUses, layers: Sequence[Candidate], spec: LoraSpec) -> Iterator[Meant]:
+    """What ``trainable_token_indices`` means."""
+    embeddings = [c for c in layers if c.kind == "embedding"]
+    wanted = spec.trainable_token_indices
+    if isinstance(wanted, Mapping):
+        for entry, rows in wanted.items():
+            for embedding in (e for e in embeddings if matches(e.name, (entry,))):
+                yield (candidate := token_rows(gm, uses, embedding, tuple(rows))), _left_out(candidate, spec)
+    elif wanted:
+        name = gm.meta.get("input_embedding")
+        inputs = embeddings if name is None else [e for e in embeddings if e.name == name]
+        if len(inputs) != 1:
+            raise MatchError(
+                "trainable_token_indices is a list, and which embedding is the input's is not clear: map the name of "
+                f"one to it. Embeddings: {', '.join(e.name for e in embeddings) or 'none'}"
+            )
+        yield (candidate := token_rows(gm, uses, inputs[0], tuple(wanted))), _left_out(candidate, spec)
+
+
+def _left_out(candidate: Candidate, spec: LoraSpec) -> str | None:
+    """The reason to leave out a candidate that is meant."""
+    if spec.exclude_modules is not None and any(matches(n, spec.exclude_modules) for n in candidate.names):
         return "excluded by exclude_modules"
     if any(_is_under(candidate.name, m) for m in spec.trained_modules):
         return "trained whole (modules_to_save)"
+    return None
+
+
+def _why_not(candidate: Candidate, spec: LoraSpec) -> str | None:
+    """The reason to leave out a candidate that ``target_modules`` may mean, or None to take it."""
+    if (reason := _left_out(candidate, spec)) is not None:
+        return reason
     if spec.target_modules != ALL_LINEAR:
-        return None if matches(candidate.name, spec.target_modules) else "not in target_modules"
+        meant = any(matches(n, spec.target_modules) for n in candidate.names)
+        return None if meant else "not in target_modules"
     if candidate.kind not in LINEAR:
         return "no linear layer (name it in target_modules to adapt it)"
     if candidate.is_output:
@@ -159,7 +142,8 @@ def _why_not(candidate: Candidate, spec: LoraSpec) -> str | None:
 
 
 def _site(candidate: Candidate, spec: LoraSpec, adapter: str) -> Site:
-    return Site(
+    """The site of a candidate that is taken. A pattern may name it by any of its names."""
+    site = Site(
         name=candidate.name,
         path=candidate.path,
         adapter=adapter,
@@ -168,59 +152,111 @@ def _site(candidate: Candidate, spec: LoraSpec, adapter: str) -> Site:
         weight=candidate.weight,
         bias=candidate.bias,
         shape=candidate.shape,
-        r=spec.rank_for(candidate.name),
-        alpha=spec.alpha_for(candidate.name),
-        scaling=spec.scaling_for(candidate.name),
-        dropout=0.0 if LAYERS[candidate.kind].picks else spec.dropout,
-        apart=bool(candidate.elsewhere) and spec.tied == "untie",
+        r=spec.r,
+        alpha=spec.alpha,
+        scaling=1.0,
+        dropout=spec.dropout,
+        apart=bool(candidate.elsewhere) and spec.tied == "untie" and candidate.kind in LAYERS,
+        rows=candidate.rows,
+    )
+    if isinstance(candidate.rows, tuple):
+        r = candidate.shape[0]
+        return replace(site, variant="tokens", r=r, alpha=r, dropout=0.0)
+    picks = candidate.kind in LAYERS and LAYERS[candidate.kind].picks
+    names = [n for n in candidate.names if (spec.rank_for(n), spec.alpha_for(n)) != (spec.r, spec.alpha)]
+    name = names[0] if names else candidate.name
+    return replace(
+        site,
+        r=spec.rank_for(name),
+        alpha=spec.alpha_for(name),
+        scaling=spec.scaling_for(name),
+        dropout=0.0 if picks else spec.dropout,
     )
 
 
+def _base_parameters(gm: CapturedModule) -> list[str]:
+    """The names of the model's own parameters, under all their names."""
+    of_adapters = {n for a in adapters(gm).values() for n in a.parameter_names}
+    names = [n for n, t in named_tensors(gm) if isinstance(t, nn.Parameter) and n not in of_adapters]
+    return [n for n in names if n.partition(".")[0] not in (ADAPTERS, FOLDED)]
+
+
 def _check_entries(gm: CapturedModule, found: Sequence[Candidate], spec: LoraSpec) -> None:
-    """Refuse the entries of a list that name no layer of the graph, all of them at once."""
-    unmatched = []
+    """Refuse the entries of a list that name nothing of the graph, all of them at once."""
     modules = base_modules(gm, aliases=True)
-    names = [c.name for c in found]
-    for field in ("target_modules", "exclude_modules", "modules_to_save"):
+    layers = [n for c in found for n in c.names]
+    known: dict[str, Sequence[str]] = {
+        "target_modules": layers,
+        "target_parameters": _base_parameters(gm),
+        "trainable_token_indices": [c.name for c in found if c.kind == "embedding"],
+        "exclude_modules": (*layers, *modules, *_base_parameters(gm)),
+        "modules_to_save": (*modules, *spec.heads_of_task),
+    }
+    unmatched = []
+    for field, names in known.items():
         entries = getattr(spec, field)
-        if entries is None or isinstance(entries, str):
-            continue
-        known = modules if field == "modules_to_save" else [*names, *modules]
-        implied = spec.heads_of_task if field == "modules_to_save" else ()
-        for entry in entries:
-            if entry in implied or any(matches(n, (entry,)) for n in (names if field == "target_modules" else known)):
-                continue
-            unmatched.append(_unmatched(field, entry, names, modules))
+        if field == "trainable_token_indices" and not isinstance(entries, Mapping):
+            entries = None  # rows of the input embedding, whatever its name
+        for entry in () if entries is None or isinstance(entries, str) else entries:
+            if not any(matches(n, (entry,)) for n in names):
+                unmatched.append(_no_layer(gm, field, entry, names, modules) or _unknown(field, entry, names))
     if unmatched:
         raise MatchError("; ".join(unmatched))
 
 
-def _unmatched(field: str, entry: str, names: Sequence[str], modules: Sequence[str]) -> str:
-    if field == "target_modules" and (held := [m for m in modules if matches(m, (entry,))]):
-        inside = [n for n in names if any(n.startswith(m + ".") for m in held)]
-        advice = f"; linear layers below it: {', '.join(inside[:4])}" if inside else ""
-        return (
-            f"target_modules names '{entry}', which is the module '{held[0]}' but no linear layer that this graph "
-            f"calls (a layer these inputs never reach is not in the graph){advice}. Name linear layers, or remove "
-            "the entry"
-        )
-    pool = names if field == "target_modules" else modules
-    suffixes = {".".join(n.split(".")[i:]) for n in pool for i in range(n.count(".") + 1)}
-    hint = did_you_mean(entry, sorted(suffixes))
-    return f"{field} names '{entry}', and the model has no such layer{hint or ''}. Its layers end in: " + ", ".join(
-        sorted({n.rpartition(".")[2] for n in names})[:12]
+def _no_layer(gm: CapturedModule, field: str, entry: str, names: Sequence[str], modules: Sequence[str]) -> str | None:
+    """What to say of an entry that is a module, but none that can be adapted; None if it is no module."""
+    kind = {"target_modules": "layer", "trainable_token_indices": "embedding"}.get(field)
+    held = [m for m in modules if matches(m, (entry,))]
+    if kind is None or not held:
+        return None
+    if getattr(gm.get_submodule(held[0]), "kind", "") == "transposed convolution":
+        return f"{field} names '{entry}': '{held[0]}' is a transposed convolution, which cannot be adapted"
+    inside = [n for n in names if any(n.startswith(m + ".") for m in held)]
+    advice = f"; {kind}s below it: {', '.join(inside[:4])}" if inside else ""
+    return (
+        f"{field} names '{entry}', which is the module '{held[0]}' but no {kind} that this graph calls (one that "
+        f"these inputs never reach is not in the graph){advice}. Name {kind}s, or remove the entry"
     )
 
 
-def _nothing_matched(found: Sequence[Candidate], spec: LoraSpec) -> str:
-    if not found:
-        return "the graph has no linear layer on a parameter, so there is nothing to adapt"
-    counts = Counter(_why_not(c, spec) for c in found)
+def _unknown(field: str, entry: str, names: Sequence[str]) -> str:
+    what = {"target_parameters": "parameter", "trainable_token_indices": "embedding"}.get(field, "layer")
+    suffixes = {".".join(n.split(".")[i:]) for n in names for i in range(n.count(".") + 1)}
+    endings = sorted({n.rpartition(".")[2] for n in names})[:12]
+    return (
+        f"{field} names '{entry}', and the model has no such {what}{did_you_mean(entry, sorted(suffixes))}. Its "
+        f"{what}s end in: {', '.join(endings)}"
+    )
+
+
+def _check_numbers(taken: Sequence[str], spec: LoraSpec) -> None:
+    """Refuse entries of ``layers_to_transform`` that number none of the layers that are targeted otherwise."""
+    wanted = spec.layers_to_transform if isinstance(spec.layers_to_transform, tuple) else ()
+
+    def there(number: int) -> bool:
+        one = replace(spec, target_modules=ALL_LINEAR, layers_to_transform=number)
+        return any(one.takes_layer(name) for name in taken)
+
+    if absent := [number for number in wanted if not there(number)]:
+        numbers = {int(atom) for name in taken for atom in name.split(".") if atom.isdecimal()}
+        listing = ", ".join(str(n) for n in sorted(numbers) if there(n)) or "none"
+        lists = f" in {' or '.join(map(repr, spec.layers_pattern))}" if spec.layers_pattern else ""
+        raise MatchError(
+            f"layers_to_transform names {', '.join(map(str, absent))}, and no layer that target_modules means has that "
+            f"number{lists}. There are: {listing}"
+        )
+
+
+def _nothing_matched(meant: Sequence[Meant], spec: LoraSpec) -> str:
+    if not meant:
+        return "the graph has no layer on a parameter, so there is nothing to adapt"
+    counts = Counter(reason for _, reason in meant)
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
-    endings = sorted({c.name.rpartition(".")[2] for c in found})
+    endings = sorted({c.name.rpartition(".")[2] for c, _ in meant})
     hint = did_you_mean(spec.target_modules, endings) if isinstance(spec.target_modules, str) else ""
     return (
-        f"target_modules={spec.target_modules!r} leaves nothing to adapt among {len(found)} layers: {reasons}{hint}. "
+        f"target_modules={spec.target_modules!r} leaves nothing to adapt among {len(meant)} layers: {reasons}{hint}. "
         f"A string is a regex for the whole name, a list holds names or their dotted suffixes, such as {endings[:12]}"
     )
 
@@ -230,69 +266,67 @@ def _refuse_shared(choices: Iterable[Choice]) -> None:
         site, candidate = choice.site, choice.candidate
         if site is None or not candidate.elsewhere or site.apart:
             continue
+        places = "; ".join(candidate.elsewhere[:3])
+        if site.kind not in LAYERS:
+            raise MatchError(
+                f"site '{site.name}': a part of '{site.weight}' is also read as another tensor, or inside a module "
+                f"that is called whole: {places}. Folding the adapter in would not change that use. Leave it out"
+            )
         raise MatchError(
-            f"site '{site.name}' multiplies by '{site.weight}', which the graph also uses elsewhere: "
-            f"{'; '.join(candidate.elsewhere[:3])}. Folding the adapter into it would change that use as well. "
-            f"Exclude the layer (exclude_modules=['{site.name}']), or set tied=\"untie\": the adapted call then gets "
-            "a weight of its own when it is merged"
+            f"site '{site.name}' multiplies by '{site.weight}', which the graph also uses elsewhere: {places}. Folding "
+            "the adapter into it would change that use as well. "
+            f"Exclude the layer (exclude_modules=['{site.name}']); or set tied=\"untie\": the adapted call then gets "
+            'a weight of its own when it is merged; or tied="tie": every use is adapted alike'
         )
 
 
-def _refuse_misfits(choices: Iterable[Choice]) -> None:
-    """Refuse a layer that the initialisation asked for cannot start."""
+def _refuse_overlaps(gm: CapturedModule, choices: Iterable[Choice]) -> None:
+    """Refuse two sites on one weight, unless the fold keeps them apart or they have no row in common."""
+    on: dict[int, list[Site]] = {}
+    for choice in choices:
+        if choice.site is not None:
+            on.setdefault(id(get_path(gm, choice.site.weight)), []).append(choice.site)
+    for found in on.values():
+        for a, b in combinations(found, 2):
+            if a.apart and b.apart:
+                continue
+            if a.rows is None or b.rows is None or not set(a.rows).isdisjoint(b.rows):
+                raise MatchError(_twice(a.name, b.name, a.weight))
+
+
+def _twice(one: str, other: str, weight: str) -> str:
+    names = f"'{one}'" if one == other else f"'{one}' and '{other}'"
+    return (
+        f"'{weight}' would be adapted twice by one adapter, at {names}: by target_modules, target_parameters or "
+        "trainable_token_indices. Leave it to one of them"
+    )
+
+
+def _refuse_misfits(uses: WeightUses, choices: Iterable[Choice]) -> None:
+    """Refuse a site where an adapter of this kind, or its start, cannot be."""
     for choice in choices:
         site, spec = choice.site, choice.spec
         if site is None or spec is None:
             continue
-        why = VARIANTS[site.variant].misfit(spec.init, site.kind, site.shape, site.r, site.apart)
+        variant = VARIANTS[site.variant]
+        why = variant.misfit(spec.init, site.kind, site.shape, site.r, site.apart)
+        if why is None and site.kind not in LAYERS and site.dropout > 0.0:
+            why = (
+                "its parameter is adapted wherever it is read, whatever multiplies by it there, so dropout="
+                f"{site.dropout} of that cannot be expressed: give it a spec of its own with dropout=0"
+            )
+        if why is None and variant.shifts_bias:
+            if site.bias is None or site.kind not in LAYERS:
+                why = (
+                    f"variant {site.variant!r} adds to a layer's bias, and it has none: leave it out (exclude_modules)"
+                )
+            elif others := uses.beside(site.bias, choice.candidate.nodes):
+                why = (
+                    f"variant {site.variant!r} would add to '{site.bias}', which the graph also uses elsewhere: "
+                    f"{'; '.join(others[:3])}. Leave it out (exclude_modules)"
+                )
         if why is not None:
             raise MatchError(f"site '{site.name}': {why}")
-
-
-class _WeightUses:
-    """Who reads each weight's memory: under its own name, an alias, or from a subgraph."""
-
-    def __init__(self, gm: CapturedModule) -> None:
-        self.readers: dict[int, list[tuple[Tensor, Node]]] = {}
-        for node in gm.graph.find_nodes(op="get_attr"):
-            value = get_path(gm, str(node.target))
-            if isinstance(value, Tensor):
-                self.readers.setdefault(value.untyped_storage()._cdata, []).append((value, node))
-        self.gm = gm
-
-    def beside(self, candidate: Candidate) -> tuple[str, ...]:
-        """Descriptions of the uses of a candidate's weight other than its own calls."""
-        weight = get_path(self.gm, candidate.weight)
-        own = set(candidate.nodes)
-        found = []
-        for value, node in self.readers.get(weight.untyped_storage()._cdata, []):
-            if not same_memory(weight, value):
-                continue
-            found += [_describe(n, str(node.target)) for n in readers(node) if n not in own]
-        return tuple(dict.fromkeys(found))
-
-
-def _describe(node: Node, weight: str) -> str:
-    scope = notes(node).get("scope") or "the model's own forward"
-    return f"{node.target} in '{scope}' (as '{weight}')"
-
-
-def _output_makers(gm: CapturedModule) -> set[Node]:
-    """Nodes that make an output of the graph with nothing but shape changes and casts after them."""
-    makers: set[Node] = set()
-    pending = list(gm.graph.output_node().all_input_nodes)
-    while pending:
-        node = pending.pop()
-        if find_operands(node) is not None:
-            makers.add(node)
-        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", getattr(node.target, "__name__", ""))
-        if name in _SHAPE_ONLY or (node.op == "call_method" and node.target in _SHAPE_ONLY):
-            pending += [a for a in node.args[:1] if isinstance(a, Node)]
-    return makers
-
-
-def _name_of_parameter(node: Node | None) -> str | None:
-    return str(node.target) if node is not None and node.op == "get_attr" else None
 
 
 def _is_under(name: str, module: str) -> bool:
@@ -309,7 +343,7 @@ def warn_of_frozen_heads(gm: CapturedModule, choices: Sequence[Choice]) -> None:
         if choice.site is not None or not candidate.is_output or "modules_to_save" in choice.reason:
             continue
         weight, bias = tensors[candidate.weight], tensors.get(candidate.bias or "")
-        if not weight.is_meta and _looks_untrained(weight, bias, initializer):
+        if not weight.is_meta and _looks_untrained(weight, bias, candidate.shape[-1], initializer):
             warnings.warn(
                 f"'{candidate.name}' is the model's head, looks freshly initialised, and gets no adapter: it will "
                 f"not train. Add modules_to_save=['{candidate.name.rpartition('.')[2]}'] to the spec, or load its "
@@ -319,11 +353,11 @@ def warn_of_frozen_heads(gm: CapturedModule, choices: Sequence[Choice]) -> None:
             )
 
 
-def _looks_untrained(weight: Tensor, bias: Tensor | None, initializer: float) -> bool:
+def _looks_untrained(weight: Tensor, bias: Tensor | None, columns: int, initializer: float) -> bool:
     """Whether values are as transformers (normal, zero bias) or nn.Linear (uniform) initialise them."""
     std = float(weight.detach().float().std())
     if abs(std - initializer) < 0.1 * initializer and (bias is None or not bool(bias.detach().any())):
         return True
-    bound = 1.0 / math.sqrt(weight.shape[1])
+    bound = 1.0 / math.sqrt(columns)
     uniform = abs(std - bound / math.sqrt(3.0)) < 0.1 * bound
     return uniform and bool(weight.detach().abs().max() <= bound)

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from lorafx.errors import AdapterError
 from lorafx.graph import CapturedModule, get_path, mark_own, set_tensor
 from lorafx.ir import Adapter, Site
-from lorafx.variants import VARIANTS
 from lorafx.variants.base import Start
 from lorafx.variants.inits import less
-from lorafx.variants.lora import Lora
 
 #: The parameters whose product is taken from the weight.
 FACTORS = ("lora_A", "lora_B")
+
+#: Parameters of variants whose update of the weight is ``s B A`` none the less.
+_BESIDE = ("lora_magnitude_vector", "lora_B_bias")
 
 
 def start_names(adapter: Adapter, site: Site) -> tuple[str, str]:
@@ -72,8 +73,8 @@ def plain_factors(gm: CapturedModule, adapter: Adapter, site: Site) -> tuple[Ten
     Raises:
         AdapterError: the site's variant has no such factors.
     """
-    if not isinstance(VARIANTS[site.variant], Lora):
-        raise AdapterError(f"site '{site.name}': variant '{site.variant}' has no factors A and B; convert it to LoRA")
+    if not set(FACTORS) <= set(site.parameter_names) <= {*FACTORS, *_BESIDE}:
+        raise AdapterError(f"site '{site.name}': variant '{site.variant}' is not LoRA's B A; convert it first")
     a, b = (site.tensors(gm)[factor].detach() for factor in FACTORS)
     start = _start_factors(gm, adapter, site)
     if start is None:

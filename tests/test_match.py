@@ -17,7 +17,8 @@ import lorafx
 from conftest import Zoo, randomize, same
 from lorafx import LoraSpec, MatchError
 from lorafx.errors import FrozenHeadWarning, SpecError
-from lorafx.passes.match import candidates, match, warn_of_frozen_heads
+from lorafx.passes.candidates import candidates
+from lorafx.passes.match import match, warn_of_frozen_heads
 from lorafx.passes.plan import make_plan
 from tolerances import assert_close
 from zoo import FAMILIES, Family

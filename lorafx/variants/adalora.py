@@ -83,3 +83,26 @@ class AdaLora:
     def update(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Update:
         """``left = s P``, ``right = diag(E) Q``."""
         return Update(tensors["lora_B"] * scaling, tensors["lora_A"] * tensors["lora_E"])
+
+
+def scores(importance: Mapping[str, Tensor]) -> Tensor:
+    """The score of each rank of a site, ``[r]``, from the importance of each element of its parameters.
+
+    A rank is a triplet, of a value and its two vectors, and has ``S = s(E) + mean of s(Q's row) + mean of s(P's
+    column)`` (arXiv 2303.10512, eq. 7). The ranks of a stack of experts, which they give up together, have the mean
+    over the experts.
+    """
+    vectors = importance["lora_A"].mean(-1) + importance["lora_B"].mean(-2)
+    triplets = importance["lora_E"].squeeze(-1) + vectors
+    return triplets.flatten(0, -2).mean(0) if triplets.dim() > 1 else triplets
+
+
+def orthogonality(parameters: Mapping[str, Tensor]) -> Tensor:
+    """How far from orthogonal the two factors are: ``||Q Q^T - I|| + ||P^T P - I||``, Frobenius norms, in float32 or better.
+
+    As in the authors' code and PEFT; eq. 4 of arXiv 2303.10512 has their squares. Of a stack, the mean.
+    """
+    a, b = (parameters[n].to(torch.promote_types(parameters[n].dtype, torch.float32)) for n in ("lora_A", "lora_B"))
+    identity = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
+    gaps = (torch.linalg.matrix_norm(gram - identity) for gram in (a @ a.mT, b.mT @ b))
+    return sum((gap.mean() for gap in gaps), start=a.new_zeros(()))
