@@ -128,8 +128,9 @@ def _linear(arguments: Sequence[Any], x: Tensor, update: Update) -> Tensor:
 
 
 def _embedding(arguments: Sequence[Any], x: Tensor, update: Update) -> Tensor:
-    _, _, *options = arguments
-    return F.linear(aten.embedding.default(update.right.t(), x, *options), update.left)
+    """Its gradient is dense even where the layer's is sparse: that of a transposed view cannot be."""
+    _, _, padding_idx, scale_grad_by_freq, _ = arguments
+    return F.linear(aten.embedding.default(update.right.t(), x, padding_idx, scale_grad_by_freq, False), update.left)
 
 
 def _convolution(target: OpOverload, arguments: Sequence[Any], x: Tensor, update: Update) -> Tensor:

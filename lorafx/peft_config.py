@@ -268,6 +268,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 
+def has_key(variant: str, name: str) -> bool:
+    """Whether PEFT's config of a variant has a key for this field of a spec."""
+    return any(t.field == name for m in METHODS.values() if variant in m.variants for t in m.translated.values())
+
+
 def fields_from_peft(config: Values) -> dict[str, Any]:
     """The :class:`~lorafx.spec.LoraSpec` fields that a config of PEFT's, given as a dict, asks for.
 

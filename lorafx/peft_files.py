@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -64,8 +64,8 @@ class Entry:
     read: Callable[[Tensor], Sequence[Tensor]]
 
 
-def entries(gm: CapturedModule, adapter: Adapter, spec: LoraSpec) -> tuple[Entry, ...]:
-    """Every tensor of the file of an adapter whose config says ``spec``.
+def entries(gm: CapturedModule, adapter: Adapter, spec: LoraSpec, *, shared: bool) -> tuple[Entry, ...]:
+    """Every tensor of the file of an adapter whose config says ``spec``; with or without what its sites share.
 
     Raises:
         AdapterError: a site has no place in the format.
@@ -73,21 +73,21 @@ def entries(gm: CapturedModule, adapter: Adapter, spec: LoraSpec) -> tuple[Entry
     found = targets(gm, adapter)
     made: list[Entry] = []
     for target in found:
-        prefix = PREFIX + path_in_file(found, target.module, inside=False) + ".base_layer" * target.depth
-        made += _of_attention(target, prefix, spec) if target.attention else _of_site(gm, target, prefix, spec)
-    if spec.options.get("save_projection"):
-        shared = {n: s for site in adapter.sites for s, n in site.tensor_names.items() if n not in site.parameter_names}
-        made += [
-            _same(SHARED_PREFIX + leaf, name, tuple(get_path(gm, name).shape))
-            for name, leaf in shared.items()
-            if leaf in VARIANTS[spec.variant].shared
-        ]
+        prefix = PREFIX + path_in_file(found, target.module, wrapper=True) + ".base_layer" * target.depth
+        made += _ENTRIES[target.form](gm, found, target, prefix, spec)
+    for leaf in shared_names(adapter) if shared else ():
+        name = adapter.own_name(leaf)
+        made.append(_entry(SHARED_PREFIX + leaf, name, get_path(gm, name).shape))
     kept = gm.state_dict().keys()
     for name in adapter.trained:
-        own = adapter.own_name(name)
-        if own in kept:
-            made.append(_same(PREFIX + path_in_file(found, name), own, tuple(get_path(gm, own).shape)))
+        if (own := adapter.own_name(name)) in kept:
+            made.append(_entry(PREFIX + path_in_file(found, name), own, get_path(gm, own).shape))
     return tuple(made)
+
+
+def shared_names(adapter: Adapter) -> tuple[str, ...]:
+    """What the sites of an adapter have in common and do not train, as its variant calls it."""
+    return tuple(dict.fromkeys(leaf for site in adapter.sites for leaf in VARIANTS[site.variant].shared))
 
 
 @dataclass(frozen=True)
@@ -113,67 +113,89 @@ def _entry(key: str, name: str, shape: Sequence[int], *steps: _Step) -> Entry:
     return Entry(key, (name,), tuple(write([torch.empty(tuple(shape), device="meta")]).shape), write, read)
 
 
-def _same(key: str, name: str, shape: Sequence[int]) -> Entry:
-    return _entry(key, name, shape)
-
-
-def _of_site(gm: CapturedModule, target: Target, prefix: str, spec: LoraSpec) -> Iterator[Entry]:
+def _of_site(
+    gm: CapturedModule, found: Sequence[Target], target: Target, prefix: str, spec: LoraSpec
+) -> Iterator[Entry]:
     (site,) = target.sites
     forms = _forms(gm, target, site)
     for parameter, shape in site.parameter_shapes().items():
-        suffix, *steps = forms.get(parameter, (parameter,))
+        suffix, steps = forms.get(parameter, (parameter, ()))
         if parameter == SCALED.get(site.variant):
-            steps.append(_times(site.scaling / spec.scaling_for(target.name)))
+            steps = (*steps, _times(site.scaling / spec.scaling_for(target.name)))
         if parameter == FILLED.get(site.variant):
-            steps.append(_filled(shape[-1], spec.rank_for(target.name)))
+            steps = (*steps, _filled(shape[-1], spec.rank_for(target.name)))
         yield _entry(f"{prefix}.{suffix}", site.parameter_name(parameter), shape, *steps)
 
 
-Form = tuple[Any, ...]
-"""What follows the wrapper's path, and steps."""
+_Form = tuple[str, tuple[_Step, ...]]
+"""What follows the wrapper's path, and the steps."""
+
+_LINEAR: Mapping[str, _Form] = {
+    "lora_A": ("lora_A.weight", ()),
+    "lora_B": ("lora_B.weight", ()),
+    "lora_B_bias": ("lora_B.bias", ()),
+    "trainable_tokens_delta": ("token_adapter.trainable_tokens_delta", ()),
+}
+_EMBEDDING: Mapping[str, _Form] = {"lora_A": ("lora_embedding_A", ()), "lora_B": ("lora_embedding_B", ())}
 
 
-def _forms(gm: CapturedModule, target: Target, site: Site) -> Mapping[str, Form]:
+def _forms(gm: CapturedModule, target: Target, site: Site) -> Mapping[str, _Form]:
     """The form of each parameter; one that is not listed is stored under its own name and as it is."""
     if site.variant in ("adalora", "vera"):
         return {}
-    if site.variant == "tokens":
-        return {"trainable_tokens_delta": ("token_adapter.trainable_tokens_delta",)}
-    bias = {"lora_B_bias": ("lora_B.bias",)}
-    shapes = site.parameter_shapes()
-    if target.parameter is not None:
-        return {**bias, **_of_parameter(gm, target, site, shapes)}
+    if target.form == "parameter":
+        return {**_LINEAR, **_of_parameter(gm, target, site)}
     if site.kind == "embedding":
-        return {**bias, "lora_A": ("lora_embedding_A",), "lora_B": ("lora_embedding_B",)}
-    if STORAGE[site.kind] is FLAT:
-        kernel = get_path(gm, site.weight).shape[1:]
-        ones = [1] * (len(kernel) - 1)
-        to = {"lora_A": (-1, *kernel), "lora_B": (site.out_features, -1, *ones), "lora_magnitude_vector": (1, -1, *ones)}
-        suffix = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_magnitude_vector": "lora_magnitude_vector"}
-        return {**bias, **{n: (suffix[n], _reshaped(shapes[n], to[n])) for n in to if n in shapes}}
-    return {**bias, "lora_A": ("lora_A.weight",), "lora_B": ("lora_B.weight",)}
+        return {**_LINEAR, **_EMBEDDING}
+    return {**_LINEAR, **_of_kernel(gm, site)} if STORAGE[site.kind] is FLAT else _LINEAR
 
 
-def _of_parameter(
-    gm: CapturedModule, target: Target, site: Site, shapes: Mapping[str, tuple[int, ...]]
-) -> Mapping[str, Form]:
+def _of_kernel(gm: CapturedModule, site: Site) -> Mapping[str, _Form]:
+    kernel = get_path(gm, site.weight).shape[1:]
+    ones = [1] * (len(kernel) - 1)
+    to = {"lora_A": (-1, *kernel), "lora_B": (site.out_features, -1, *ones), "lora_magnitude_vector": (1, -1, *ones)}
+    own = {name: shape for name, shape in site.parameter_shapes().items() if name in to}
+    return {name: (_LINEAR.get(name, (name,))[0], (_reshaped(shape, to[name]),)) for name, shape in own.items()}
+
+
+def _of_parameter(gm: CapturedModule, target: Target, site: Site) -> Mapping[str, _Form]:
     """PEFT takes a matrix for ``[out, in]``, and a stack of them too unless its module says ``is_transposed``.
 
     Where the graph has it the other way round, ``(B A)^T = A^T B^T``: the factors change places.
     """
     stacked = len(site.shape) == 3
     turned = (STORAGE[site.kind] is SWAPPED) != (stacked and get_path(gm, target.module).is_transposed)
-    first, second = ("lora_B", "lora_A") if turned else ("lora_A", "lora_B")
-    swap = [_Step(lambda t: t.mT, lambda t: t.mT)] if turned else []
-    a, b = (list(shapes[n]) for n in (first, second))
-    if turned:
-        a[-2:], b[-2:] = reversed(a[-2:]), reversed(b[-2:])
-    side = _Step(lambda t: t.flatten(0, -2), lambda t: t.reshape(a))
-    interleaved = _Step(
-        lambda t: t.permute(1, 2, 0).flatten(1),  # [experts, out, r] -> [out, r * experts]
-        lambda t: t.reshape(b[1], b[2], b[0]).permute(2, 0, 1),
+    shapes = site.parameter_shapes()
+    if not turned:
+        return {
+            "lora_A": ("lora_A.weight", (_side_by_side(shapes["lora_A"]),)),
+            "lora_B": ("lora_B.weight", (_interleaved(shapes["lora_B"]),)),
+        }
+    return {
+        "lora_A": ("lora_B.weight", (_TURNED, _interleaved(_turned(shapes["lora_A"])))),
+        "lora_B": ("lora_A.weight", (_TURNED, _side_by_side(_turned(shapes["lora_B"])))),
+    }
+
+
+_TURNED = _Step(lambda t: t.mT, lambda t: t.mT)
+
+
+def _turned(shape: Sequence[int]) -> tuple[int, ...]:
+    return (*shape[:-2], shape[-1], shape[-2])
+
+
+def _side_by_side(shape: Sequence[int]) -> _Step:
+    """``[experts, r, in]`` as ``[experts * r, in]``; of one matrix nothing."""
+    return _Step(lambda t: t.flatten(0, -2), lambda t: t.reshape((*shape[:-2], -1, shape[-1])))
+
+
+def _interleaved(shape: Sequence[int]) -> _Step:
+    """``[experts, out, r]`` as ``[out, r * experts]``, the experts next to each other; of one matrix nothing."""
+    if len(shape) == 2:
+        return _Step(lambda t: t, lambda t: t)
+    return _Step(
+        lambda t: t.permute(1, 2, 0).flatten(1), lambda t: t.reshape(shape[1], -1, shape[0]).permute(2, 0, 1)
     )
-    return {first: ("lora_A.weight", *swap, side), second: ("lora_B.weight", *swap, *([interleaved] if stacked else []))}
 
 
 def _reshaped(shape: Sequence[int], to: Sequence[int]) -> _Step:
@@ -197,19 +219,86 @@ def _filled(r: int, to: int) -> _Step:
     return _Step(lambda t: torch.cat([t, t.new_zeros(to - r)]) if to > r else t, read)
 
 
-def _of_attention(target: Target, prefix: str, spec: LoraSpec) -> Iterator[Entry]:
-    """One A and one B for the fused projection of q, k and v, and one of each for the output's.
+def _of_tied(
+    gm: CapturedModule, found: Sequence[Target], target: Target, prefix: str, spec: LoraSpec
+) -> Iterator[Entry]:
+    """The embedding's factors, and the same ones turned for each linear layer that has its weight."""
+    (site,) = target.sites
+    a, b = (site.parameter_name(p) for p in ("lora_A", "lora_B"))
+    shapes = site.parameter_shapes()
+    if STORAGE[site.kind] is not SWAPPED:  # named after a linear layer: its factors are the embedding's, turned
+        a, b = b, a
+        shapes = {"lora_A": shapes["lora_B"], "lora_B": shapes["lora_A"]}
+    turn = () if STORAGE[site.kind] is SWAPPED else (_TURNED,)
+    back = () if turn else (_TURNED,)
+    yield _entry(f"{prefix}.lora_embedding_A", a, shapes["lora_A"], *turn)
+    yield _entry(f"{prefix}.lora_embedding_B", b, shapes["lora_B"], *turn)
+    for module in target.modules[1:]:
+        path = PREFIX + path_in_file(found, module, wrapper=True)
+        yield _entry(f"{path}.lora_A.weight", b, shapes["lora_B"], *back)
+        yield _entry(f"{path}.lora_B.weight", a, shapes["lora_A"], *back)
 
-    Sites of parts lie one after the other along the rank, each in its rows of B; what is not adapted is zero.
-    """
-    r, scaling = spec.rank_for(target.name), spec.scaling_for(target.name)
-    output = f"{target.module}.out_proj.weight"
-    for weight, path, twice in ((None, prefix, 1.0), (output, f"{prefix}.base_layer.out_proj", ATTENTION_OUTPUT)):
-        members = tuple(s for s in target.sites if (s.weight == output) == (weight is not None))
-        yield from _blocks(members, path, r, [s.scaling / scaling / twice for s in members], target)
 
-
-def _blocks(members: Sequence[Site], path: str, r: int, factors: Sequence[float], target: Target) -> Iterator[Entry]:
+def _of_attention(
+    gm: CapturedModule, found: Sequence[Target], target: Target, prefix: str, spec: LoraSpec
+) -> Iterator[Entry]:
+    """An A and a B for the fused projection of q, k and v, and another pair for the output's."""
     width = target.sites[0].in_features
-    height = 3 * width if path.count("out_proj") == 0 else width
-    raise NotImplementedError
+    output = f"{target.module}.out_proj.weight"
+    inner = tuple(s for s in target.sites if s.weight != output)
+    outer = tuple(s for s in target.sites if s.weight == output)
+    r, scaling = spec.rank_for(target.name), spec.scaling_for(target.name)
+    yield from _blocks(inner, prefix, 3 * width, width, r, scaling)
+    yield from _blocks(outer, f"{prefix}.base_layer.out_proj", width, width, r, scaling * ATTENTION_OUTPUT)
+
+
+def _blocks(
+    members: Sequence[Site], prefix: str, height: int, width: int, r: int, scaling: float
+) -> Iterator[Entry]:
+    """The sites of a weight one after the other along the rank, each in its own rows of B; all else is zero.
+
+    An adapter of PEFT's has one A for all rows: where the sites of parts have the file's rank, each gets that.
+    """
+    factors = [site.scaling / scaling for site in members]
+    shared = sum(site.r for site in members) > r
+    rows = [slice(None) if s.rows is None else slice(min(s.rows), max(s.rows) + 1) for s in members]
+
+    def write_a(tensors: Sequence[Tensor]) -> Tensor:
+        stacked = torch.cat([*tensors]) if tensors else torch.zeros(0, width)
+        return torch.cat([stacked, stacked.new_zeros(r - len(stacked), width)])
+
+    def write_b(tensors: Sequence[Tensor]) -> Tensor:
+        block = tensors[0].new_zeros(height, r) if tensors else torch.zeros(height, r)
+        for tensor, mine, columns, factor in zip(tensors, rows, _spans(tensors), factors, strict=True):
+            block[mine, columns] = tensor * factor
+        return block
+
+    def read_a(tensor: Tensor) -> Sequence[Tensor]:
+        return [tensor[span] for span in spans]
+
+    def read_b(tensor: Tensor) -> Sequence[Tensor]:
+        left = tensor.clone()
+        for mine, span in zip(rows, spans, strict=True):
+            left[mine, span] = 0
+        if bool(left.any()):
+            raise Misfit("adapts more than the sites that the graph has of this attention")
+        return [tensor[mine, span] / f for mine, span, f in zip(rows, spans, factors, strict=True)]
+
+    spans = [slice(r)] * len(members) if shared else _spans([torch.empty(0, s.r, device="meta") for s in members])
+    for name, shape, write, read in (("lora_A", (r, width), write_a, read_a), ("lora_B", (height, r), write_b, read_b)):
+        yield Entry(f"{prefix}.{name}.weight", tuple(s.parameter_name(name) for s in members), shape, write, read)
+
+
+def _spans(tensors: Sequence[Tensor]) -> list[slice]:
+    """The columns that B's of these ranks have when they lie one after the other."""
+    ends = list(accumulate(t.shape[-1] for t in tensors))
+    return [slice(end - t.shape[-1], end) for t, end in zip(tensors, ends, strict=True)]
+
+
+_ENTRIES: Mapping[str, Callable[..., Iterator[Entry]]] = {
+    "module": _of_site,
+    "parameter": _of_site,
+    "tokens": _of_site,
+    "tied": _of_tied,
+    "attention": _of_attention,
+}

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from lorafx.errors import AdapterError
-from lorafx.graph import CapturedModule, get_path, notes
+from lorafx.graph import CapturedModule, get_path, named_tensors, notes
 from lorafx.ir import Adapter, Site, base_modules, layer_nodes
-from lorafx.ops import FLAT, STORAGE
+from lorafx.ops import FLAT, PARAMETERS, STORAGE
+
+Form = Literal["module", "parameter", "attention", "tied", "tokens"]
 
 
 @dataclass(frozen=True)
 class Target:
     """One thing that PEFT wraps, and the sites that it stands for.
 
-    ``name`` is what a config finds it by: that of the ``module``, or of the ``parameter`` in it. An ``attention`` is
-    adapted as a whole. ``depth`` counts the module's wrappers around this one: PEFT nests one for each parameter.
+    ``name`` is what a config finds it by: that of the ``module``, or of the ``parameter`` in it. An attention is
+    adapted as a whole; ``modules`` are all that share a tied weight, the embedding first. ``depth`` counts the
+    module's wrappers around this one: PEFT nests one for each parameter.
     """
 
+    form: Form
     name: str
     module: str
     sites: tuple[Site, ...]
-    parameter: str | None = None
-    attention: bool = False
+    parameter: str = ""
+    modules: tuple[str, ...] = ()
     depth: int = 0
-
-    @property
-    def tokens(self) -> bool:
-        """Whether it is some rows of an embedding."""
-        return self.sites[0].variant == "tokens"
 
 
 def targets(gm: CapturedModule, adapter: Adapter) -> tuple[Target, ...]:
@@ -42,39 +42,42 @@ def targets(gm: CapturedModule, adapter: Adapter) -> tuple[Target, ...]:
     attentions: dict[str, tuple[Site, ...]] = {}
     found: list[Target] = []
     for site in adapter.sites:
-        attention = _attention(gm, site)
-        if attention is not None:
+        if site.variant == "tokens":
+            found.append(Target("tokens", site.name, site.name, (site,)))
+        elif attention := _attention(gm, site):
             attentions[attention] = (*attentions.get(attention, ()), site)
-        elif site.variant == "tokens" or (site.name in modules and _is_layer(gm, site)):
-            found.append(Target(site.name, site.name, (site,)))
+        elif site.kind in PARAMETERS and site.name != site.weight:
+            found.append(_tied(gm, site))
+        elif site.name in modules and _is_layer(gm, site):
+            found.append(Target("module", site.name, site.name, (site,)))
         else:
             module, _, leaf = site.weight.rpartition(".")
-            _check_read_inside(gm, site, module)
-            found.append(Target(site.weight, module, (site,), parameter=leaf))
-    found += [Target(module, module, members, attention=True) for module, members in attentions.items()]
+            _check_read_inside(gm, site, module, modules)
+            found.append(Target("parameter", site.weight, module, (site,), parameter=leaf))
+    found += [Target("attention", module, module, members) for module, members in attentions.items()]
     return tuple(replace(t, depth=_depth(gm, t, found)) for t in found)
 
 
-def path_in_file(found: Sequence[Target], path: str, *, inside: bool = True) -> str:
-    """The path of a module or tensor of the base in a model that PEFT has wrapped; without ``inside``, of its wrapper."""
+def path_in_file(found: Sequence[Target], path: str, *, wrapper: bool = False) -> str:
+    """The path of a module or tensor of the base in a model that PEFT has wrapped; ``wrapper``: of its outermost one."""
     wrappers: dict[str, int] = {}
     for target in found:
-        if not target.tokens:
-            wrappers[target.module] = wrappers.get(target.module, 0) + 1
-        if target.attention:
+        for module in target.modules or (target.module,):
+            wrappers[module] = wrappers.get(module, 0) + (target.form != "tokens")
+        if target.form == "attention":
             wrappers[f"{target.module}.out_proj"] = 1
     atoms = path.split(".")
-    written = ""
+    written = []
     for i, atom in enumerate(atoms):
-        written += f".{atom}"
-        if inside or i < len(atoms) - 1:
-            written += ".base_layer" * wrappers.get(".".join(atoms[: i + 1]), 0)
-    return written[1:]
+        written.append(atom)
+        if not wrapper or i < len(atoms) - 1:
+            written += ["base_layer"] * wrappers.get(".".join(atoms[: i + 1]), 0)
+    return ".".join(written)
 
 
 def _depth(gm: CapturedModule, target: Target, found: Sequence[Target]) -> int:
     """PEFT wraps a module for one parameter after the other, in the order in which the module has them."""
-    if target.parameter is None:
+    if target.form != "parameter":
         return 0
     order = list(get_path(gm, target.module)._parameters)
     later = order[order.index(target.parameter) + 1 :]
@@ -87,24 +90,47 @@ def _is_layer(gm: CapturedModule, site: Site) -> bool:
 
 
 def _attention(gm: CapturedModule, site: Site) -> str | None:
-    """The attention module that a site is a projection of, if PEFT adapts such a one (with a fused projection)."""
+    """The attention with a fused input projection that a site belongs to."""
     for suffix in (".in_proj_weight", ".out_proj.weight"):
         module = site.weight.removesuffix(suffix)
-        if module != site.weight and getattr(get_path(gm, module), "kind", "") == "attention":
-            return module if get_path(gm, module)._parameters.get("in_proj_weight") is not None else None
+        if module == site.weight or getattr(get_path(gm, module), "kind", "") != "attention":
+            continue
+        if get_path(gm, module)._parameters.get("in_proj_weight") is None:
+            return None
+        if site.variant != "lora":
+            raise _no_place(site, f"PEFT adapts '{module}' (nn.MultiheadAttention) by LoRA only, not by {site.variant}")
+        return module
     return None
 
 
-def _check_read_inside(gm: CapturedModule, site: Site, module: str) -> None:
+def _tied(gm: CapturedModule, site: Site) -> Target:
+    """All modules of a weight that is adapted in all its uses: to PEFT an embedding, and layers that follow it."""
+    weight = get_path(gm, site.weight)
+    modules = [name.rpartition(".")[0] for name, tensor in named_tensors(gm) if tensor is weight]
+    linear = [m for m in modules if getattr(get_path(gm, m), "kind", "") == "linear"]
+    embeddings = [m for m in modules if m not in linear]
+    if len(embeddings) != 1 or site.variant != "lora":
+        raise _no_place(
+            site, f"PEFT ties the LoRA of one embedding to that of linear layers, and this is {site.variant} of {modules}"
+        )
+    return Target("tied", embeddings[0], embeddings[0], (site,), modules=(embeddings[0], *linear))
+
+
+def _check_read_inside(gm: CapturedModule, site: Site, module: str, modules: Collection[str]) -> None:
     """PEFT changes a parameter while the forward of its module runs, and for nothing that reads it elsewhere."""
     scopes = {str(notes(node).get("scope", "")) for node in layer_nodes(gm).get(site.layer, ())}
     outside = sorted(s for s in scopes if s != module and not s.startswith(f"{module}."))
-    if module and not outside and STORAGE[site.kind] is not FLAT:
-        return
-    where = f"'{outside[0]}' computes with it" if outside and outside[0] else "the model's own forward computes with it"
-    reason = "it is a bare kernel" if module and not outside else where
-    raise AdapterError(
-        f"site '{site.name}' has no place in PEFT's format, which has parameters for the code of the module that holds "
-        f"them and no kernels: {reason}. Leave it out (exclude_modules=['{site.name}']), or keep this adapter by "
-        "save_checkpoint, or as safetensors.torch.save_file(adapter_state_dict(gm), path)"
+    if outside or not module:
+        where = f"'{outside[0]}'" if outside and outside[0] else "the model's own forward"
+        raise _no_place(site, f"PEFT adapts a parameter for the module that holds it, and {where} computes with this one")
+    if module not in modules:
+        raise _no_place(site, f"'{module}' is another name of a module that PEFT knows by its first one only")
+    if STORAGE[site.kind] is FLAT:
+        raise _no_place(site, "PEFT adapts no convolution's kernel that is a bare parameter")
+
+
+def _no_place(site: Site, why: str) -> AdapterError:
+    return AdapterError(
+        f"site '{site.name}' has no place in PEFT's format: {why}. Leave it out (exclude_modules=['{site.name}']), or keep "
+        "this adapter by save_checkpoint, or as safetensors.torch.save_file(adapter_state_dict(gm), path)"
     )

@@ -6,7 +6,7 @@
         scheduler.step()
         optimizer.zero_grad()
 
-Each rank of each site is a triplet of a value (``lora_E``) and two vectors (a row of ``lora_A``, a column of ``lora_B``).
+Each rank of a site is a triplet of a value (``lora_E``) and two vectors (a row of ``lora_A``, a column of ``lora_B``).
 With the gradient g of step t, each element w of them has
 
     I = |w g|                                   sensitivity                     (eq. 8)
@@ -14,8 +14,8 @@ With the gradient g of step t, each element w of them has
     U = beta2 U + (1 - beta2) |I - S|           uncertainty                     (eq. 10)
     s = S U                                     importance                      (eq. 11)
 
-and a triplet the sum of its value's and its vectors' means (:func:`lorafx.variants.adalora.scores`). The budget of ranks
-falls from what the sites have, b0, to ``target_r`` times the number of sites, bT, over ``total_steps = T``:
+and a triplet the sum of its value's and its vectors' means (:func:`lorafx.variants.adalora.scores`). The budget of
+ranks falls from what the sites have, b0, to ``target_r`` times the number of sites, bT, over ``total_steps = T``:
 
     b(t) = b0                                                   t <= tinit      (eq. 12)
            bT + (b0 - bT) (1 - (t - tinit) / (T - tfinal - tinit))^3
@@ -28,7 +28,7 @@ others are set to zero. Steps count from 1.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -41,42 +41,10 @@ from lorafx.graph import CapturedModule
 from lorafx.ir import Adapter, Site, find_adapter
 from lorafx.passes.resize import fit_ranks, resize
 from lorafx.variants import VARIANTS
-from lorafx.variants.adalora import orthogonality, scores
+from lorafx.variants.adalora import Schedule, orthogonality, scores
 
 #: How the variant calls ``total_steps`` among its options, as PEFT does.
 _OPTION = {"total_steps": "total_step"}
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """When how many ranks are left; the module's docstring says what the fields mean."""
-
-    total_steps: int
-    target_r: int
-    tinit: int
-    tfinal: int
-    deltaT: int
-    beta1: float
-    beta2: float
-    orth_reg_weight: float
-
-    @property
-    def last(self) -> int:
-        """The step of the last allocation, after which the ranks stay what they are."""
-        return self.total_steps - self.tfinal
-
-    def allocates(self, step: int) -> bool:
-        """Whether ranks are chosen at this step."""
-        return step == self.last or (self.tinit < step < self.last and step % self.deltaT == 0)
-
-    def budget(self, step: int, first: int, target: int) -> int:
-        """How many of ``first`` ranks are left (eq. 12)."""
-        if step <= self.tinit:
-            return first
-        if step >= self.last:
-            return target
-        left = 1 - (step - self.tinit) / (self.last - self.tinit)
-        return int((first - target) * left**3 + target)
 
 
 class RankScheduler:
@@ -318,7 +286,7 @@ class RankScheduler:
         scored = torch.cat([s.to(of_sites[0].device, torch.float64) for s in of_sites])
         kept = torch.zeros(len(scored), dtype=torch.bool)
         kept[scored.sort(descending=True, stable=True).indices[:budget].cpu()] = True
-        masks = kept.split([site.r for site in sites])
+        masks = torch.split(kept, [site.r for site in sites])
         self._kept.update({s.name: mask.tolist() for s, mask in zip(sites, masks, strict=True)})
         self._mask()
 
@@ -339,9 +307,8 @@ class RankScheduler:
             for parameter, name in site.parameter_names.items():
                 dim = -1 if parameter == "lora_B" else -2
                 for store in (self._sensitivity, self._uncertainty):
-                    if name in store:
-                        index = torch.tensor(left[site.name], dtype=torch.long, device=store[name].device)
-                        store[name] = store[name].index_select(dim, index)
+                    if (value := store.pop(name, None)) is not None and left[site.name]:
+                        store[name] = value.index_select(dim, torch.tensor(left[site.name], device=value.device))
             self._kept[site.name] = [True] * len(left[site.name])
 
     def _check(self) -> None:
@@ -352,7 +319,7 @@ class RankScheduler:
         for name, parameter in ((n, p) for site in self._sites() if site.r for n, p in self._named(site).items()):
             if type(parameter) is not nn.Parameter:
                 raise AdapterError(
-                    f"'{name}' is a {type(parameter).__name__}: importance is that of whole rows and columns, which the "
+                    f"'{name}' is a {type(parameter).__name__}: importance is that of whole rows and columns, which "
                     "parts of a sharded parameter do not tell. Train without sharding (DistributedDataParallel works)"
                 )
             if not parameter.requires_grad or id(parameter) not in held:
@@ -384,13 +351,13 @@ def _schedule(adapter: Adapter, given: Mapping[str, Any]) -> Schedule:
     schedule = Schedule(**values)
     if schedule.last <= max(schedule.tinit, 1):
         raise SpecError(
-            f"RankScheduler: total_steps={schedule.total_steps}, tinit={schedule.tinit} and tfinal={schedule.tfinal} leave "
-            "no steps to take ranks away in: tinit + tfinal must be below total_steps."
+            f"RankScheduler: total_steps={schedule.total_steps}, tinit={schedule.tinit} and tfinal={schedule.tfinal} "
+            "leave no steps to take ranks away in: tinit + tfinal must be below total_steps."
         )
     if all(spec.r <= schedule.target_r for spec in specs):
         raise SpecError(
-            f"RankScheduler.target_r={schedule.target_r} is not allowed: the sites start with r={specs[0].r}, so no rank "
-            "would be taken away. Start with about half as many again (LoraSpec.r), or lower target_r."
+            f"RankScheduler.target_r={schedule.target_r} is not allowed: the sites start with r={specs[0].r}, so no "
+            "rank would be taken away. Start with about half as many again (LoraSpec.r), or lower target_r."
         )
     return schedule
 
@@ -429,6 +396,6 @@ def _refuse_processes() -> None:
     if (count := _processes()) > 1:
         raise AdapterError(
             f"RankScheduler: shrink='always' would replace parameters while {count} processes train together, and "
-            "DistributedDataParallel would go on reducing the old ones: the new ones would silently differ from process "
-            "to process. Use shrink='end', which masks ranks there, and call finish() after training"
+            "DistributedDataParallel would go on reducing the old ones: the new ones would silently differ from "
+            "process to process. Use shrink='end', which masks ranks there, and call finish() after training"
         )

@@ -1,11 +1,8 @@
 """Adapters on disk, in PEFT's format: ``adapter_config.json`` beside ``adapter_model.safetensors``.
 
-    base_model.model.<site>.lora_A.weight        [r, in], and lora_B [out, r]: a site's adapter
-    base_model.model.<site>.base_layer.bias      a trained bias of an adapted layer
-    base_model.model.<name in the state dict>    other trained biases; everything in modules_to_save
-
-The format has a place for adapters of *modules* only. A site on a bare parameter is refused: under a key
-that PEFT does not know, its adapter would be dropped there without a word, and the numbers would differ.
+What lies where is in :mod:`lorafx.peft_files`, what the config says in :mod:`lorafx.adapter_config`. An adapter that
+started by taking a part of the weights (PiSSA, OLoRA, LoRA-GA) is written as the plain LoRA of the original weights
+that it amounts to. What PEFT would drop without a word has no place in the format and is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +22,17 @@ from torch import Tensor
 
 from lorafx.adapter_config import adapter_config, trained_modules
 from lorafx.errors import AdapterError, SpecError
-from lorafx.graph import CapturedModule, get_path
-from lorafx.ir import Adapter, Site, base_modules, find_adapter
+from lorafx.graph import CapturedModule, get_path, named_tensors
+from lorafx.ir import Adapter, find_adapter
+from lorafx.passes.residual import plain_factors
+from lorafx.peft_config import has_key
+from lorafx.peft_files import FILLED, PREFIX, SCALED, SHARED_PREFIX, Entry, Misfit, entries, shared_names
+from lorafx.peft_targets import Target, path_in_file, targets
 from lorafx.spec import PEFT_CONFIG_NAME, LoraSpec
+from lorafx.variants import VARIANTS
+from lorafx.variants.inits import find_init
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 
 
 def adapter_state_dict(gm: CapturedModule, adapter: str | None = None) -> dict[str, Tensor]:
@@ -76,13 +78,20 @@ def save_adapter(
         SpecError: a metadata key is none of PEFT's.
     """
     found = find_adapter(gm, adapter)
-    keys = _peft_keys(gm, found)
-    config = adapter_config(gm, found, metadata or {})
-    state = adapter_state_dict(gm, found.name)
+    shared = {name: get_path(gm, name) for name in map(found.own_name, shared_names(found))}
+    state = {**shared, **adapter_state_dict(gm, found.name)}
     if problems := [f"{name}: {why}" for name, tensor in state.items() if (why := _unusable(tensor))]:
         raise AdapterError(_listing("the adapter cannot be saved; nothing was written", problems))
+    ranks = {}
+    for site in found.sites:
+        if site.weight in found.residual:
+            a, b = plain_factors(gm, found, site)
+            ranks[site] = a.shape[-2]
+            state |= {site.parameter_name("lora_A"): a, site.parameter_name("lora_B"): b}
+    config = adapter_config(gm, found, metadata or {}, ranks)
+    made = entries(gm, found, LoraSpec.from_peft(config), shared=config.get("save_projection", False))
     # Copies, since safetensors refuses tensors that share memory, as tied ones do.
-    tensors = {keys[name]: tensor.to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    tensors = {e.key: e.write([state[n] for n in e.names]).to("cpu", copy=True).contiguous() for e in made}
     try:
         _write(Path(directory), (json.dumps(config, indent=2) + "\n").encode(), tensors)
     except (OSError, SafetensorError) as error:
@@ -105,23 +114,21 @@ def load_adapter(gm: CapturedModule, directory: str | os.PathLike[str], adapter:
     """
     directory = Path(directory)
     found = find_adapter(gm, adapter)
-    keys = _peft_keys(gm, found)
     spec = _read_spec(directory)
     given = _read_tensors(directory)
-    odd_sites = _site_differences(found.sites, spec)
-    odd_names = {name for site in odd_sites for name in site.parameter_names.values()}
-    problems = list(odd_sites.values())
-    values: dict[str, Tensor] = {}
-    for name, key in keys.items():
-        target = get_path(gm, name)
-        if key not in given:
-            problems.append(f"missing: {key}")
-        elif name not in odd_names:  # a site of another rank is reported once, not once for each tensor
-            if (why := _misfit(given[key], target)) is None:
-                values[name] = given[key].to(device=target.device, dtype=target.dtype)
-            else:
-                problems.append(f"{key}: {why}")
-    problems += [f"not of this graph's adapter: {key!r}" for key in _extra(given, keys, trained_modules(gm, found))]
+    stored = any(SHARED_PREFIX + leaf in given for leaf in shared_names(found))
+    expected = entries(gm, found, spec, shared=stored or spec.options.get("save_projection", False))
+    odd = {t: why for t in targets(gm, found) if (why := _difference(found, t, spec)) is not None}
+    odd_names = {name for target in odd for site in target.sites for name in site.parameter_names.values()}
+    problems, values = list(odd.values()), {}
+    if not stored:
+        problems += _other_seed(found, spec)
+    for entry in expected:
+        if entry.key not in given:
+            problems.append(f"missing: {entry.key}")
+        elif odd_names.isdisjoint(entry.names):  # what the config has otherwise is said once, not for each tensor
+            problems += _take(gm, entry, given[entry.key], values)
+    problems += _extra(gm, found, given, expected)
     problems += _broken_ties(gm, values)
     if problems:
         listing = _listing(f"{directory}: the adapter does not fit this graph; nothing was loaded", problems)
@@ -133,28 +140,24 @@ def load_adapter(gm: CapturedModule, directory: str | os.PathLike[str], adapter:
             get_path(gm, name).copy_(value)
 
 
-def _peft_keys(gm: CapturedModule, adapter: Adapter) -> dict[str, str]:
-    """PEFT's key for each name of :func:`adapter_state_dict`.
-
-    Raises:
-        AdapterError: a site is no module's.
-    """
-    found, modules = adapter.sites, frozenset(base_modules(gm))
-    if misplaced := [s.name for s in found if s.name != s.path or s.name not in modules]:
-        raise AdapterError(
-            f"site '{misplaced[0]}' is no module of its own (it is a functional call on a bare parameter, or another "
-            "name of a shared module), and PEFT's format has no place for its adapter. Leave it out "
-            f"(exclude_modules={misplaced!r}), or keep this adapter as "
-            "safetensors.torch.save_file(adapter_state_dict(gm), path)"
-        )
-    wrapped = {s.name for s in found}
-    keys = {n: f"{PREFIX}{s.name}.{p}.weight" for s in found for p, n in s.parameter_names.items()}
-    for name in adapter.trained:
-        module, _, leaf = name.rpartition(".")
-        in_file = f"{module}.base_layer.{leaf}" if module in wrapped else name
-        keys[adapter.own_name(name)] = PREFIX + in_file
-    kept = adapter_state_dict(gm, adapter.name).keys()
-    return {name: key for name, key in keys.items() if name in kept}
+def _take(gm: CapturedModule, entry: Entry, tensor: Tensor, values: dict[str, Tensor]) -> list[str]:
+    """Bring a tensor of the file into the graph's form and add it to ``values``; what is wrong with it."""
+    if tuple(tensor.shape) != entry.shape:
+        return [f"{entry.key}: shape {tuple(tensor.shape)}, expected {entry.shape}"]
+    try:
+        read = entry.read(tensor)
+    except Misfit as misfit:
+        return [f"{entry.key}: {misfit}"]
+    problems = []
+    for name, value in zip(entry.names, read, strict=True):
+        target = get_path(gm, name)
+        if (why := _misfit(value, target)) is not None:
+            problems.append(f"{entry.key}: {why}")
+            continue
+        cast = value.to(device=target.device, dtype=target.dtype)
+        if not torch.equal(values.setdefault(name, cast), cast):
+            problems.append(f"{entry.key}: is the same tensor as another one of the file, and differs from it")
+    return problems
 
 
 def _write(directory: Path, config: bytes, tensors: Mapping[str, Tensor]) -> None:
@@ -216,17 +219,39 @@ def _read_tensors(directory: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _site_differences(found: Iterable[Site], spec: LoraSpec) -> dict[Site, str]:
-    """The sites that a config means otherwise than the graph, and how."""
-    odd = {}
-    for site in found:
-        r, scaling = spec.rank_for(site.name), spec.scaling_for(site.name)
-        if (spec.variant, r) != (site.variant, site.r) or not math.isclose(scaling, site.scaling):
-            odd[site] = (
-                f"site '{site.name}': {site.variant}, r={site.r}, scaling={site.scaling:g} in the graph; "
-                f"{spec.variant}, r={r}, scaling={scaling:g} in {PEFT_CONFIG_NAME}"
-            )
-    return odd
+def _difference(adapter: Adapter, target: Target, spec: LoraSpec) -> str | None:
+    """What a config means otherwise than the graph at a target, or None."""
+    site = target.sites[0]
+    if target.form == "tokens":
+        return None
+    init = find_init(spec.init) if has_key(site.variant, "rslora") else None
+    taken = init is not None and init.changes_base
+    if taken != (site.weight in adapter.residual):
+        whole, left = "the weight itself", "what its initialisation leaves of the weight"
+        return (
+            f"site '{site.name}': the adapter is relative to {whole if taken else left} in the graph, and to "
+            f"{left if taken else whole} in the file (init={spec.init!r} in {PEFT_CONFIG_NAME})"
+        )
+    r, scaling = spec.rank_for(target.name), spec.scaling_for(target.name)
+    fits = r == site.r or target.form == "attention" or (site.variant in FILLED and r > site.r)
+    scaled = math.isclose(scaling, site.scaling) or target.form == "attention" or site.variant in SCALED
+    if spec.variant == site.variant and fits and scaled:
+        return None
+    return (
+        f"site '{site.name}': {site.variant}, r={site.r}, scaling={site.scaling:g} in the graph; "
+        f"{spec.variant}, r={r}, scaling={scaling:g} in {PEFT_CONFIG_NAME}"
+    )
+
+
+def _other_seed(adapter: Adapter, spec: LoraSpec) -> list[str]:
+    """Say so where the tensors that sites share are not in the file, and are to be drawn from another seed."""
+    seeds = {s.options["projection_prng_key"] for s in adapter.specs if VARIANTS[s.variant].shared}
+    theirs = spec.options.get("projection_prng_key")
+    return [
+        f"projection_prng_key={ours} in the graph, {theirs} in {PEFT_CONFIG_NAME}, and the projections are not in the file"
+        for ours in seeds
+        if theirs is not None and ours != theirs
+    ]
 
 
 def _misfit(value: Tensor, target: Tensor) -> str | None:
@@ -246,11 +271,29 @@ def _unusable(tensor: Tensor) -> str | None:
     return None if bool(torch.isfinite(tensor).all()) else f"holds NaN or Inf as {tensor.dtype}"
 
 
-def _extra(given: Iterable[str], keys: Mapping[str, str], modules: Iterable[str]) -> list[str]:
-    """Keys that nothing in the graph takes. By ``bias="all"`` PEFT repeats biases of ``modules_to_save``."""
-    known = set(keys.values())
-    repeated = tuple(f"{PREFIX}{m}.{c}." for m in modules for c in ("original_module", "modules_to_save"))
-    return [k for k in given if k not in known and not (k.startswith(repeated) and k.endswith(".bias"))]
+def _extra(
+    gm: CapturedModule, adapter: Adapter, given: Mapping[str, Tensor], expected: Sequence[Entry]
+) -> list[str]:
+    """What nothing in the graph takes.
+
+    By ``bias="all"`` PEFT repeats biases of ``modules_to_save``, and with an adapted embedding it writes the
+    embedding's own weight, which must be the base's here.
+    """
+    known = {entry.key for entry in expected}
+    repeated = tuple(
+        f"{PREFIX}{m}.{c}." for m in trained_modules(gm, adapter) for c in ("original_module", "modules_to_save")
+    )
+    found = targets(gm, adapter)
+    base = {PREFIX + path_in_file(found, name): tensor for name, tensor in named_tensors(gm)}
+    problems = []
+    for key, tensor in given.items():
+        if key in known or (key.startswith(repeated) and key.endswith(".bias")):
+            continue
+        if key not in base:
+            problems.append(f"not of this graph's adapter: {key!r}")
+        elif tensor.shape != base[key].shape or not torch.equal(tensor.to(base[key]), base[key]):
+            problems.append(f"{key}: a weight of the base, which differs from the graph's")
+    return problems
 
 
 def _broken_ties(gm: CapturedModule, values: Mapping[str, Tensor]) -> list[str]:

@@ -61,6 +61,7 @@ class Insert(Pass):
                 residual.append(choice.site.weight)
             mark_layer(gm, choice)
         _add_shared(gm, chosen, adapter)
+        _add_indices(gm, adapter)
         _copy_trained(gm, adapter)
         adapter = Adapter(self.adapter, self.specs, adapter.sites, trained, tuple(dict.fromkeys(residual)))
         gm.meta["adapters"] = {**adapters(gm), self.adapter: adapter}
@@ -78,6 +79,7 @@ def put_adapter(gm: CapturedModule, adapter: Adapter, tensors: Mapping[str, Tens
     They are those of its sites' parameters, and of what it trains whole where that is not as in the base. For layers that
     some adapter of the graph adapts already; shapes and names are the caller's to get right.
     """
+    _add_indices(gm, adapter)
     _copy_trained(gm, adapter)
     whole = {adapter.own_name(name) for name in adapter.trained}
     for name, value in tensors.items():
@@ -155,6 +157,13 @@ def _own(gm: CapturedModule, name: str, tensor: Tensor, *, persistent: bool = Tr
     if not persistent:
         holder, _, leaf = name.rpartition(".")
         get_path(gm, holder)._non_persistent_buffers_set.add(leaf)
+
+
+def _add_indices(gm: CapturedModule, adapter: Adapter) -> None:
+    """The indices of the rows that sites adapt, where not all of a weight's."""
+    for site in adapter.sites:
+        if site.rows is not None:
+            _own(gm, site.index_name, site.index(get_path(gm, site.weight)), persistent=False)
 
 
 def _add_shared(gm: CapturedModule, chosen: Sequence[Choice], adapter: Adapter) -> None:

@@ -15,6 +15,8 @@ from torch.fx import Node
 
 from lorafx.checks import format_bytes
 from lorafx.graph import CapturedModule
+from lorafx.ir import Site
+from lorafx.passes.layers import find_operands
 from lorafx.passes.match import Choice
 
 
@@ -38,7 +40,8 @@ class Plan:
     ``trainable`` and ``total`` count parameters (the model's own plus the adapters');
     ``optimizer_bytes`` is AdamW's state (two float32 values a trainable parameter);
     ``activation_bytes`` is what the adapters keep for the backward pass at the example's sizes:
-    the rank-r activations, and with dropout a dropped input and its mask a site.
+    the rank-r activations, and with dropout a dropped input and its mask a site; where a parameter is
+    adapted and not a layer, a weight of its size.
     """
 
     rows: tuple[PlanRow, ...]
@@ -94,7 +97,7 @@ def make_plan(gm: CapturedModule, choices: Sequence[Choice], trained: Sequence[n
         if site is not None and spec is not None:
             count = sum(math.prod(s) for s in site.parameter_shapes().values())
             width = spec.dtype_for(candidate.dtype).itemsize
-            activations += sum(_saved_bytes(n, site.r, site.dropout, site.in_features, width) for n in candidate.nodes)
+            activations += sum(_saved_bytes(n, site, width) for n in candidate.nodes)
         new += count
         rows.append(
             PlanRow(
@@ -114,30 +117,38 @@ def make_plan(gm: CapturedModule, choices: Sequence[Choice], trained: Sequence[n
 
 
 def _never_called(gm: CapturedModule, known: Collection[str]) -> list[PlanRow]:
-    """Rows for the linear layers that the graph does not show: not reached, or inside a module it calls whole."""
+    """Rows for layers that are no candidates: not reached, inside a module called whole, or of a kind without one."""
     whole = [str(n.target) for n in gm.graph.nodes if n.op == "call_module"]
     rows = []
     for name, module in gm.named_modules():
         weight = module._parameters.get("weight")
+        kind = getattr(module, "kind", "")
         if name in known or weight is None:
             continue
         inside = next((w for w in whole if name == w or name.startswith(f"{w}.")), None)
         if inside is not None and isinstance(module, nn.Linear):
-            reason = f"inside '{inside}', which is called as a whole; give example_inputs to see into it"
-        elif getattr(module, "kind", "") == "linear":
+            kind, reason = "linear", f"inside '{inside}', which is called as a whole; give example_inputs to see into it"
+        elif kind == "linear":
             reason = "never called with these inputs"
+        elif kind == "transposed convolution":
+            reason = "a transposed convolution, which cannot be adapted"
         else:
             continue
-        rows.append(PlanRow(name, "linear", (int(weight.shape[0]), int(weight.shape[1])), None, None, 0, reason))
+        rows.append(PlanRow(name, kind, tuple(weight.shape), None, None, 0, reason))
     return rows
 
 
-def _saved_bytes(node: Node, r: int, dropout: float, in_features: int, width: int) -> int:
+def _saved_bytes(node: Node, site: Site, width: int) -> int:
+    """What one call (or, of a parameter, one read) keeps for the backward pass."""
     value = node.meta.get("val")
-    if value is None:
-        return 0
-    tokens = math.prod(_hint(s) for s in value.shape[:-1])
-    return tokens * (r * width + (in_features * (width + 1) if dropout > 0.0 else 0))
+    operands = find_operands(node)
+    if value is None or operands is None:
+        return 0 if value is None else math.prod(value.shape) * value.dtype.itemsize
+    saved = math.prod(_hint(s) for s in value.shape) // site.out_features * site.r * width
+    x = operands.x.meta.get("val")
+    if site.dropout > 0.0 and x is not None:
+        saved += math.prod(_hint(s) for s in x.shape) * (width + 1)
+    return saved
 
 
 def _hint(size: Any) -> int:

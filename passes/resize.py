@@ -129,9 +129,10 @@ def _sites(adapter: Adapter, names: Mapping[str, Any]) -> dict[str, Site]:
         if name in sites:
             continue
         if any(site.name == name for site in adapter.sites):
+            able = ", ".join(v.name for v in VARIANTS.values() if v.shrinks)
             raise AdapterError(
-                f"site '{name}': the scaling of its variant follows from its rank (alpha / r), on disk too, so it cannot "
-                f"have another one; variants that can are {', '.join(v.name for v in VARIANTS.values() if v.shrinks)}"
+                f"site '{name}': the scaling of its variant follows from its rank (alpha / r), on disk too, so it "
+                f"cannot have another one; what can is {able}"
             )
         raise AdapterError(f"adapter '{adapter.name}' has no site '{name}'")
     return sites
@@ -190,8 +191,8 @@ def _state(key: str, value: Any, cut: _Cut) -> Any:
         return cut.of(value)
     raise AdapterError(
         f"'{cut.name}': the optimizer's {key!r} is {list(value.shape)} and not of the parameter's shape "
-        f"{list(cut.old.shape)} (factored or quantised state), so it cannot follow the ranks. Use another optimizer, or "
-        "let ranks be masked only (shrink=False)"
+        f"{list(cut.old.shape)} (factored or quantised state), so it cannot follow the ranks. Use another optimizer, "
+        "or let ranks be masked only (shrink=False)"
     )
 
 

@@ -45,9 +45,9 @@ def convolution(
     return Shape(kind, r, make)
 
 
-def embedding(sparse: bool) -> Shape:
+def embedding(*, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False) -> Shape:
     ids = torch.tensor([[0, 6, 2, 6], [1, 2, 5, 4]])
-    return Shape("embedding", 3, lambda draw: (draw(7, 5), ids, 2, False, sparse))
+    return Shape("embedding", 3, lambda draw: (draw(7, 5), ids, padding_idx, scale_grad_by_freq, sparse))
 
 
 def parameter(kind: str, shape: Sequence[int], r: int = 2) -> Shape:
@@ -68,7 +68,7 @@ LINEAR: Mapping[str, Shape] = {
 OTHERS: Mapping[str, Shape] = {
     "addmm": Shape("addmm", 2, lambda draw: (draw(5), draw(6, 4), draw(4, 5) / 2)),
     "addmm onto a matrix": Shape("addmm", 2, lambda draw: (draw(6, 5), draw(6, 4), draw(4, 5) / 2)),
-    "embedding": embedding(sparse=False),
+    "embedding": embedding(),
     "conv1d": convolution("conv1d", (2, 4, 9), (6, 2, 3), 2, [2], [1], [1], 2),
     "conv1d without batch": convolution("conv1d", (4, 9), (6, 4, 3), 3, [1], [0], [2], 1),
     "conv2d": convolution("conv2d", (2, 3, 7, 6), (5, 3, 3, 2), 3, [2, 1], [1, 0], [1, 2], 1, bias=False),

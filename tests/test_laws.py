@@ -1,4 +1,4 @@
-"""What every variant must keep at a linear layer, whatever its formula: a new one in ``SELECTABLE`` is tested as it is."""
+"""What every variant must keep at a linear layer, whatever its formula. A new variant is tested by these as it is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lorafx.ops import ADAPTED
 from lorafx.variants import SELECTABLE as VARIANTS
 from lorafx.variants.base import StartRequest
 from lorafx.variants.row_norm import row_norm
-from tolerances import assert_close
+from tolerances import assert_close, assert_rounded_once
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
@@ -173,13 +173,6 @@ def test_autocast_gradients_have_the_parameters_dtypes(name: str) -> None:
         assert bool(value.grad.any())
 
 
-def half_ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the distance between neighbours of ``dtype`` at each value of ``exact`` (float64)."""
-    limits = torch.finfo(dtype)
-    exponent = torch.frexp(exact.abs().clamp_min(limits.tiny)).exponent - 1
-    return torch.ldexp(torch.full_like(exact, limits.eps / 2), exponent)
-
-
 @variants
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("size", [(1, 1), (63, 100)], ids=str)
@@ -195,10 +188,7 @@ def test_merge_rounds_once(name: str, dtype: torch.dtype, size: tuple[int, int])
     exact = VARIANTS[name].update(weight, tensors, site.scaling).fold(weight)
     merged = lorafx.merge(gm).get_parameter("0.weight")
     assert merged.dtype == dtype
-    wide = torch.finfo(torch.float32 if dtype in HALF else torch.float64).eps
-    largest = float(exact.abs().max() + weight.abs().max())
-    lost = 4 * (site.r + 2) * wide * largest
-    assert bool(((merged.double() - exact).abs() <= half_ulp(exact, dtype) + lost).all())
+    assert_rounded_once(merged, exact, weight, site.r)
 
 
 def small_model() -> nn.Sequential:

@@ -377,7 +377,9 @@ FAULTS: Mapping[str, tuple[Damage, str]] = {
     "no config": (lambda d: (d / CONFIG).unlink(), r"adapter_config\.json: no such file"),
     "config cut off": (lambda d: (d / CONFIG).write_text("{"), r"adapter_config\.json: not valid JSON"),
     "another method": (config(peft_type="IA3"), "peft_type='IA3' is not supported"),
-    "setting not supported": (config(use_dora=True), "not supported by lorafx: use_dora=True"),
+    "setting not supported": (config(use_qalora=True), "not supported by lorafx: use_qalora=True"),
+    "another variant": (config(use_dora=True), r"site '0': lora, r=3, .* in the graph; dora, r=3, "),
+    "another start": (config(init_lora_weights="pissa"), r"relative to the weight itself in the graph, and to what its"),
     "another rank": (
         config(rank_pattern={"3": 4}),
         r"site '3': lora, r=3, scaling=1\.66667 in the graph; lora, r=4, scaling=1\.25 in adapter_config",
@@ -484,9 +486,10 @@ def test_modules_to_save_whose_name_ends_another_ones(tmp_path: Path) -> None:
         save_adapter(gm, tmp_path)
 
 
-def test_a_site_on_a_bare_parameter_has_no_place_in_pefts_format(tmp_path: Path) -> None:
+def test_a_parameter_that_its_module_does_not_compute_with_has_no_place_in_pefts_format(tmp_path: Path) -> None:
     _, gm, _ = adapted_named(target_modules=["matrix", "head"])
-    with pytest.raises(AdapterError, match=r"site 'matrix' is no module of its own .*exclude_modules=\['matrix'\]"):
+    message = r"site 'matrix' has no place in PEFT's format: .*the model's own forward .*exclude_modules=\['matrix'\]"
+    with pytest.raises(AdapterError, match=message):
         save_adapter(gm, tmp_path)
     assert not list(tmp_path.iterdir())
     kept = {n: t.clone() for n, t in adapter_state_dict(gm).items()}

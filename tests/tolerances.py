@@ -64,3 +64,16 @@ def assert_close(what: str, actual: Tensor, expected: Tensor) -> None:
     tolerance = TOLERANCES[what, expected.dtype]
     found = error(actual, expected)
     assert found <= tolerance.error, f"error {found:.3g} > {tolerance.error:.3g} ({tolerance.reason})"
+
+
+def assert_rounded_once(actual: Tensor, exact: Tensor, base: Tensor, r: int) -> None:
+    """Fail unless ``actual`` is ``exact`` (float64) rounded: half a unit in the last place, and what the wide sum lost.
+
+    The sum is of the ``base`` weight and ``r`` products, in float32 for half types and otherwise in float64.
+    """
+    limits = torch.finfo(actual.dtype)
+    exponent = torch.frexp(exact.abs().clamp_min(limits.tiny)).exponent - 1
+    half_unit = torch.ldexp(torch.full_like(exact, limits.eps / 2), exponent)
+    wide = torch.finfo(torch.float32 if actual.dtype.itemsize < 4 else torch.float64).eps
+    lost = 4 * (r + 2) * wide * float(exact.abs().max() + base.abs().max())
+    assert bool(((actual.double() - exact).abs() <= half_unit + lost).all())

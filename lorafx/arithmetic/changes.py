@@ -7,12 +7,12 @@ Rows of an embedding that train whole stay such rows, and a change of the bias s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lorafx import checks
 from lorafx.arithmetic.low_rank import Cut, Factors, Matrix, factor, norm, relative_error
 from lorafx.arithmetic.report import SiteReport
 from lorafx.errors import AdapterError
@@ -110,6 +110,16 @@ def make_plain(gm: CapturedModule, site: Site, change: Change, cut: Cut | None) 
     return PlainSite(found, values, report)
 
 
-def reports(made: Sequence[PlainSite]) -> tuple[SiteReport, ...]:
-    """Those of all sites."""
-    return tuple(plain.report for plain in made)
+def make_cut(where: str, rank: int | None, energy: float | None, niter: int | None, seed: int | None) -> Cut:
+    """How much to keep, as it was asked for.
+
+    Raises:
+        SpecError: a value is not allowed, or both ``energy`` and ``niter`` are given.
+    """
+    rank = checks.optional(checks.rank)(f"{where}: rank", rank)
+    if energy is not None and energy != 1:
+        energy = checks.share(f"{where}: energy", energy)
+    niter = checks.optional(checks.count)(f"{where}: niter", niter)
+    if niter is not None and energy is not None:
+        raise checks.refusal(f"{where}: niter", niter, "a randomized SVD does not see all energy; give rank")
+    return Cut(rank, energy, niter, None if seed is None else torch.Generator().manual_seed(seed))

@@ -1,14 +1,14 @@
 """Matrices of low rank in factored form, ``left @ right``, which are never multiplied out.
 
-With ``left = P S`` and ``right^T = Q T`` (two thin QR decompositions) the singular values of ``left right [out, in]`` are
-those of the small ``S T^T``, at a cost of ``(out + in) k^2`` where forming the product would take ``out in k`` and its
-decomposition ``out in min(out, in)``. All is computed in float64; leading dimensions are a stack's (experts).
+With ``left = P S`` and ``right^T = Q T`` (two thin QR decompositions) the singular values of ``left right [out, in]``
+are those of the small ``S T^T``, at a cost of ``(out + in) k^2`` where forming the product would take ``out in k`` and
+its decomposition ``out in min(out, in)``. Done in float64; leading dimensions are a stack's (experts).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,10 @@ class Cut:
     energy: float | None = None
     niter: int | None = None
     generator: torch.Generator | None = None
+
+    def limited(self, rank: int) -> Cut:
+        """The same, and at most this rank where nothing was asked for."""
+        return replace(self, rank=rank) if self.rank is None and self.energy is None else self
 
     def of(self, singular: Tensor) -> int:
         """How many of the singular values ``[..., k]``, largest first, to keep. A stack has one rank for all."""
@@ -96,9 +100,9 @@ def relative_error(found: Factors, wanted: Matrix) -> float:
 
 
 def factor(matrix: Matrix, cut: Cut) -> Factors:
-    """The nearest matrix of the rank that ``cut`` keeps (Eckart-Young), each side with the roots of the singular values.
+    """The nearest matrix of the rank that ``cut`` keeps (Eckart-Young), in float64 or, not factored, in its dtype.
 
-    In float64 for factors; otherwise in the matrix's dtype.
+    Each side has the roots of the singular values.
     """
     u, s, vh = _decompose(matrix, cut)
     kept = cut.of(s)

@@ -34,19 +34,15 @@ Sparsify = Callable[[Tensor, float, torch.Generator | None], Tensor]
 class Method:
     """One way to combine.
 
-    ``keeps_factors``: the result is made of the adapters' own factors, so each must have some. ``sparsify`` thins each
-    change out, ``elects`` says whether signs are elected; without either the changes are summed as they are.
+    ``keeps_factors``: the result is made of the adapters' own factors, so each must have some; ``shares``: those with
+    an equal right side have it once. ``sparsify`` thins each change out, ``elects`` says whether signs are elected;
+    without either the changes are summed as they are.
     """
 
     keeps_factors: bool = False
     shares: bool = False
     sparsify: Sparsify | None = None
     elects: bool = False
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether it needs the changes' elements."""
-        return self.sparsify is not None
 
 
 @dataclass(frozen=True)

@@ -79,14 +79,26 @@ def _softmax_regression(embeddings: Tensor, labels: Tensor, classes: int, penalt
     return Probe(weight.detach(), bias.detach())
 
 
-def fine_tune(model: nn.Module, texts: Texts, steps: int, generator: torch.Generator) -> Iterator[float]:
+def make_optimizer(model: nn.Module, rate: float = LEARNING_RATE) -> torch.optim.Optimizer:
+    """AdamW over what requires gradients."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
+
+
+def fine_tune(
+    model: nn.Module,
+    texts: Texts,
+    steps: int,
+    generator: torch.Generator,
+    optimizer: torch.optim.Optimizer | None = None,
+    penalty: Callable[[], Tensor] | None = None,
+) -> Iterator[float]:
     """Train what requires gradients, one batch a step, yielding each step's loss.
 
-    AdamW with a short warm-up and a linear descent to zero. ``model`` is called as SentenceClassifier is;
-    between steps it may be put in eval mode.
+    A short warm-up and a linear descent to zero. ``model`` is called as SentenceClassifier is; between steps,
+    when the gradients of the last one are still there, it may be put in eval mode. ``penalty`` is added to
+    the loss that is trained, not to the one yielded.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = make_optimizer(model) if optimizer is None else optimizer
     warmup = max(1, round(steps * WARMUP_SHARE))
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warmup, (steps - step) / max(1, steps - warmup))
@@ -97,8 +109,8 @@ def fine_tune(model: nn.Module, texts: Texts, steps: int, generator: torch.Gener
         model.train()
         loss = F.cross_entropy(model(**batch.inputs)["logits"], batch.labels)
         optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(trainable, 1.0)
+        torch.autograd.backward(loss if penalty is None else loss + penalty())
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
         optimizer.step()
         schedule.step()
         yield loss.item()

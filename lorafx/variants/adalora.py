@@ -85,6 +85,43 @@ class AdaLora:
         return Update(tensors["lora_B"] * scaling, tensors["lora_A"] * tensors["lora_E"])
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """When how many ranks are left, of all sites together (arXiv 2303.10512, eq. 12); steps count from 1.
+
+    ``total_steps`` is T, ``target_r`` the mean rank at the end; the first ``tinit`` steps take none, the last
+    ``tfinal`` train what is left, and in between ranks are chosen every ``deltaT`` steps. ``beta1`` and ``beta2``
+    smooth the importance, ``orth_reg_weight`` weighs the penalty.
+    """
+
+    total_steps: int
+    target_r: int
+    tinit: int
+    tfinal: int
+    deltaT: int
+    beta1: float
+    beta2: float
+    orth_reg_weight: float
+
+    @property
+    def last(self) -> int:
+        """The step of the last allocation, after which the ranks stay what they are."""
+        return self.total_steps - self.tfinal
+
+    def allocates(self, step: int) -> bool:
+        """Whether ranks are chosen at this step."""
+        return step == self.last or (self.tinit < step < self.last and step % self.deltaT == 0)
+
+    def budget(self, step: int, first: int, target: int) -> int:
+        """How many of ``first`` ranks are left (eq. 12)."""
+        if step <= self.tinit:
+            return first
+        if step >= self.last:
+            return target
+        left = 1 - (step - self.tinit) / (self.last - self.tinit)
+        return int((first - target) * left**3 + target)
+
+
 def scores(importance: Mapping[str, Tensor]) -> Tensor:
     """The score of each rank of a site, ``[r]``, from the importance of each element of its parameters.
 
@@ -98,9 +135,10 @@ def scores(importance: Mapping[str, Tensor]) -> Tensor:
 
 
 def orthogonality(parameters: Mapping[str, Tensor]) -> Tensor:
-    """How far from orthogonal the two factors are: ``||Q Q^T - I|| + ||P^T P - I||``, Frobenius norms, in float32 or better.
+    """How far from orthogonal the two factors are: ``||Q Q^T - I|| + ||P^T P - I||``, in float32 or better.
 
-    As in the authors' code and PEFT; eq. 4 of arXiv 2303.10512 has their squares. Of a stack, the mean.
+    Frobenius norms, as in the authors' code and PEFT; eq. 4 of arXiv 2303.10512 has their squares. Of a stack, the
+    mean.
     """
     a, b = (parameters[n].to(torch.promote_types(parameters[n].dtype, torch.float32)) for n in ("lora_A", "lora_B"))
     identity = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)

@@ -97,16 +97,17 @@ def gaussian(request: StartRequest) -> Factors:
 def orthogonal(request: StartRequest) -> Factors:
     """A and B random, and orthogonal to each other: the rank's directions are dealt out between them.
 
-    PEFT's ``"orthogonal"`` (datta0.github.io/posts/rethink-lora-init), drawn in its order. ``B A`` is zero
-    in exact arithmetic; as stored, each of its elements is within about ``eps / 100`` of it, ``eps`` the adapter's.
+    PEFT's ``"orthogonal"`` (datta0.github.io/posts/rethink-lora-init), drawn in its order. ``B A`` is zero but for
+    the rounding of A and B to the adapter's dtype, so the base stays as it is: elements of ``B A`` are of the
+    order of ``eps / 100``.
     """
     out_features, in_features = request.weight.shape
     half = request.r // 2
 
     def draw(*shape: int) -> Tensor:
         if request.weight.is_meta:
-            return torch.empty(shape, dtype=torch.float32, device="meta")
-        return torch.randn(shape, dtype=torch.float32, generator=request.generator)
+            return torch.empty(shape, dtype=torch.float64, device="meta")
+        return torch.randn(shape, dtype=torch.float32, generator=request.generator).double()
 
     basis, _ = torch.linalg.qr(draw(request.r, request.r))
     a = (draw(in_features, half) @ basis[0::2]).t() / 10

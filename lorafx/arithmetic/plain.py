@@ -1,0 +1,129 @@
+"""Putting a plain LoRA adapter into a graph that was made of others: its record, its specs, and what trains whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from lorafx.adapter_config import exactly
+from lorafx.adapters import switch
+from lorafx.arithmetic.changes import PlainSite, refuse_unusable, trains_rows
+from lorafx.errors import AdapterError
+from lorafx.graph import CapturedModule, get_path, named_tensors
+from lorafx.ir import Adapter, base_modules
+from lorafx.ops import PARAMETERS
+from lorafx.passes.activate import deactivate
+from lorafx.passes.insert import put_adapter
+from lorafx.spec import Bias, LoraSpec, matches
+
+
+def whole_tensors(gm: CapturedModule, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
+    """What these adapters train whole (``modules_to_save``, ``bias``), by its names in the base.
+
+    Raises:
+        AdapterError: two have different versions of one.
+    """
+    found: dict[str, tuple[Adapter, Tensor]] = {}
+    for adapter in adapters:
+        for name in adapter.trained:
+            value = get_path(gm, adapter.own_name(name)).detach()
+            refuse_unusable(f"adapter '{adapter.name}': '{name}'", value)
+            owner, known = found.setdefault(name, (adapter, value))
+            if not torch.equal(known, value):
+                raise AdapterError(
+                    f"adapters '{owner.name}' and '{adapter.name}' each have their own '{name}' (modules_to_save or "
+                    "bias), trained whole: such tensors are no changes of low rank, and a mean of two heads is a head "
+                    f"for neither task. Say whose to take, heads='{owner.name}'"
+                )
+    return {name: value for name, (_, value) in found.items()}
+
+
+def put_plain(
+    gm: CapturedModule,
+    into: str,
+    sources: Sequence[Adapter],
+    keepers: Sequence[Adapter],
+    made: Sequence[PlainSite],
+    whole: Mapping[str, Tensor],
+) -> None:
+    """Add a plain adapter of these sites, not active, in place.
+
+    ``sources`` are the adapters that it was made of; ``keepers`` those of them whose trained tensors, ``whole``, it
+    has.
+    """
+    if not made:
+        raise AdapterError(f"adapter '{into}' would be empty: nothing of {', '.join(s.name for s in sources)} is left")
+    bias = _bias(keepers)
+    of_sites = [p.site.bias for p in made if p.site.bias is not None] if bias == "lora_only" else []
+    trained = tuple(dict.fromkeys((*whole, *of_sites)))
+    specs = _specs(gm, made, sources, keepers, bias)
+    adapter = Adapter(into, specs, tuple(p.site for p in made), trained)
+    tensors = {p.site.parameter_name(n): value for p in made for n, value in p.values.items()}
+    tensors |= {adapter.own_name(name): value for name, value in whole.items()}
+    running, by_row = tuple(gm.meta.get("active", ())), gm.meta.get("by_row", False)
+    deactivate(gm)
+    with torch.inference_mode(False):
+        put_adapter(gm, adapter, tensors)
+    switch(gm, running, by_row)
+
+
+def _bias(keepers: Sequence[Adapter]) -> Bias:
+    asked: list[Bias] = [spec.bias for adapter in keepers for spec in adapter.specs]
+    return max(asked, key=get_args(Bias).index, default="none")
+
+
+def _specs(
+    gm: CapturedModule,
+    made: Sequence[PlainSite],
+    sources: Sequence[Adapter],
+    keepers: Sequence[Adapter],
+    bias: Bias,
+) -> tuple[LoraSpec, ...]:
+    """Specs that mean these sites: one for each variant among them."""
+    modules = base_modules(gm, aliases=True)
+    asked = dict.fromkeys(m for adapter in keepers for spec in adapter.specs for m in spec.trained_modules)
+    tied = {spec.tied for adapter in sources for spec in adapter.specs}
+    common: dict[str, Any] = {
+        "modules_to_save": tuple(m for m in asked if any(matches(n, (m,)) for n in modules)),
+        "bias": bias,
+        "tied": next((t for t in ("tie", "untie") if t in tied), "refuse"),
+        "metadata": _agreed([spec.metadata for adapter in sources for spec in adapter.specs]),
+    }
+    rows = {p.site.name: tuple(p.site.rows or ()) for p in made if trains_rows(p.site)}
+    groups: dict[str, list[PlainSite]] = {}
+    for plain in made:
+        if not trains_rows(plain.site):
+            groups.setdefault(plain.site.variant, []).append(plain)
+    specs: list[LoraSpec] = []
+    parameters = dict(named_tensors(gm))
+    for variant, members in groups.items() or {"lora": []}.items():
+        found = [p.site for p in members]
+        bare = [s.name for s in found if s.kind in PARAMETERS and s.name in parameters]
+        ranks = {s.name: s.r for s in found}
+        r, pattern = exactly(ranks) if ranks else (1, {})
+        dtypes = {p.values["lora_A"].dtype for p in members}
+        specs.append(
+            LoraSpec(
+                variant=variant,
+                r=r,
+                alpha=r,
+                rank_pattern=pattern,
+                alpha_pattern=pattern,
+                target_modules=tuple(s.name for s in found if s.name not in bare),
+                target_parameters=tuple(bare),
+                trainable_token_indices=rows if not specs else (),
+                adapter_dtype=next(iter(dtypes)) if len(dtypes) == 1 else None,
+                **common,
+            )
+        )
+    return tuple(specs)
+
+
+def _agreed(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all that say something of a key say."""
+    keys = dict.fromkeys(key for one in several for key in one)
+    values = {key: [one[key] for one in several if key in one] for key in keys}
+    return {key: said[0] for key, said in values.items() if all(value == said[0] for value in said)}
