@@ -20,6 +20,8 @@ from lorafx.adapters import (
     unmerge,
 )
 from lorafx.api import apply, plan
+from lorafx.arithmetic.combine import combine_adapters, convert
+from lorafx.arithmetic.report import FactorReport
 from lorafx.errors import (
     AdapterError,
     CaptureError,
@@ -40,6 +42,7 @@ from lorafx.export.report import ExportReport
 from lorafx.ir import Site, sites
 from lorafx.passes.merge import merged_state_dict, unadapted
 from lorafx.passes.plan import Plan
+from lorafx.rank_scheduler import RankScheduler
 from lorafx.spec import LoraSpec
 from lorafx.state import adapter_state_dict, load_adapter, save_adapter
 
@@ -51,6 +54,7 @@ __all__ = [
     "CaptureError",
     "ExportError",
     "ExportReport",
+    "FactorReport",
     "FixedDimensionWarning",
     "FrozenHeadWarning",
     "InputError",
@@ -61,12 +65,15 @@ __all__ = [
     "ParityError",
     "PassError",
     "Plan",
+    "RankScheduler",
     "Site",
     "SpecError",
     "VerifyError",
     "adapter_state_dict",
     "add_adapter",
     "apply",
+    "combine_adapters",
+    "convert",
     "delete_adapter",
     "disable_adapters",
     "export_base",

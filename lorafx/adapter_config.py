@@ -180,9 +180,7 @@ def _modules_to_save(gm: CapturedModule, adapter: Adapter, spec: LoraSpec) -> tu
     )
 
 
-def _targeting(
-    spec: LoraSpec, found: Sequence[Target], modules: Collection[str], whole: Collection[str]
-) -> LoraSpec:
+def _targeting(spec: LoraSpec, found: Sequence[Target], modules: Collection[str], whole: Collection[str]) -> LoraSpec:
     """``spec`` with targets by which PEFT finds exactly these of ``modules``.
 
     They are the spec's own if those do (they need not: PEFT sees modules that the graph never calls, and its

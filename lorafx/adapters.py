@@ -269,7 +269,7 @@ def _fold(gm: CapturedModule, merged: tuple[str, ...], running: tuple[str, ...])
             "in place; merge(gm) makes a graph with a weight of its own for it"
         )
     values = folded_tensors(work)
-    own_tensors([find_adapter(gm, name) for name in running], merged, values)  # raises before anything is changed
+    own_tensors(gm, [find_adapter(gm, name) for name in running], merged, values)  # raises before anything is changed
     deactivate(gm)
     forget_folded(gm)
     copy_called_modules(gm, f"{FOLDED}.", tuple(values))

@@ -41,7 +41,10 @@ METADATA: Values = {
 back."""
 
 #: Fields that a config need not state where this holds: no number of a given adapter depends on them.
-_MAY_GO: Mapping[str, Callable[[Any], bool]] = {"adapter_dtype": lambda value: True, "tied": lambda value: value != "tie"}
+_MAY_GO: Mapping[str, Callable[[Any], bool]] = {
+    "adapter_dtype": lambda value: True,
+    "tied": lambda value: value != "tie",
+}
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,9 @@ def _write_layers(value: Any, fields: Values) -> Any:
 
 def _read_kept(value: Any, config: Values) -> dict[str, int]:
     """AdaLoRA's ``{"<module>.lora_E": [True, False, ...]}`` as a pattern of ranks under exact names."""
-    return {f"^{re.escape(name.rpartition('.lora_E')[0])}": sum(map(bool, mask)) for name, mask in (value or {}).items()}
+    return {
+        f"^{re.escape(name.rpartition('.lora_E')[0])}": sum(map(bool, mask)) for name, mask in (value or {}).items()
+    }
 
 
 def _write_kept(value: Any, fields: Values) -> Any:
@@ -145,8 +150,8 @@ def _write_kept(value: Any, fields: Values) -> Any:
         name = re.sub(r"\\(.)", r"\1", pattern.removeprefix("^"))
         if pattern != f"^{re.escape(name)}" or r > fields["r"]:
             raise SpecError(
-                f"LoraSpec.rank_pattern={{{pattern!r}: {r}}} cannot be written as a PEFT config: AdaLoRA's says which of "
-                f"the {fields['r']} ranks each module has kept, by its exact name ('^' and the name, escaped)."
+                f"LoraSpec.rank_pattern={{{pattern!r}: {r}}} cannot be written as a PEFT config: AdaLoRA's says which "
+                f"of the {fields['r']} ranks each module has kept, by its exact name ('^' and the name, escaped)."
             )
         kept[f"{name}.lora_E"] = [index < r for index in range(fields["r"])]
     return kept or None
@@ -280,7 +285,7 @@ def fields_from_peft(config: Values) -> dict[str, Any]:
     ``METHODS``, for unknown keys, and for settings that are not supported, naming them all.
     """
     given = config.get("peft_type", "LORA")
-    name = getattr(given, "value", given)  # an enum, in a config object
+    name: Any = getattr(given, "value", given)  # an enum, in a config object
     if name not in METHODS:
         supported = ", ".join(map(repr, METHODS))
         raise SpecError(f"PEFT config: peft_type={name!r} is not supported; supported are {supported}.")
@@ -293,7 +298,9 @@ def fields_from_peft(config: Values) -> dict[str, Any]:
     refused, asked = changed(method.unsupported), changed(method.choosing)
     variant = next((v for v, settings in method.variants.items() if settings == asked), None)
     if refused or variant is None:
-        listing = ", ".join(f"{key}={value!r}" for key, value in {**refused, **(asked if variant is None else {})}.items())
+        listing = ", ".join(
+            f"{key}={value!r}" for key, value in {**refused, **(asked if variant is None else {})}.items()
+        )
         raise SpecError(
             f"PEFT config: not supported by lorafx: {listing}. Leave each at PEFT's default, or merge "
             "this adapter with PEFT."

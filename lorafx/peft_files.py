@@ -11,8 +11,8 @@
     AdaLoRA    .lora_A [r, in], .lora_B [out, r], .lora_E [r, 1], whatever the layer
     VeRA       .vera_lambda_b [out], .vera_lambda_d [r]; base_model.vera_A [r, in], base_model.vera_B [out, r] for all
 
-and all below ``base_model.model``, as PEFT 0.21.2 reads and writes them. What PEFT has no layer for (DoRA of experts, an
-adapter within the groups of a convolution) keeps to the same rules, and PEFT refuses the config or the shapes.
+and all below ``base_model.model``, as PEFT 0.21.2 reads and writes them. What PEFT has no layer for (DoRA of experts,
+an adapter within the groups of a convolution) keeps to the same rules, and PEFT refuses the config or the shapes.
 """
 
 from __future__ import annotations
@@ -193,9 +193,7 @@ def _interleaved(shape: Sequence[int]) -> _Step:
     """``[experts, out, r]`` as ``[out, r * experts]``, the experts next to each other; of one matrix nothing."""
     if len(shape) == 2:
         return _Step(lambda t: t, lambda t: t)
-    return _Step(
-        lambda t: t.permute(1, 2, 0).flatten(1), lambda t: t.reshape(shape[1], -1, shape[0]).permute(2, 0, 1)
-    )
+    return _Step(lambda t: t.permute(1, 2, 0).flatten(1), lambda t: t.reshape(shape[1], -1, shape[0]).permute(2, 0, 1))
 
 
 def _reshaped(shape: Sequence[int], to: Sequence[int]) -> _Step:
@@ -252,9 +250,7 @@ def _of_attention(
     yield from _blocks(outer, f"{prefix}.base_layer.out_proj", width, width, r, scaling * ATTENTION_OUTPUT)
 
 
-def _blocks(
-    members: Sequence[Site], prefix: str, height: int, width: int, r: int, scaling: float
-) -> Iterator[Entry]:
+def _blocks(members: Sequence[Site], prefix: str, height: int, width: int, r: int, scaling: float) -> Iterator[Entry]:
     """The sites of a weight one after the other along the rank, each in its own rows of B; all else is zero.
 
     An adapter of PEFT's has one A for all rows: where the sites of parts have the file's rank, each gets that.

@@ -1,4 +1,4 @@
-"""What PEFT wraps for the sites of an adapter: modules, parameters of modules, attentions as a whole, rows of tokens."""
+"""What PEFT wraps for the sites of an adapter: modules, parameters of modules, whole attentions, rows of tokens."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from torch.fx import Node
+
 from lorafx.errors import AdapterError
 from lorafx.graph import CapturedModule, get_path, named_tensors, notes
 from lorafx.ir import Adapter, Site, base_modules, layer_nodes
-from lorafx.ops import FLAT, PARAMETERS, STORAGE
+from lorafx.ops import FLAT, PARAMETERS, STORAGE, adapted_weight
 
 Form = Literal["module", "parameter", "attention", "tied", "tokens"]
 
@@ -59,7 +61,7 @@ def targets(gm: CapturedModule, adapter: Adapter) -> tuple[Target, ...]:
 
 
 def path_in_file(found: Sequence[Target], path: str, *, wrapper: bool = False) -> str:
-    """The path of a module or tensor of the base in a model that PEFT has wrapped; ``wrapper``: of its outermost one."""
+    """The path that a module or tensor of the base has once PEFT has wrapped these; ``wrapper``: its wrapper's."""
     wrappers: dict[str, int] = {}
     for target in found:
         for module in target.modules or (target.module,):
@@ -111,26 +113,36 @@ def _tied(gm: CapturedModule, site: Site) -> Target:
     embeddings = [m for m in modules if m not in linear]
     if len(embeddings) != 1 or site.variant != "lora":
         raise _no_place(
-            site, f"PEFT ties the LoRA of one embedding to that of linear layers, and this is {site.variant} of {modules}"
+            site,
+            f"PEFT ties the LoRA of one embedding to that of linear layers, and this is {site.variant} of {modules}",
         )
     return Target("tied", embeddings[0], embeddings[0], (site,), modules=(embeddings[0], *linear))
 
 
 def _check_read_inside(gm: CapturedModule, site: Site, module: str, modules: Collection[str]) -> None:
     """PEFT changes a parameter while the forward of its module runs, and for nothing that reads it elsewhere."""
-    scopes = {str(notes(node).get("scope", "")) for node in layer_nodes(gm).get(site.layer, ())}
+    scopes = {str(notes(n).get("scope", "")) for node in layer_nodes(gm).get(site.layer, ()) for n in _readers(node)}
     outside = sorted(s for s in scopes if s != module and not s.startswith(f"{module}."))
     if outside or not module:
         where = f"'{outside[0]}'" if outside and outside[0] else "the model's own forward"
-        raise _no_place(site, f"PEFT adapts a parameter for the module that holds it, and {where} computes with this one")
+        raise _no_place(
+            site, f"PEFT adapts a parameter for the module that holds it, and {where} computes with this one"
+        )
     if module not in modules:
         raise _no_place(site, f"'{module}' is another name of a module that PEFT knows by its first one only")
     if STORAGE[site.kind] is FLAT:
         raise _no_place(site, "PEFT adapts no convolution's kernel that is a bare parameter")
 
 
+def _readers(node: Node) -> list[Node]:
+    """The calls that compute with what a node is: itself, or where it is the read of a parameter, its users."""
+    if node.op != "get_attr" and node.target is not adapted_weight:
+        return [node]
+    return [reader for user in node.users for reader in _readers(user)]
+
+
 def _no_place(site: Site, why: str) -> AdapterError:
     return AdapterError(
-        f"site '{site.name}' has no place in PEFT's format: {why}. Leave it out (exclude_modules=['{site.name}']), or keep "
-        "this adapter by save_checkpoint, or as safetensors.torch.save_file(adapter_state_dict(gm), path)"
+        f"site '{site.name}' has no place in PEFT's format: {why}. Leave it out (exclude_modules=['{site.name}']), or "
+        "keep this adapter by save_checkpoint, or as safetensors.torch.save_file(adapter_state_dict(gm), path)"
     )

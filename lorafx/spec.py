@@ -130,11 +130,12 @@ class LoraSpec:
         The number is the first one in the name, or the first behind a name of ``layers_pattern``. What
         ``target_modules`` lists by its whole name is meant in any case.
         """
-        if not self.layers_to_transform or (not isinstance(self.target_modules, str) and name in self.target_modules):
+        numbers: Any = self.layers_to_transform  # a tuple once built
+        if not numbers or (not isinstance(self.target_modules, str) and name in self.target_modules):
             return True
         lists = [rf"(?:^|.*?\.){p}" for p in self.layers_pattern] or [r".*?\.[^.]*"]
         found = next(filter(None, (re.match(rf"{regex}\.(\d+)\.", name) for regex in lists)), None)
-        return found is not None and int(found[1]) in self.layers_to_transform
+        return found is not None and int(found[1]) in numbers
 
     def scaling_for(self, site: str) -> float:
         """s in ``y = W x + s B A x``: alpha / r (arXiv 2106.09685), or alpha / sqrt(r) (arXiv 2312.03732)."""

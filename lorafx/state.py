@@ -120,7 +120,8 @@ def load_adapter(gm: CapturedModule, directory: str | os.PathLike[str], adapter:
     expected = entries(gm, found, spec, shared=stored or spec.options.get("save_projection", False))
     odd = {t: why for t in targets(gm, found) if (why := _difference(found, t, spec)) is not None}
     odd_names = {name for target in odd for site in target.sites for name in site.parameter_names.values()}
-    problems, values = list(odd.values()), {}
+    problems = list(odd.values())
+    values: dict[str, Tensor] = {}
     if not stored:
         problems += _other_seed(found, spec)
     for entry in expected:
@@ -248,7 +249,7 @@ def _other_seed(adapter: Adapter, spec: LoraSpec) -> list[str]:
     seeds = {s.options["projection_prng_key"] for s in adapter.specs if VARIANTS[s.variant].shared}
     theirs = spec.options.get("projection_prng_key")
     return [
-        f"projection_prng_key={ours} in the graph, {theirs} in {PEFT_CONFIG_NAME}, and the projections are not in the file"
+        f"projection_prng_key={ours} in the graph, {theirs} in {PEFT_CONFIG_NAME}, and no projections in the file"
         for ours in seeds
         if theirs is not None and ours != theirs
     ]
@@ -271,9 +272,7 @@ def _unusable(tensor: Tensor) -> str | None:
     return None if bool(torch.isfinite(tensor).all()) else f"holds NaN or Inf as {tensor.dtype}"
 
 
-def _extra(
-    gm: CapturedModule, adapter: Adapter, given: Mapping[str, Tensor], expected: Sequence[Entry]
-) -> list[str]:
+def _extra(gm: CapturedModule, adapter: Adapter, given: Mapping[str, Tensor], expected: Sequence[Entry]) -> list[str]:
     """What nothing in the graph takes.
 
     By ``bias="all"`` PEFT repeats biases of ``modules_to_save``, and with an adapted embedding it writes the

@@ -43,7 +43,7 @@ def activate(gm: CapturedModule, names: Sequence[str], by_row: bool = False) -> 
             tensor. Nothing is changed.
     """
     chosen = [find_adapter(gm, name) for name in names]
-    own = own_tensors(chosen, gm.meta.get("merged", ()), gm.meta.get("folded", ()))
+    own = own_tensors(gm, chosen, gm.meta.get("merged", ()), gm.meta.get("folded", ()))
     deactivate(gm)
     gm.meta["active"] = tuple(names)
     gm.meta["by_row"] = by_row
@@ -78,7 +78,9 @@ def deactivate(gm: CapturedModule) -> None:
     gm.meta["by_row"] = False
 
 
-def own_tensors(chosen: Sequence[Adapter], merged: Collection[str], folded: Collection[str]) -> dict[str, str]:
+def own_tensors(
+    gm: CapturedModule, chosen: Sequence[Adapter], merged: Collection[str], folded: Collection[str]
+) -> dict[str, str]:
     """Where what is read in the stead of tensors of the base lies, by their names in the base.
 
     ``merged`` are the adapters that are merged in place, ``folded`` the tensors that hold them.
@@ -109,7 +111,21 @@ def own_tensors(chosen: Sequence[Adapter], merged: Collection[str], folded: Coll
                     f"base, and {owners[site.weight]} puts another weight in its place. Activate one of them; what is "
                     "merged in place goes by unmerge(gm)"
                 )
+    _refuse_mixed(gm, chosen)
     return own
+
+
+def _refuse_mixed(gm: CapturedModule, chosen: Sequence[Adapter]) -> None:
+    """Refuse adapters of which one adapts a layer and one its weight, since not both would be relative to the base."""
+    first: dict[int, tuple[Adapter, Site]] = {}
+    for adapter in chosen:
+        for site in adapter.sites:
+            other, known = first.setdefault(id(get_path(gm, site.weight)), (adapter, site))
+            if known.layer != site.layer and not (known.kind in ADAPTED and site.kind in ADAPTED):
+                raise AdapterError(
+                    f"adapters '{other.name}' and '{adapter.name}' cannot be active together: they adapt '{site.weight}' "
+                    f"in different ways, as {known.layer} and as {site.layer}. Activate one of them"
+                )
 
 
 def _read_own(gm: CapturedModule, own: Mapping[str, str]) -> None:

@@ -139,7 +139,9 @@ def _write(
                 "adapters now: call set_adapter first"
             )
         chosen = [record if name == adapter.name else find_adapter(gm, name) for name in running]
-        own_tensors(chosen, gm.meta.get("merged", ()), gm.meta.get("folded", ()))  # raises before anything is changed
+        own_tensors(
+            gm, chosen, gm.meta.get("merged", ()), gm.meta.get("folded", ())
+        )  # raises before anything is changed
     for site, start in starts.items():
         for name, parameter in site.parameters(gm).items():
             parameter.copy_(start.parameters[name])

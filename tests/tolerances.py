@@ -39,6 +39,7 @@ TOLERANCES: Mapping[tuple[str, torch.dtype], Tolerance] = MappingProxyType(
         ("model", torch.bfloat16): Tolerance(1.5e-1, "5 times one layer's: two blocks of up to 7 layers each"),
         # The same computation by PEFT: the same products, summed in another order in places.
         ("peft", torch.float32): Tolerance(1e-5, f"{_SUMS}, through two blocks"),
+        ("peft", torch.float64): Tolerance(1e-10, "it could be 1e-14; where PEFT computes in float32, it is not met"),
         # A merged weight of ours, rounded once from float64, against PEFT's sum in float32.
         ("fold", torch.float32): Tolerance(1e-6, "8 eps: r products of a few ranks, and one sum"),
         # A batch in parts (accumulated, or on several processes) against all of it at once.

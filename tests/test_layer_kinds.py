@@ -1,0 +1,307 @@
+"""Every kind of layer against PEFT: the same adapter weights give the same outputs, gradients and merged weights."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lorafx
+from conftest import leaves, randomize
+from lorafx import LoraSpec
+from lorafx.graph import CapturedModule
+from lorafx.ir import Site
+from lorafx.passes.insert import Insert
+from lorafx.passes.match import match
+from tolerances import assert_close
+from zoo import FAMILIES
+
+G = torch.Generator().manual_seed(0)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+VARIANTS: Mapping[str, dict[str, Any]] = {
+    "lora": {"r": 4, "alpha": 6},
+    "rslora": {"r": 4, "alpha": 3, "rslora": True},
+    "dora": {"r": 2, "alpha": 3, "variant": "dora"},
+}
+
+
+class Headed(nn.Module):
+    """A layer of interest, and a head behind it that no case adapts."""
+
+    def __init__(self, layer: nn.Module, features: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head = nn.Linear(features, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.layer(x))
+        out: Tensor = self.head(h.flatten(1))
+        return out
+
+
+class Scaled(nn.Module):
+    """Code of its own around a bare parameter, which it also reads elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.randn(5, 6, generator=G))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix) / self.matrix.norm()
+
+
+class Experts(nn.Module):
+    """A mixture of experts whose weights are stacks, stored as transformers' are, or as GPT-OSS's are."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        up, down = ((3, 6, 5), (3, 5, 6)) if transposed else ((3, 5, 6), (3, 6, 5))
+        self.up, self.down = (nn.Parameter(torch.randn(shape, generator=G)) for shape in (up, down))
+        self.is_transposed = transposed
+
+    def forward(self, x: Tensor) -> Tensor:
+        up, down = (self.up, self.down) if self.is_transposed else (self.up.mT, self.down.mT)
+        each: Tensor = torch.tanh(x @ up) @ down  # [experts, batch, 6]
+        return each.permute(1, 0, 2)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.attention(x, x, x)[0]
+        return out
+
+
+class CrossAttention(SelfAttention):
+    """Keys and values from elsewhere: the projection's weight is split before it is used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.attention(x[:, :2], x[:, 2:], x[:, 2:])[0]
+        return out
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with one kind of layer, and how the two are told to adapt it.
+
+    ``wrapper`` maps a site's name to the path of what PEFT wraps. ``twice`` are sites whose update PEFT (0.21.2,
+    ``lora.MultiheadAttention.merge``) adds to the weight twice, the second time out of autograd's sight: with half of
+    B there it computes the same, with half of the gradients.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], Any]
+    spec: Mapping[str, Any] = field(default_factory=lambda: {"target_modules": ["layer"]})
+    config: Mapping[str, Any] = field(default_factory=lambda: {"target_modules": ["layer"]})
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    wrapper: Callable[[str], str] = lambda name: name
+    twice: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64)
+
+
+def headed(layer: Callable[[], nn.Module], features: int, *shape: int, **rest: Any) -> Case:
+    return Case(lambda: Headed(layer(), features), lambda: (torch.randn(2, *shape, generator=G),), **rest)
+
+
+def targeting(*names: str) -> dict[str, Any]:
+    return {"target_modules": (), "target_parameters": names}
+
+
+def experts_wrapper(name: str) -> str:
+    """PEFT wraps a module once for each parameter, the first one inmost."""
+    module, _, parameter = name.rpartition(".")
+    return f"{module}.base_layer" if parameter in ("up", "gate_up_proj") else module
+
+
+def attention_wrapper(name: str) -> str:
+    return name.replace(".out_proj", ".base_layer.out_proj")
+
+
+NO_DORA = ("lora", "rslora")
+ATTENTION: dict[str, Any] = {
+    "spec": {"target_modules": ["attention"]},
+    "config": {"target_modules": ["attention"]},
+    "variants": NO_DORA,  # PEFT has none there
+    "wrapper": attention_wrapper,
+    "twice": ("layer.attention.out_proj",),
+}
+EXPERTS: dict[str, Any] = {
+    "spec": targeting("layer.up", "layer.down"),
+    "config": {"target_modules": [], "target_parameters": ["layer.up", "layer.down"]},
+    "variants": NO_DORA,
+    "wrapper": experts_wrapper,
+}
+CASES: dict[str, Case] = {
+    "linear": headed(lambda: nn.Linear(6, 5), 5, 6),
+    "parameter": headed(
+        Scaled, 5, 6,
+        spec=targeting("layer.matrix"),
+        config={"target_modules": [], "target_parameters": ["layer.matrix"]},
+        variants=NO_DORA,
+        wrapper=lambda name: name.rpartition(".")[0],
+    ),
+    "embedding": Case(
+        lambda: Headed(nn.Embedding(9, 4, padding_idx=0), 20),
+        lambda: (torch.tensor([[1, 2, 0, 8, 1], [0, 0, 3, 2, 7]]),),
+    ),
+    "conv1d": headed(lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), 16, 3, 8),
+    "conv2d": headed(lambda: nn.Conv2d(3, 4, 3, padding=1), 64, 3, 4, 4),
+    "conv2d 1x1": headed(lambda: nn.Conv2d(3, 4, 1, bias=False), 64, 3, 4, 4),
+    "conv2d same": headed(lambda: nn.Conv2d(3, 4, (3, 2), padding="same"), 64, 3, 4, 4),
+    "conv3d": headed(lambda: nn.Conv3d(2, 4, (1, 2, 2)), 48, 2, 3, 3, 3),
+    "self-attention": headed(SelfAttention, 30, 5, 6, **ATTENTION),
+    "cross-attention": headed(CrossAttention, 12, 5, 6, **ATTENTION),
+    "experts": headed(lambda: Experts(False), 18, 6, **EXPERTS),
+    "transposed experts": headed(lambda: Experts(True), 18, 6, **EXPERTS),
+    "mixtral": Case(
+        FAMILIES["mixtral"].build, FAMILIES["mixtral"].inputs,
+        spec=targeting("experts.gate_up_proj", "experts.down_proj"),
+        config={"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        variants=NO_DORA,
+        wrapper=experts_wrapper,
+        dtypes=(torch.float32,),  # its norms compute in float32, whatever the inputs
+    ),
+    "gpt2": Case(
+        FAMILIES["gpt2"].build, FAMILIES["gpt2"].inputs,
+        spec={"target_modules": ["c_attn", "wpe"]},
+        config={"target_modules": ["c_attn", "wpe"], "fan_in_fan_out": True},
+    ),
+}  # fmt: skip
+each_case = pytest.mark.parametrize(
+    ("name", "variant", "dtype"),
+    [
+        pytest.param(name, variant, dtype, id=f"{name}-{variant}-{dtype}")
+        for name, case in CASES.items()
+        for variant in case.variants
+        for dtype in case.dtypes
+    ],
+)
+
+
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+@cache
+def captured(name: str, dtype: torch.dtype) -> tuple[nn.Module, CapturedModule, Any]:
+    """A case's model, its capture and its inputs. Shared: don't change them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = CASES[name].build().to(dtype)
+    for config in (getattr(m, "config", None) for m in model.modules()):
+        if hasattr(config, "use_cache"):
+            config.use_cache = False
+    given = CASES[name].inputs()
+    inputs = (
+        {k: in_dtype(v, dtype) for k, v in given.items()}
+        if isinstance(given, dict)
+        else tuple(in_dtype(v, dtype) for v in given)
+    )
+    return model, lorafx.api.captured(model, inputs, None), inputs
+
+
+def adapted(name: str, variant: str, dtype: torch.dtype = torch.float32) -> CapturedModule:
+    gm = copy.deepcopy(captured(name, dtype)[1])
+    specs = (LoraSpec(**VARIANTS[variant], **CASES[name].spec),)
+    gm = Insert(match(gm, specs), specs)(gm).gm
+    randomize(gm)
+    return gm
+
+
+def call(model: nn.Module, inputs: Any) -> Tensor:
+    torch.manual_seed(1)  # the models' own dropout draws the same masks
+    out: Tensor = leaves(model(**inputs) if isinstance(inputs, dict) else model(*inputs))[0]
+    return out
+
+
+def in_peft(case: Case, site: Site, parameter: str, theirs: Mapping[str, nn.Parameter]) -> nn.Parameter:
+    """PEFT's parameter for one of a site's."""
+    embedding = {"lora_A": "lora_embedding_A.default", "lora_B": "lora_embedding_B.default"}
+    leaf = embedding.get(parameter) if site.kind == "embedding" else None
+    return theirs[f"base_model.model.{case.wrapper(site.name)}.{leaf or f'{parameter}.default.weight'}"]
+
+
+def as_in_peft(site: Site, parameter: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """A value (or gradient) of ours in PEFT's layout; of stacked experts, B has the experts' number last."""
+    if value.dim() == 3 and parameter == "lora_B":
+        value = value.permute(1, 2, 0)
+    return value.reshape(shape)
+
+
+def peft_twin(name: str, variant: str, dtype: torch.dtype, gm: CapturedModule) -> peft.PeftModel:
+    case, settings = CASES[name], VARIANTS[variant]
+    config = peft.LoraConfig(
+        r=settings["r"],
+        lora_alpha=settings["alpha"],
+        use_rslora=settings.get("rslora", False),
+        use_dora=settings.get("variant") == "dora",
+        **case.config,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twin = peft.get_peft_model(copy.deepcopy(captured(name, dtype)[0]), config)
+    theirs = dict(twin.named_parameters())
+    found = set()
+    with torch.no_grad():
+        for site in lorafx.sites(gm):
+            for parameter, value in site.parameters(gm).items():
+                target = in_peft(case, site, parameter, theirs)
+                halved = 0.5 if site.name in case.twice and parameter == "lora_B" else 1.0
+                target.copy_(as_in_peft(site, parameter, value, target.shape) * halved)
+                found.add(id(target))
+    assert not [n for n, p in theirs.items() if "lora_" in n and id(p) not in found], "PEFT adapts other layers"
+    return twin
+
+
+@each_case
+def test_outputs_gradients_and_merged_weights_are_pefts(name: str, variant: str, dtype: torch.dtype) -> None:
+    case, inputs = CASES[name], captured(name, dtype)[2]
+    gm = adapted(name, variant, dtype)
+    twin = peft_twin(name, variant, dtype, gm)
+    for training in (True, False):
+        outputs = [call(model.train(training), inputs) for model in (gm, twin)]
+        assert_close("peft", *outputs)
+        for model, output in zip((gm, twin), outputs, strict=True):
+            model.zero_grad()
+            output.square().mean().backward()
+        theirs = dict(twin.named_parameters())
+        for site in lorafx.sites(gm):
+            for parameter, value in site.parameters(gm).items():
+                assert value.grad is not None
+                expected = in_peft(case, site, parameter, theirs).grad
+                assert expected is not None
+                assert bool(expected.any())
+                halved = 0.5 if site.name in case.twice and parameter == "lora_A" else 1.0
+                assert_close("peft", as_in_peft(site, parameter, value.grad, expected.shape) * halved, expected)
+    merged, expected = lorafx.merged_state_dict(gm), twin.merge_and_unload().state_dict()
+    assert merged.keys() == expected.keys()
+    changed = {site.weight for site in lorafx.sites(gm)}
+    for key, value in expected.items():
+        assert_close("peft", merged[key], value)
+        if key in changed:
+            assert not torch.equal(value, captured(name, dtype)[0].state_dict()[key])
+
+
+EXPORTED = [name for name in CASES if name not in ("mixtral", "gpt2")]  # those are exported by test_export.py
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_merged_and_exported(name: str, tmp_path: Path) -> None:
+    """With DoRA, which PEFT does not have at every kind, and whose fold is of every form that a fold has."""
+    gm = adapted(name, "dora").eval()
+    lorafx.merge_and_export(gm, tmp_path / "model.onnx", verify=True)
+    inputs = captured(name, torch.float32)[2]
+    assert_close("model", call(lorafx.merge(gm), inputs), call(gm, inputs))
