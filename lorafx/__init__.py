@@ -21,6 +21,7 @@ from lorafx.adapters import (
 )
 from lorafx.api import apply, plan
 from lorafx.arithmetic.combine import combine_adapters, convert
+from lorafx.arithmetic.extract import Extraction, extract_adapter
 from lorafx.arithmetic.report import FactorReport
 from lorafx.errors import (
     AdapterError,
@@ -40,6 +41,7 @@ from lorafx.errors import (
 from lorafx.export.export import export_base, merge_and_export
 from lorafx.export.report import ExportReport
 from lorafx.ir import Site, sites
+from lorafx.passes.initialize import initialize
 from lorafx.passes.merge import merged_state_dict, unadapted
 from lorafx.passes.plan import Plan
 from lorafx.rank_scheduler import RankScheduler
@@ -54,6 +56,7 @@ __all__ = [
     "CaptureError",
     "ExportError",
     "ExportReport",
+    "Extraction",
     "FactorReport",
     "FixedDimensionWarning",
     "FrozenHeadWarning",
@@ -77,7 +80,9 @@ __all__ = [
     "delete_adapter",
     "disable_adapters",
     "export_base",
+    "initialize",
     "list_adapters",
+    "extract_adapter",
     "load_adapter",
     "merge",
     "merge_and_export",

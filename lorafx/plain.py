@@ -24,8 +24,9 @@ def pack(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         AdapterError: something in it is neither plain data nor a tensor; its place is named.
     """
     if isinstance(value, Tensor):
-        tensors[where] = value
-        return {"tensor": where}
+        name = where if where not in tensors else f"{where} ({len(tensors)})"  # keys may hold dots
+        tensors[name] = value
+        return {"tensor": name}
     if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, Enum)):
         return value
     if type(value) is Counter:

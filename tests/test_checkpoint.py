@@ -211,7 +211,7 @@ def one_group(gm: CapturedModule) -> torch.optim.Optimizer:
 
 
 def swapped_groups(gm: CapturedModule) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([{"params": trained(gm)[:2]}, {"params": trained(gm)[2:]}], lr=1e-2)
+    return torch.optim.AdamW([{"params": trained(gm)[:1]}, {"params": trained(gm)[1:]}], lr=1e-2)
 
 
 def other_base(zoo: Zoo) -> Run:
@@ -223,8 +223,14 @@ def other_base(zoo: Zoo) -> Run:
 
 OTHERS: dict[str, tuple[Callable[[Zoo], Run], str]] = {
     "sites": (with_spec(target_modules=["0"]), r"- adapter 'default': site '3' is only there\n"),
-    "rank": (with_spec(r=2), r"- adapter 'default': site '0': r=3 there and 2 here, scaling=1\.666.* there and 2\.5 here"),
-    "shape": (with_spec(r=2), r"- tensor '0\.lora_A\.default': torch\.float32 \[3, 19\] there, torch\.float32 \[2, 19\] here"),
+    "rank": (
+        with_spec(r=2),
+        r"- adapter 'default': site '0': r=3 there and 2 here, scaling=1\.666.* there and 2\.5 here",
+    ),
+    "shape": (
+        with_spec(r=2),
+        r"- tensor '0\.lora_A\.default': torch\.float32 \[3, 19\] there, torch\.float32 \[2, 19\] here",
+    ),
     "dtype": (with_spec(adapter_dtype="float64"), r"- tensor '3\.lora_B\.default': torch\.float32 .* torch\.float64"),
     "scaling": (with_spec(alpha=6), r"site '3': scaling=1\.66.* there and 2\.0 here"),
     "dropout": (with_spec(dropout=0.0), r"site '0': dropout=0\.2 there and 0\.0 here"),
@@ -237,7 +243,7 @@ OTHERS: dict[str, tuple[Callable[[Zoo], Run], str]] = {
     ),
     "groups": (
         lambda zoo: Run(zoo.adapted(MLP, LoraSpec(**DROPOUT)), optimizer=swapped_groups),
-        r"nothing was loaded",
+        r"- optimizer: group 0: parameter '0\.lora_B\.default' is only there\n",
     ),
     "optimizer": (
         lambda zoo: Run(zoo.adapted(MLP, LoraSpec(**DROPOUT)), optimizer=sgd),
@@ -262,3 +268,131 @@ def test_another_run_is_refused_and_nothing_is_changed(zoo: Zoo, other: str, tmp
     with pytest.raises(AdapterError, match=f"(?s)not a checkpoint of this run; nothing was loaded:.*{message}"):
         found.load(tmp_path)
     assert same(found.state(), before)
+
+
+@pytest.mark.xdist_group("mlp")
+def test_what_is_given_must_be_what_was_saved(zoo: Zoo, tmp_path: Path) -> None:
+    run = with_spec()(zoo)
+    run.save(tmp_path)
+    with pytest.raises(AdapterError, match=r"- optimizer: AdamW there, none here\n.*- scheduler: Cosine.* none here"):
+        load_checkpoint(run.gm, tmp_path)
+    with pytest.raises(AdapterError, match=r"- extra 'ranks' is only here"):
+        load_checkpoint(run.gm, tmp_path, run.opt, run.sched, extras={"ranks": run.sched})
+
+
+@pytest.mark.xdist_group("mlp")
+def test_what_cannot_be_kept_is_named_and_nothing_is_written(zoo: Zoo, tmp_path: Path) -> None:
+    run = with_spec()(zoo)
+    run.opt.param_groups[1]["hook"] = print
+    with pytest.raises(
+        AdapterError, match=r"^optimizer\.groups\.1\.settings\.hook is a builtin_function_or_method, which"
+    ):
+        run.save(tmp_path)
+    del run.opt.param_groups[1]["hook"]
+    run.opt.add_param_group({"params": [nn.Parameter(torch.ones(2, 3))]})
+    with pytest.raises(AdapterError, match=r"^optimizer: parameter 0 of group 2, \[2, 3\], is not one of the graph's"):
+        run.save(tmp_path)
+    with pytest.raises(AdapterError, match="the graph is captured and has no adapters"):
+        save_checkpoint(zoo.captured(MLP), tmp_path)
+    with pytest.raises(AdapterError, match=r"model\.0\.lora_A\.default has no data \(it is on the meta device\)"):
+        save_checkpoint(run.gm.to("meta"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.xdist_group("mlp")
+def test_states_in_a_wider_dtype_than_the_parameters_keep_it(zoo: Zoo, tmp_path: Path) -> None:
+    """torch casts an optimizer's state to the dtype of the parameter when it loads one."""
+
+    def wide(gm: CapturedModule) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(trained(gm), lr=1e-2, momentum=0.9)
+        for parameter in trained(gm):
+            optimizer.state[parameter]["momentum_buffer"] = torch.rand(parameter.shape)
+        return optimizer
+
+    gm = zoo.adapted(MLP, LoraSpec(**DROPOUT, adapter_dtype="bfloat16"))
+    saved, other = wide(gm), wide(gm)
+    save_checkpoint(gm, tmp_path, saved)
+    load_checkpoint(gm, tmp_path, other)
+    assert same(other.state_dict(), saved.state_dict())
+    assert {s["momentum_buffer"].dtype for s in other.state.values()} == {torch.float32}
+
+
+class Died(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.xdist_group("mlp")
+def test_a_process_that_dies_while_saving_leaves_the_old_checkpoint(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = with_spec()(zoo)
+    run.save(tmp_path, step=1)
+    for place in ("lorafx.checkpoint.save_file", "pathlib.Path.replace"):
+        with monkeypatch.context() as patch, contextlib.suppress(Died):
+
+            def die(*_: object, **__: object) -> None:
+                raise Died
+
+            patch.setattr(place, die)
+            run.save(tmp_path, step=2)
+        assert run.load(tmp_path) == 1
+    run.save(tmp_path, step=2)
+    assert run.load(tmp_path) == 2
+    assert [p.name for p in tmp_path.iterdir()] == [CHECKPOINT_NAME]
+
+
+@pytest.mark.xdist_group("mlp")
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "not a whole checkpoint .*; take an earlier one"),
+        (lambda path: path.unlink(), "no such file; save_checkpoint writes it"),
+        (lambda path: save_file(load_file(path), path), "tensors, but no checkpoint of lorafx's"),
+        (
+            lambda path: save_file(load_file(path), path, {"lorafx_checkpoint": json.dumps({"version": 9})}),
+            "of version 9; this lorafx reads version 1",
+        ),
+    ],
+)
+def test_a_damaged_file_is_named(zoo: Zoo, damage: Callable[[Path], Any], message: str, tmp_path: Path) -> None:
+    run = with_spec()(zoo)
+    run.save(tmp_path)
+    damage(tmp_path / CHECKPOINT_NAME)
+    before = copy.deepcopy(run.state())
+    with pytest.raises(AdapterError, match=rf"checkpoint\.safetensors: {message}"):
+        run.load(tmp_path)
+    assert same(run.state(), before)
+    (tmp_path / "file").touch()
+    with pytest.raises(AdapterError, match=r"file: the checkpoint could not be written: .*exists"):
+        run.save(tmp_path / "file")
+
+
+def test_the_header_is_json_that_people_can_read(zoo: Zoo, tmp_path: Path) -> None:
+    with_spec()(zoo).save(tmp_path)
+    with safe_open(tmp_path / CHECKPOINT_NAME, framework="pt") as file:  # type: ignore[no-untyped-call]
+        header = json.loads(file.metadata()["lorafx_checkpoint"])
+    assert header["graph"]["adapters"]["default"]["3"] == {"variant": "lora", "r": 3, "scaling": 5 / 3, "dropout": 0.2}
+
+
+def test_plain_data_comes_back_as_it_was() -> None:
+    value = {
+        "betas": (0.9, [1, None, True], {}),
+        "milestones": Counter({3: 1, 30: 2}),
+        "by number": {1: {"exp_avg": torch.arange(3)}, 2: "two"},
+        "best": float("inf"),
+        "a.b": 0.1 + 0.2,
+        "tensor": {"tensor": "not one"},
+        "x": {"y": torch.ones(1)},
+        "x.y": torch.zeros(1),
+    }
+    tensors: dict[str, Tensor] = {}
+    packed = json.loads(json.dumps(pack(value, "state", tensors)))
+    assert same(unpack(packed, tensors), value)
+    assert list(tensors) == ["state.by number.1.exp_avg", "state.x.y", "state.x.y (2)"]
+    for odd, name in (
+        ({"a": {3}}, "state.a is a set"),
+        ([b""], "state.0 is a bytes"),
+        ({(1, 2): 3}, "state is a dict"),
+    ):
+        with pytest.raises(AdapterError, match=name):
+            pack(odd, "state", {})

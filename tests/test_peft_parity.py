@@ -1,19 +1,39 @@
-"""PEFT as the oracle in memory: with the same adapter weights its model and our graph compute the same."""
+"""PEFT as the oracle in memory: with the same adapter weights its model and our graph compute the same.
+
+Outputs, gradients and merged weights, in eval and in train mode (without dropout in the adapter), on linear layers.
+The other kinds of layers are in ``test_layer_kinds.py``, what is on disk in ``test_peft_files.py``.
+"""
 
 from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import peft
 import pytest
 import torch
+from torch import nn
 
 from conftest import Zoo, leaves, loss_of, randomize
 from lorafx import LoraSpec, merged_state_dict, sites
 from lorafx.graph import CapturedModule
 from tolerances import assert_close
-from zoo import FAMILIES, Family
+from zoo import FAMILIES, Family, Inputs
 
-LORA = LoraSpec(r=3, alpha=5)
-RSLORA = LoraSpec(r=5, alpha=3.5, rslora=True)
+CONFIGS: dict[str, Any] = {"LORA": peft.LoraConfig, "ADALORA": peft.AdaLoraConfig, "VERA": peft.VeraConfig}
+
+SPECS: dict[str, LoraSpec] = {
+    "lora": LoraSpec(r=3, alpha=5),
+    "rslora": LoraSpec(r=5, alpha=3.5, rslora=True),
+    "dora": LoraSpec(r=3, alpha=5, variant="dora"),
+    "rsdora": LoraSpec(r=4, alpha=3, variant="dora", rslora=True),
+    "lora_bias": LoraSpec(r=3, alpha=5, variant="lora_bias"),
+    "vera": LoraSpec(r=7, variant="vera", options={"projection_prng_key": 3}),
+    # PEFT adds the penalty to the loss of a forward pass; here RankScheduler.penalty is apart.
+    "adalora": LoraSpec(r=4, alpha=6, variant="adalora", options={"total_step": 9, "orth_reg_weight": 0.0}),
+}
 PATTERNS = LoraSpec(
     r=4,
     alpha=6,
@@ -22,54 +42,100 @@ PATTERNS = LoraSpec(
     alpha_pattern={"0.self_attn.*": 11, "down_proj": 0.5},
 )
 
+#: Layers with a bias, which PEFT's ``lora_bias`` needs to be merged, and ours needs at all.
+WITH_BIAS = {"llama": None, "mixtral": None}
 
-def peft_twin(zoo: Zoo, family: Family, gm: CapturedModule, spec: LoraSpec) -> peft.PeftModel:
-    """PEFT's model of the same base with the adapter weights of ``gm``, in eval mode."""
-    config = peft.LoraConfig(**{**spec.to_peft(), "target_modules": [s.name for s in sites(gm)]})
-    twin = peft.get_peft_model(zoo.eager(family), config).eval()
-    theirs = dict(twin.named_parameters())
+
+def in_float64(family: Family) -> Family:
+    def inputs(make: Callable[[], Inputs]) -> Callable[[], Inputs]:
+        return lambda: {n: v.double() if v.is_floating_point() else v for n, v in make().items()}
+
+    return dataclasses.replace(
+        family,
+        name=f"{family.name} float64",
+        build=lambda: family.build().double(),
+        inputs=inputs(family.inputs),
+        other_inputs=inputs(family.other_inputs),
+    )
+
+
+NAMES = ("mlp", "bert", "gpt2", "llama", "convnet", "mixtral")
+WIDE = {name: in_float64(FAMILIES[name]) for name in NAMES}
+CASES = [
+    pytest.param(family, spec, marks=pytest.mark.xdist_group(family.name), id=f"{family.name}-{spec}")
+    for name in NAMES
+    for family in (FAMILIES[name], WIDE[name])
+    for spec in SPECS
+    if not (spec == "lora_bias" and name in WITH_BIAS)
+]
+
+
+def theirs_by_name(twin: nn.Module, site: str, parameter: str) -> nn.Parameter:
+    """PEFT's parameter for one of ours."""
+    held = dict(twin.named_parameters())
+    name = "lora_B.default.bias" if parameter == "lora_B_bias" else f"{parameter}.default"
+    path = f"base_model.model.{site}.{name}"
+    return held[path if path in held else f"{path}.weight"]
+
+
+def peft_twin(zoo: Zoo, family: Family, gm: CapturedModule, spec: LoraSpec) -> Any:
+    """PEFT's model of the same base with the adapter weights of ``gm``."""
+    settings = spec.to_peft()
+    config = CONFIGS[settings["peft_type"]](**{**settings, "target_modules": [s.name for s in sites(gm)]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Conv1D's fan_in_fan_out, which PEFT sets right by itself
+        twin = peft.get_peft_model(zoo.eager(family), config)
+    count = sum(1 for n, p in twin.named_parameters() if p.requires_grad)
+    assert count == sum(len(site.parameters(gm)) for site in sites(gm)), "PEFT trains what we don't"
     with torch.no_grad():
         for site in sites(gm):
             for name, value in site.parameters(gm).items():
-                theirs.pop(f"base_model.model.{site.name}.{name}.default.weight").copy_(value)
-    assert not [n for n in theirs if "lora_" in n], "PEFT adapts layers that we don't"
+                theirs_by_name(twin, site.name, name).copy_(value)
     return twin
 
 
 def assert_same(zoo: Zoo, family: Family, spec: LoraSpec) -> None:
-    gm = zoo.adapted(family, spec).eval()
+    gm = zoo.adapted(family, spec)
     randomize(gm)
     twin = peft_twin(zoo, family, gm, spec)
-
-    ours, theirs = (leaves(model(**family.inputs())) for model in (gm, twin))
-    for actual, expected in zip(ours, theirs, strict=True):
-        assert_close("peft", actual, expected)
-
-    for model in (gm, twin):
-        loss_of(model, family).backward()
-    gradients = {n: p.grad for n, p in twin.named_parameters()}
-    for site in sites(gm):
-        for name, value in site.parameters(gm).items():
-            gradient = gradients[f"base_model.model.{site.name}.{name}.default.weight"]
-            assert value.grad is not None
-            assert gradient is not None
-            assert bool(gradient.any())
-            assert_close("peft", value.grad, gradient)
+    for training in (False, True):
+        for model in (gm, twin):
+            model.train(training)
+            model.zero_grad()
+        outputs = []
+        for model in (gm, twin):
+            torch.manual_seed(0)  # the base's own dropout
+            outputs.append(leaves(model(**family.inputs())))
+            torch.manual_seed(0)
+            loss_of(model, family).backward()
+        for actual, expected in zip(*outputs, strict=True):
+            assert_close("peft", actual, expected)
+        for site in sites(gm):
+            for name, value in site.parameters(gm).items():
+                gradient = theirs_by_name(twin, site.name, name).grad
+                assert value.grad is not None
+                assert gradient is not None
+                assert bool(gradient.any())
+                assert_close("peft", value.grad, gradient)
 
     merged = merged_state_dict(gm)
     theirs_merged = twin.merge_and_unload().state_dict()
     assert merged.keys() == theirs_merged.keys()
-    adapted = {s.weight for s in sites(gm)}
+    adapted = {name for s in sites(gm) for name in (s.weight, s.bias)}
     for name, expected in theirs_merged.items():
         if name in adapted:
-            assert_close("fold", merged[name], expected)
-        else:
+            assert_close("peft", merged[name], expected)
+        elif not name.startswith("features"):  # BatchNorm's statistics, which training has moved in both
             assert torch.equal(merged[name], expected), name
 
 
-@pytest.mark.parametrize("spec", [LORA, RSLORA], ids=["lora", "rslora"])
-def test_outputs_gradients_and_merged_weights_are_pefts(zoo: Zoo, family: Family, spec: LoraSpec) -> None:
-    assert_same(zoo, family, spec)
+@pytest.mark.parametrize(("chosen", "spec"), CASES)
+def test_every_variant_is_pefts(zoo: Zoo, chosen: Family, spec: str) -> None:
+    assert_same(zoo, chosen, SPECS[spec])
+
+
+def test_lora_is_pefts_on_every_family(zoo: Zoo, family: Family) -> None:
+    assert_same(zoo, family, SPECS["lora"])
 
 
 @pytest.mark.xdist_group("llama")

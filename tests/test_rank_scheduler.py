@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -182,7 +183,7 @@ def test_ranks_that_are_masked_can_come_back(zoo: Zoo) -> None:
     for _ in range(35):
         run.step()
         masks.append([kept for mask in run.scheduler.state_dict()["kept"].values() for kept in mask])
-    back = [now and not before for a, b in zip(masks, masks[1:], strict=False) for before, now in zip(a, b, strict=True)]
+    back = [now and not before for a, b in itertools.pairwise(masks) for before, now in zip(a, b, strict=True)]
     assert any(back)
 
 
@@ -352,7 +353,9 @@ def test_the_best_model_comes_back_with_the_ranks_that_it_had(zoo: Zoo, tmp_path
 
 def test_what_a_trainer_cannot_schedule_is_refused(zoo: Zoo, tmp_path: Path) -> None:
     gm = zoo.adapted(BERT, spec())
-    with pytest.raises(SpecError, match=r"^RankScheduler\.total_steps=16 is not allowed: the training has only 9 steps"):
+    with pytest.raises(
+        SpecError, match=r"^RankScheduler\.total_steps=16 is not allowed: the training has only 9 steps"
+    ):
         trainer(gm, tmp_path, max_steps=9)[0].train()
     run, _ = trainer(gm, tmp_path, hf.Trainer, max_steps=16, save_strategy="steps", save_steps=16)
     run.train()
@@ -438,7 +441,9 @@ def test_settings_that_leave_nothing_to_schedule_are_refused(zoo: Zoo) -> None:
         Run(gm, target_r=6)
     with pytest.raises(SpecError, match=r"total_steps=6, tinit=2 and tfinal=4 leave no steps"):
         Run(gm, total_steps=6)
-    with pytest.raises(SpecError, match=r"^RankScheduler\.beta1=1 is not allowed: expected a number above 0 and below 1"):
+    with pytest.raises(
+        SpecError, match=r"^RankScheduler\.beta1=1 is not allowed: expected a number above 0 and below 1"
+    ):
         Run(gm, beta1=1)
     with pytest.raises(SpecError, match=r"^RankScheduler\.shrink='never' is not allowed"):
         Run(gm, shrink="never")

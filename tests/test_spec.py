@@ -23,7 +23,7 @@ from peft.utils.other import get_pattern_key
 from lorafx import peft_config, spec
 from lorafx.errors import LorafxError, SpecError
 from lorafx.spec import LoraSpec, as_spec, as_specs, matches
-from lorafx.variants import VARIANTS
+from lorafx.variants import SELECTABLE as VARIANTS
 
 PARTS = st.sampled_from(["model", "layers", "0", "11", "attn", "q_proj", "proj", "v"])
 NAMES = st.lists(PARTS, min_size=1, max_size=4).map(".".join)
@@ -150,8 +150,6 @@ def test_every_field_is_checked() -> None:
         ("alpha", 0, "a finite number above 0"),
         ("alpha", math.nan, "a finite number above 0"),
         ("alpha", "16", "a finite number above 0"),
-        ("target_modules", [], "expected module names"),
-        ("target_modules", "", "expected module names"),
         ("target_modules", None, "a list of module names"),
         ("target_modules", ["q_proj", 3], "a non-empty string"),
         ("target_modules", ["all-linear"], "give it alone"),
@@ -166,8 +164,7 @@ def test_every_field_is_checked() -> None:
         ("variant", "adlora", "(did you mean 'adalora' or 'lora' or 'dora'?)"),
         ("init", "kaimin", "variant 'lora' starts by 'kaiming' or 'gaussian' or "),
         ("init", "kaimin", "(did you mean 'kaiming'?)"),
-        ("layers_to_transform", [-1], "an integer of at least 0"),
-        ("layers_pattern", "h", "it goes with layers_to_transform"),
+        ("layers_to_transform", -1, "an integer of at least 0"),
         ("target_parameters", "experts", "a list of module names"),
         ("trainable_token_indices", 7, "a list of row numbers"),
         ("trainable_token_indices", [1, 1], "a row stands in it twice"),
@@ -190,6 +187,16 @@ def test_bad_value_names_field_value_and_allowed(field: str, value: Any, allowed
     message = str(error.value)
     assert message.startswith(f"LoraSpec.{field}={value!r} is not allowed: ")
     assert allowed in message
+
+
+def test_fields_that_do_not_go_together() -> None:
+    with pytest.raises(SpecError, match=r"target_modules=\(\) is not allowed: .* \(or target_parameters\)"):
+        LoraSpec(target_modules=[])
+    with pytest.raises(SpecError, match="target_modules='' is not allowed: expected module names"):
+        LoraSpec(target_modules="")
+    assert LoraSpec(target_modules=[], target_parameters=["experts.down_proj"]).target_modules == ()
+    with pytest.raises(SpecError, match=r"layers_pattern=\('h',\) is not allowed: it goes with layers_to_transform"):
+        LoraSpec(target_modules=["q"], layers_pattern="h")
 
 
 def test_bad_pattern_names_its_key() -> None:
@@ -398,7 +405,10 @@ def test_spec_to_peft_and_back(ours: LoraSpec) -> None:
     ("fields", "lost"),
     [
         ({"variant": "vera", "alpha": 3.0}, "VERA has no key for LoraSpec.alpha=3.0"),
-        ({"variant": "vera", "exclude_modules": ["head"], "rslora": True}, "exclude_modules=['head'], LoraSpec.rslora="),
+        (
+            {"variant": "vera", "exclude_modules": ["head"], "rslora": True},
+            "exclude_modules=['head'], LoraSpec.rslora=",
+        ),
         ({"variant": "vera", "tied": "tie"}, "VERA has no key for LoraSpec.tied='tie'"),
         ({"variant": "adalora", "alpha_pattern": {"q": 1}}, "ADALORA has no key for LoraSpec.alpha_pattern={'q': 1}"),
         ({"variant": "adalora", "rank_pattern": {"q": 1}}, "AdaLoRA's says which of the 8 ranks each module has kept"),

@@ -125,6 +125,7 @@ def test_checkpoints_hold_the_adapter_only(zoo: Zoo, tmp_path: Path) -> None:
     files = {p.name for p in (tmp_path / "checkpoint-2").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "trainer_state.json"} <= files
     assert "model.safetensors" not in files
+    assert "checkpoint.safetensors" not in {p.name for p in (tmp_path / "final").iterdir()}, "it is for going on"
     saved = load_file(tmp_path / "final" / "adapter_model.safetensors")
     own = {"base_model.model." + n.replace(".default", ".weight"): v for n, v in adapter_state_dict(gm).items()}
     assert saved.keys() == own.keys()
@@ -138,10 +139,24 @@ def test_the_stock_trainer_cannot_save_tied_weights(zoo: Zoo, tmp_path: Path) ->
         trainer.save_model(str(tmp_path / "final"))
 
 
-@pytest.mark.parametrize("cls", [hf.Trainer, LoraTrainer])
-def test_a_resumed_run_repeats_the_uninterrupted_one(zoo: Zoo, cls: type[hf.Trainer], tmp_path: Path) -> None:
+SPECS: dict[str, dict[str, Any]] = {
+    "lora": {"modules_to_save": ("classifier",)},
+    "dora": {"variant": "dora"},
+    "vera": {"variant": "vera", "alpha": 12},
+    "pissa": {"init": "pissa"},
+}
+
+
+@pytest.mark.parametrize(
+    ("cls", "variant"),
+    [(hf.Trainer, "lora"), *((LoraTrainer, name) for name in SPECS)],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+def test_a_resumed_run_repeats_the_uninterrupted_one(
+    zoo: Zoo, cls: type[hf.Trainer], variant: str, tmp_path: Path
+) -> None:
     """Dropout included, in the base and in the adapters: every later loss is the same number."""
-    spec = dataclasses.replace(SPEC, modules_to_save=("classifier",))
+    spec = dataclasses.replace(SPEC, **SPECS[variant])
     gm = zoo.adapted(BERT, spec)
     whole = run(gm, tmp_path, cls, **SAVING)
     whole.train()
@@ -152,6 +167,15 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(zoo: Zoo, cls: type[hf.Trai
     for key in ("loss", "eval_loss"):
         assert losses(resumed, key) == losses(whole, key)
     assert same(other.state_dict(), gm.state_dict())
+
+
+def test_a_checkpoint_of_the_model_only_is_an_adapter(zoo: Zoo, tmp_path: Path) -> None:
+    gm = zoo.adapted(BERT, SPEC)
+    run(gm, tmp_path, LoraTrainer, **SAVING, save_only_model=True).train()
+    assert not (tmp_path / "checkpoint-6" / "checkpoint.safetensors").exists()
+    other = zoo.adapted(BERT, SPEC, seed=1)
+    run(other, tmp_path, LoraTrainer)._load_from_checkpoint(str(tmp_path / "checkpoint-6"))
+    assert same(adapter_state_dict(other), adapter_state_dict(gm))
 
 
 def test_the_best_model_comes_back_at_the_end(zoo: Zoo, tmp_path: Path) -> None:

@@ -95,9 +95,12 @@ def make_plain(gm: CapturedModule, site: Site, change: Change, cut: Cut | None) 
         kept = wanted
     else:
         kept = factor(wanted, cut)
+    if kept.right.shape[-2] == 0:
+        if change.shift is None or not bool(change.shift.any()):
+            return None
+        *leading, out_features, in_features = site.shape  # nothing but the bias changes
+        kept = Factors(kept.left.new_zeros(*leading, out_features, 1), kept.right.new_zeros(*leading, 1, in_features))
     r = kept.right.shape[-2]
-    if r == 0:
-        return None
     a, b = kept.right.to(dtype).contiguous(), kept.left.to(dtype).contiguous()
     values = {"lora_A": a, "lora_B": b}
     if change.shift is not None:

@@ -15,8 +15,8 @@ from lorafx.adapters import check_new_name
 from lorafx.arithmetic.changes import Change, PlainSite, find_change, make_cut, make_plain, trains_rows
 from lorafx.arithmetic.low_rank import Cut, Factors, Matrix, add, dense, scaled
 from lorafx.arithmetic.methods import METHODS, Method, Thinning, merge
-from lorafx.arithmetic.result import put_plain, whole_tensors
 from lorafx.arithmetic.report import FactorReport
+from lorafx.arithmetic.result import put_plain, whole_tensors
 from lorafx.errors import AdapterError
 from lorafx.graph import CapturedModule, get_path
 from lorafx.ir import Adapter, Site, find_adapter

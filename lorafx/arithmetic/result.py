@@ -1,4 +1,4 @@
-"""Putting a plain LoRA adapter into a graph that was made of others: its record, its specs, and what trains whole."""
+"""The plain LoRA adapter that is made of others: its specs, what trains whole with it, and its way into the graph."""
 
 from __future__ import annotations
 
@@ -56,10 +56,9 @@ def put_plain(
     """
     if not made:
         raise AdapterError(f"adapter '{into}' would be empty: nothing of {', '.join(s.name for s in sources)} is left")
-    bias = _bias(keepers)
-    of_sites = [p.site.bias for p in made if p.site.bias is not None] if bias == "lora_only" else []
+    specs = plain_specs(gm, made, _specs_of(sources), _specs_of(keepers))
+    of_sites = [p.site.bias for p in made if p.site.bias is not None] if specs[0].bias == "lora_only" else []
     trained = tuple(dict.fromkeys((*whole, *of_sites)))
-    specs = _specs(gm, made, sources, keepers, bias)
     adapter = Adapter(into, specs, tuple(p.site for p in made), trained)
     tensors = {p.site.parameter_name(n): value for p in made for n, value in p.values.items()}
     tensors |= {adapter.own_name(name): value for name, value in whole.items()}
@@ -70,27 +69,25 @@ def put_plain(
     switch(gm, running, by_row)
 
 
-def _bias(keepers: Sequence[Adapter]) -> Bias:
-    asked: list[Bias] = [spec.bias for adapter in keepers for spec in adapter.specs]
-    return max(asked, key=get_args(Bias).index, default="none")
+def _specs_of(adapters: Sequence[Adapter]) -> list[LoraSpec]:
+    return [spec for adapter in adapters for spec in adapter.specs]
 
 
-def _specs(
-    gm: CapturedModule,
-    made: Sequence[PlainSite],
-    sources: Sequence[Adapter],
-    keepers: Sequence[Adapter],
-    bias: Bias,
+def plain_specs(
+    gm: CapturedModule, made: Sequence[PlainSite], sources: Sequence[LoraSpec], keepers: Sequence[LoraSpec]
 ) -> tuple[LoraSpec, ...]:
-    """Specs that mean these sites: one for each variant among them."""
+    """Specs that mean these sites: one for each variant among them.
+
+    What the specs ``sources`` agree on is kept of their metadata; ``keepers`` say what trains whole.
+    """
     modules = base_modules(gm, aliases=True)
-    asked = dict.fromkeys(m for adapter in keepers for spec in adapter.specs for m in spec.trained_modules)
-    tied = {spec.tied for adapter in sources for spec in adapter.specs}
+    asked = dict.fromkeys(m for spec in keepers for m in spec.trained_modules)
+    tied = {spec.tied for spec in sources}
     common: dict[str, Any] = {
         "modules_to_save": tuple(m for m in asked if any(matches(n, (m,)) for n in modules)),
-        "bias": bias,
+        "bias": max((spec.bias for spec in keepers), key=get_args(Bias).index, default="none"),
         "tied": next((t for t in ("tie", "untie") if t in tied), "refuse"),
-        "metadata": _agreed([spec.metadata for adapter in sources for spec in adapter.specs]),
+        "metadata": _agreed([spec.metadata for spec in sources]),
     }
     rows = {p.site.name: tuple(p.site.rows or ()) for p in made if trains_rows(p.site)}
     groups: dict[str, list[PlainSite]] = {}

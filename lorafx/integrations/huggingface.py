@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from lorafx.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
 from lorafx.errors import AdapterError, PassError, SpecError
 from lorafx.graph import CapturedModule
 from lorafx.ir import Stage, find_adapter, stage
@@ -134,10 +135,11 @@ class RankSchedulerCallback(TrainerCallback):
 class LoraTrainer(Trainer):
     """``transformers.Trainer`` whose checkpoints are adapters in PEFT's format.
 
-    ``save_model``, ``resume_from_checkpoint`` and ``load_best_model_at_end`` go through
-    :func:`lorafx.state.save_adapter` and :func:`lorafx.state.load_adapter`; buffers that training updates
-    outside ``modules_to_save`` (BatchNorm's) are therefore not in a checkpoint. Everything else is the
-    stock trainer's. For another trainer, inherit from both::
+    ``save_model`` goes through :func:`lorafx.state.save_adapter`. A checkpoint also has the graph's state as it is
+    (:mod:`lorafx.checkpoint`), and ``resume_from_checkpoint`` and ``load_best_model_at_end`` read that: PEFT's format
+    has no place for a BatchNorm's statistics, and holds what started by PiSSA in another form. With
+    ``save_only_model`` they read the adapter. Everything else is the stock trainer's. For another trainer, inherit
+    from both::
 
         class LoraSeq2SeqTrainer(LoraTrainer, Seq2SeqTrainer): ...
 
@@ -168,14 +170,15 @@ class LoraTrainer(Trainer):
             save_adapter(self._adapted(), directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        _load_with_ranks(self._adapted(), resume_from_checkpoint)
+        _load(self._adapted(), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        _load_with_ranks(self._adapted(), str(self.state.best_model_checkpoint))
+        _load(self._adapted(), str(self.state.best_model_checkpoint))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
+            save_checkpoint(self._adapted(), output_dir, step=self.state.global_step, rng=False)
             for callback in self._rank_callbacks():
                 callback.save(output_dir)
 
@@ -189,8 +192,11 @@ class LoraTrainer(Trainer):
         return (c for c in self.callback_handler.callbacks if isinstance(c, RankSchedulerCallback))
 
 
-def _load_with_ranks(gm: CapturedModule, directory: str) -> None:
-    """Load an adapter whose ranks may be others than the graph's by now."""
+def _load(gm: CapturedModule, directory: str) -> None:
+    """Load a checkpoint, or an adapter, whose ranks may be others than the graph's by now."""
+    if Path(directory, CHECKPOINT_NAME).is_file():
+        load_checkpoint(gm, directory, rng=False)
+        return
     shrinking = [site.name for site in find_adapter(gm).sites if VARIANTS[site.variant].shrinks]
     if shrinking and Path(directory, PEFT_CONFIG_NAME).is_file():
         spec = LoraSpec.from_json(directory)

@@ -67,6 +67,8 @@ class Init:
 
 def less(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """``W - s B A``, computed in float64 and rounded once, in the dtype and memory layout of ``W [..., out, in]``."""
+    if weight.dim() > 2:  # one by one: the same bits as each matrix alone
+        return torch.stack([less(*one, scaling) for one in zip(weight, a, b, strict=True)])
     return torch.empty_like(weight).copy_(weight.double() - scaling * (b.double() @ a.double()))
 
 
