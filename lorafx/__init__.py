@@ -40,7 +40,11 @@ from lorafx.errors import (
 )
 from lorafx.export.export import export_base, merge_and_export
 from lorafx.export.report import ExportReport
+from lorafx.inspection.inspect import inspect_adapter
+from lorafx.inspection.plot import plot_inspection
+from lorafx.inspection.report import Inspection
 from lorafx.ir import Site, sites
+from lorafx.passes.allocate import Allocation, allocate_ranks, with_ranks
 from lorafx.passes.initialize import initialize
 from lorafx.passes.merge import merged_state_dict, unadapted
 from lorafx.passes.plan import Plan
@@ -53,6 +57,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "AdapterInfo",
+    "Allocation",
     "CaptureError",
     "ExportError",
     "ExportReport",
@@ -61,6 +66,7 @@ __all__ = [
     "FixedDimensionWarning",
     "FrozenHeadWarning",
     "InputError",
+    "Inspection",
     "LoraSpec",
     "LorafxError",
     "MatchError",
@@ -74,20 +80,23 @@ __all__ = [
     "VerifyError",
     "adapter_state_dict",
     "add_adapter",
+    "allocate_ranks",
     "apply",
     "combine_adapters",
     "convert",
     "delete_adapter",
     "disable_adapters",
     "export_base",
-    "initialize",
-    "list_adapters",
     "extract_adapter",
+    "initialize",
+    "inspect_adapter",
+    "list_adapters",
     "load_adapter",
     "merge",
     "merge_and_export",
     "merged_state_dict",
     "plan",
+    "plot_inspection",
     "rename_adapter",
     "save_adapter",
     "set_adapter",
@@ -95,4 +104,5 @@ __all__ = [
     "sites",
     "unadapted",
     "unmerge",
+    "with_ranks",
 ]

@@ -114,8 +114,8 @@ def load_adapter(gm: CapturedModule, directory: str | os.PathLike[str], adapter:
     """
     directory = Path(directory)
     found = find_adapter(gm, adapter)
-    spec = _read_spec(directory)
-    given = _read_tensors(directory)
+    spec = read_spec(directory)
+    given = read_tensors(directory)
     stored = any(SHARED_PREFIX + leaf in given for leaf in shared_names(found))
     expected = entries(gm, found, spec, shared=stored or spec.options.get("save_projection", False))
     odd = {t: why for t in targets(gm, found) if (why := _difference(found, t, spec)) is not None}
@@ -189,7 +189,8 @@ def _write(directory: Path, config: bytes, tensors: Mapping[str, Tensor]) -> Non
             raise
 
 
-def _read_spec(directory: Path) -> LoraSpec:
+def read_spec(directory: Path) -> LoraSpec:
+    """The settings of an adapter on disk; raises :class:`AdapterError`, as :func:`load_adapter`."""
     if not directory.is_dir():
         raise AdapterError(
             f"{directory}: no such directory. Give a local one that holds {PEFT_CONFIG_NAME} and {WEIGHTS_NAME}; an "
@@ -201,7 +202,8 @@ def _read_spec(directory: Path) -> LoraSpec:
         raise AdapterError(str(error)) from error
 
 
-def _read_tensors(directory: Path) -> dict[str, Tensor]:
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter on disk, by PEFT's keys; raises :class:`AdapterError`, as :func:`load_adapter`."""
     path = directory / WEIGHTS_NAME
     if not path.is_file():
         pickles = sorted(p.name for p in directory.glob("adapter_model.*"))

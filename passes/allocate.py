@@ -6,9 +6,9 @@ Each rank i of each site has a gain, and ranks are bought one by one where the g
   direction, ``s_i^2 / sum over j of s_j^2``, as in PEFT. It tells which inputs few directions describe well; it knows
   nothing of the task.
 - ``"gradient"``: ``g_i^2``, for the singular values g of the gradient of the loss by the site's weight (what LoRA-GA,
-  arXiv 2407.05000, starts from, and GoRA, arXiv 2502.12171, allocates by). To first order, the best step of rank r lowers
-  the loss by ``g_1^2 + ... + g_r^2`` times the rate. Layers that could stand in for each other look alike to the first
-  gradient; training tells them apart (:class:`lorafx.RankScheduler`).
+  arXiv 2407.05000, starts from, and GoRA, arXiv 2502.12171, allocates by). To first order, the best step of rank r
+  lowers the loss by ``g_1^2 + ... + g_r^2`` times the rate. In a plain stack of layers, where one can stand in for
+  another, all look much alike to the first gradient; training tells them apart (:class:`lorafx.RankScheduler`).
 
 The result is a plain pattern of ranks, to be printed, edited, and saved as JSON.
 """
@@ -66,8 +66,8 @@ class Allocation:
     """The ranks that :func:`allocate_ranks` chose. ``print(allocation)`` shows them as a table.
 
     ``rank_pattern`` is a plain dict from exact site names, escaped, to ranks, 0 for none. Edit it as you like, save it
-    by ``json.dump``, and make a spec of it: by ``spec``, or by :func:`with_ranks` of one that was loaded. ``rows`` say what
-    was chosen, and do not follow such edits.
+    by ``json.dump``, and make a spec of it: by ``spec``, or by :func:`with_ranks` of one that was loaded. ``rows`` say
+    what was chosen, and do not follow such edits.
     """
 
     rank_pattern: dict[str, int]
@@ -246,8 +246,8 @@ def _buy(
     unit = "parameters" if by_parameters else "ranks"
     if spent > limit:
         raise SpecError(
-            f"min_rank={min_rank} at {len(wishes)} sites takes {spent:,} {unit}, and the budget is {limit:,}: raise it, "
-            "or lower min_rank."
+            f"min_rank={min_rank} at {len(wishes)} sites takes {spent:,} {unit}, and the budget is {limit:,}: raise "
+            "it, or lower min_rank."
         )
 
     def offer(index: int) -> tuple[float, int, int] | None:

@@ -53,14 +53,15 @@ def initialize(
     ``"eva"`` (arXiv 2410.07170): A is the r leading principal directions of what the site's layer is given,
     B zero. ``"lora_ga"`` (arXiv 2407.05000): with the singular vectors of the gradient of the loss by the weight,
     ``A = c V[:r]`` and ``B = c U[:, r:2r]``, ``c = out^(1/4) / sqrt(16)``; the adapter then has a weight of its own,
-    ``W - s B A``, so that outputs change by its rounding only. It needs memory for those gradients in float32.
+    ``W - s B A``, so that outputs change by its rounding only. It needs memory for those gradients, in float32.
 
     Args:
         gm: a graph with the adapter, not trained yet.
         batches: inputs of the model, each a dict of keyword arguments, a tuple of positional ones or a tensor. Rows
             of activations that an ``attention_mask`` among them hides are left out. A few hundred rows will do.
         adapter: which one; None: the one that is active.
-        method: ``"eva"`` or ``"lora_ga"``, for all sites; None: where the specs say ``init="eva"`` or ``"lora_ga"``.
+        method: ``"eva"`` or ``"lora_ga"``, for all sites of variants that know it; None: where the specs say
+            ``init="eva"`` or ``init="lora_ga"``.
         loss_fn: ``loss_fn(outputs, batch)`` for LoRA-GA; None: the outputs' ``loss``.
 
     Raises:
@@ -94,10 +95,8 @@ def _methods(gm: CapturedModule, adapter: Adapter, method: str | None) -> dict[S
     for site in adapter.sites:
         spec = specs.get(site.name, adapter.specs[0])
         name = spec.init if method is None else method
-        if name not in _FACTORS:
+        if name not in _FACTORS or not VARIANTS[site.variant].has_init(name):
             continue
-        if not VARIANTS[site.variant].has_init(name):
-            raise AdapterError(f"site '{site.name}': variant {site.variant!r} has no init={name!r}")
         if why := VARIANTS[site.variant].misfit(name, site.kind, site.shape, site.r, site.apart):
             raise AdapterError(f"site '{site.name}': {why}")
         dtype = site.tensors(gm)[FACTORS[0]].dtype
@@ -192,7 +191,7 @@ class _Directions:
         """Take account of ``rows [n, in]``."""
         if rows.shape[0] == 0:
             return
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = _wide(rows)
         mean, new = rows.mean(0), rows.shape[0]
         parts = [rows - mean]
         if self.rows:
@@ -285,7 +284,7 @@ def _lora_ga(
     def watch(name: str, weight: Tensor) -> None:
         def add(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            gradients[name] = gradients.get(name, 0) + parameter.grad.to(torch.float32)
+            gradients[name] = gradients.get(name, 0) + _wide(parameter.grad)
             parameter.grad = None
 
         weight.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
@@ -323,6 +322,10 @@ def _from_gradient(gradient: Tensor, r: int) -> Factors:
     u, _, vh = leading_singular(gradient, 2 * r, ITERATIONS, torch.Generator().manual_seed(0))
     size = gradient.shape[0] ** 0.25 / math.sqrt(GAMMA)
     return size * vh[:r], size * u[:, r : 2 * r]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 _FACTORS: Mapping[str, Callable[..., dict[Site, Factors]]] = MappingProxyType({"eva": _eva, "lora_ga": _lora_ga})

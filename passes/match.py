@@ -241,10 +241,13 @@ def _check_numbers(taken: Sequence[str], spec: LoraSpec) -> None:
     if absent := [number for number in wanted if not there(number)]:
         numbers = {int(atom) for name in taken for atom in name.split(".") if atom.isdecimal()}
         listing = ", ".join(str(n) for n in sorted(numbers) if there(n)) or "none"
-        lists = f" in {' or '.join(map(repr, spec.layers_pattern))}" if spec.layers_pattern else ""
+        if spec.layers_pattern:
+            where, advice = f" in {' or '.join(map(repr, spec.layers_pattern))}", ""
+        else:
+            where, advice = "", "; a list at the top of the model counts if layers_pattern names it"
         raise MatchError(
             f"layers_to_transform names {', '.join(map(str, absent))}, and no layer that target_modules means has that "
-            f"number{lists}. There are: {listing}"
+            f"number{where}. There are: {listing}{advice}"
         )
 
 

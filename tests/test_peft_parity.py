@@ -42,8 +42,11 @@ PATTERNS = LoraSpec(
     alpha_pattern={"0.self_attn.*": 11, "down_proj": 0.5},
 )
 
-#: Layers with a bias, which PEFT's ``lora_bias`` needs to be merged, and ours needs at all.
-WITH_BIAS = {"llama": None, "mixtral": None}
+#: Families whose linear layers have no bias for lora_bias to shift.
+WITHOUT_BIAS = ("llama", "mixtral")
+
+#: All but the keys: what is added to all keys alike is nothing to a softmax, and its gradient only rounding.
+WITH_GRADIENT = {"bert": ["query", "value", "dense"]}
 
 
 def in_float64(family: Family) -> Family:
@@ -66,7 +69,7 @@ CASES = [
     for name in NAMES
     for family in (FAMILIES[name], WIDE[name])
     for spec in SPECS
-    if not (spec == "lora_bias" and name in WITH_BIAS)
+    if not (spec == "lora_bias" and name in WITHOUT_BIAS)
 ]
 
 
@@ -85,7 +88,8 @@ def peft_twin(zoo: Zoo, family: Family, gm: CapturedModule, spec: LoraSpec) -> A
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Conv1D's fan_in_fan_out, which PEFT sets right by itself
         twin = peft.get_peft_model(zoo.eager(family), config)
-    count = sum(1 for n, p in twin.named_parameters() if p.requires_grad)
+    # In float64, PEFT lets AdaLoRA's first rank, a parameter there, require a gradient.
+    count = sum(1 for n, p in twin.named_parameters() if p.requires_grad and "ranknum" not in n)
     assert count == sum(len(site.parameters(gm)) for site in sites(gm)), "PEFT trains what we don't"
     with torch.no_grad():
         for site in sites(gm):
@@ -96,7 +100,7 @@ def peft_twin(zoo: Zoo, family: Family, gm: CapturedModule, spec: LoraSpec) -> A
 
 def assert_same(zoo: Zoo, family: Family, spec: LoraSpec) -> None:
     gm = zoo.adapted(family, spec)
-    randomize(gm)
+    randomize(gm, scale=0.1)
     twin = peft_twin(zoo, family, gm, spec)
     for training in (False, True):
         for model in (gm, twin):
@@ -131,7 +135,8 @@ def assert_same(zoo: Zoo, family: Family, spec: LoraSpec) -> None:
 
 @pytest.mark.parametrize(("chosen", "spec"), CASES)
 def test_every_variant_is_pefts(zoo: Zoo, chosen: Family, spec: str) -> None:
-    assert_same(zoo, chosen, SPECS[spec])
+    targets = WITH_GRADIENT.get(chosen.name.split()[0]) if spec == "lora_bias" else None
+    assert_same(zoo, chosen, dataclasses.replace(SPECS[spec], target_modules=targets or "all-linear"))
 
 
 def test_lora_is_pefts_on_every_family(zoo: Zoo, family: Family) -> None:

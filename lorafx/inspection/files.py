@@ -1,0 +1,198 @@
+"""The sites of an adapter in PEFT's files, read without the model where names, shapes and settings tell all.
+
+What a change is made of besides stands in the base model for some: DoRA scales the rows of the weights, whole rows that
+train are compared with them, and how wide its layers are stands nowhere in the file of a VeRA adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lorafx.arithmetic.low_rank import Factors
+from lorafx.checks import did_you_mean
+from lorafx.errors import AdapterError
+from lorafx.inspection.report import Inspection, SiteInspection, measure, trained_whole
+from lorafx.peft_files import ATTENTION_OUTPUT, PREFIX, SHARED_PREFIX
+from lorafx.spec import LoraSpec, matches
+from lorafx.state import read_spec, read_tensors
+from lorafx.variants import VARIANTS
+from lorafx.variants.base import Variant
+from lorafx.variants.inits import find_init
+
+#: What a tensor's key ends in, and the parameter that it is.
+_SUFFIXES: Mapping[str, str] = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_B.bias": "lora_B_bias",
+    "lora_embedding_A": "lora_A",
+    "lora_embedding_B": "lora_B",
+    "token_adapter.trainable_tokens_delta": "trainable_tokens_delta",
+    **{name: name for variant in VARIANTS.values() for name in variant.parameters},
+}
+_KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)((?:\.base_layer)*)\.({'|'.join(map(re.escape, _SUFFIXES))})")
+
+#: What stands for a matrix's sizes in a variant's shapes, to read them off its tensors.
+_OUT, _IN, _RANK = -1, -2, -3
+
+
+@dataclass
+class StoredSite:
+    """The tensors of one site as they lie in a file.
+
+    ``wrapper`` is the path in the file, ``depth`` how many of PEFT's wrappers are around this one, which nests one for
+    each parameter of a module.
+    """
+
+    wrapper: str
+    depth: int
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """The path in the base model."""
+        return ".".join(atom for atom in self.wrapper.split(".") if atom != "base_layer")
+
+    @property
+    def factor(self) -> float:
+        """How many times PEFT adds the change: see :data:`lorafx.peft_files.ATTENTION_OUTPUT`."""
+        return ATTENTION_OUTPUT if self.wrapper.endswith(".base_layer.out_proj") else 1.0
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An adapter on disk: its settings, its sites, and the names of what it has trained whole."""
+
+    name: str
+    spec: LoraSpec
+    sites: tuple[StoredSite, ...]
+    whole: tuple[str, ...]
+
+    @classmethod
+    def read(cls, directory: Path) -> Stored:
+        """Read the files.
+
+        Raises:
+            AdapterError: a file is missing or damaged, or holds no site.
+        """
+        spec, given = read_spec(directory), read_tensors(directory)
+        sites: dict[tuple[str, int], StoredSite] = {}
+        whole = []
+        shared = {SHARED_PREFIX + leaf for leaf in VARIANTS[spec.variant].shared}
+        for key, tensor in given.items():
+            match = _KEY.fullmatch(key)
+            if match is not None:
+                path, depth = match[1], match[2].count(".base_layer")
+                sites.setdefault((path, depth), StoredSite(path, depth)).tensors[_SUFFIXES[match[3]]] = tensor
+            elif key not in shared:
+                whole.append(key.removeprefix(PREFIX))
+        if not sites:
+            raise AdapterError(
+                f"{directory}: the file has no site of an adapter, only {', '.join(whole[:3]) or 'nothing'}"
+            )
+        return cls(directory.name, spec, tuple(sites.values()), tuple(whole))
+
+    def needs_base(self) -> bool:
+        """Whether a base model tells more than the norms of its weights."""
+        return any(isinstance(self._change(site), str) or len(self._parameters(site)) > 1 for site in self.sites)
+
+    def inspected(self, base: Mapping[str, Tensor]) -> Inspection:
+        """What is to be seen of the adapter; the weights in ``base``, if there are any, are what it is compared with.
+
+        Raises:
+            AdapterError: a site is not whole, or not in ``base``.
+        """
+        return Inspection(self.name, tuple(self._inspected(site, base) for site in self.sites), tuple(self.notes()))
+
+    def notes(self) -> Iterator[str]:
+        """What the adapter is beside its sites."""
+        yield from trained_whole(self.whole)
+        init = find_init(self.spec.init)
+        if init is not None and init.changes_base:
+            yield (
+                f"it started by {self.spec.init}: the changes are those of the weights that this left of the original "
+                "ones, and not what training changed"
+            )
+
+    def _inspected(self, site: StoredSite, base: Mapping[str, Tensor]) -> SiteInspection:
+        variant, name, change = self._variant(site), self._name(site), self._change(site)
+        rows = variant.name == "tokens"
+        first = next(iter(site.tensors.values()))
+        scaling = None if rows else self.spec.scaling_for(name) * site.factor
+        if isinstance(change, str):
+            sizes = _sizes(variant, site.tensors)
+            return SiteInspection(name, variant.name, sizes.get(_RANK, len(first)), scaling, None, note=change)
+        shape = (*change.left.shape[:-1], change.right.shape[-1])
+        settings = SiteInspection(name, variant.name, change.left.shape[-1], scaling, shape)
+        return measure(settings, change, _weight(base, name) if base else None)
+
+    def _variant(self, site: StoredSite) -> Variant:
+        return VARIANTS["tokens" if "trainable_tokens_delta" in site.tensors else self.spec.variant]
+
+    def _parameters(self, site: StoredSite) -> list[str]:
+        """The names of the parameters of the site's module that have adapters; none, if it is a layer."""
+        wanted = [t.rpartition(".")[2] for t in self.spec.target_parameters]
+        return [n for leaf in wanted if matches(n := f"{site.path}.{leaf}", self.spec.target_parameters)]
+
+    def _name(self, site: StoredSite) -> str:
+        names = self._parameters(site)
+        if len(names) > 1:
+            return f"{site.path} (parameter {len(names) - site.depth} of {len(names)})"
+        return names[0] if names else site.path
+
+    def _change(self, site: StoredSite) -> Factors | str:
+        """What a site changes, in float64; or why the file does not say."""
+        variant = self._variant(site)
+        if absent := [p for p in variant.parameters if p not in site.tensors]:
+            raise AdapterError(
+                f"site '{site.path}': the file lacks its {', '.join(absent)}. It is damaged, or not whole"
+            )
+        if variant.scales_rows:
+            return f"{variant.name} is relative to the base's weights: give the base model"
+        tensors = {p: _as_matrix(site.tensors[p]).double() for p in variant.parameters}
+        names = self._parameters(site)
+        ranks = {self.spec.rank_for(name) for name in names or [site.path]}
+        if names and len(ranks) > 1:
+            return "its ranks differ by parameter, and the file does not say which one this is: give the base model"
+        if names and (experts := len(tensors["lora_A"]) // min(ranks)) > 1:
+            tensors = _unstacked(tensors, experts)
+        sizes = _sizes(variant, tensors)
+        if _IN not in sizes:
+            return f"a {variant.name} file does not say how wide the layers are: give the base model"
+        weight = torch.empty(sizes[_OUT], sizes[_IN], device="meta")  # only the shape of it matters here
+        scaling = self.spec.scaling_for(names[0] if names else site.path) * site.factor
+        update = variant.update(weight, tensors, scaling)
+        return Factors(update.left, update.right)
+
+
+def _sizes(variant: Variant, tensors: Mapping[str, Tensor]) -> dict[int, int]:
+    """The sizes of a site's matrix, as far as its tensors have them."""
+    shapes = variant.shapes(_OUT, _IN, _RANK)
+    pairs = ((shapes[p], tensors[p].shape) for p in variant.parameters)
+    return {mark: size for marks, shape in pairs for mark, size in zip(marks, shape[-len(marks) :], strict=False)}
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """A convolution's factor as one of a matrix: ``[r, in, 3, 3]`` as ``[r, 9 in]``, ``[out, r, 1, 1]`` as ``[out, r]``."""
+    return tensor.flatten(1) if tensor.dim() > 2 else tensor
+
+
+def _unstacked(tensors: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:
+    """``[experts * r, in]`` and ``[out, r * experts]``, the experts next to each other there, as stacks."""
+    a, b = tensors["lora_A"], tensors["lora_B"]
+    stacked = {"lora_A": a.reshape(experts, -1, a.shape[-1]), "lora_B": b.reshape(len(b), -1, experts).permute(2, 0, 1)}
+    return {**tensors, **stacked}
+
+
+def _weight(base: Mapping[str, Tensor], name: str) -> Tensor:
+    """The weight of a layer, or a parameter."""
+    for key in (f"{name}.weight", name, f"{name}.in_proj_weight"):
+        if key in base:
+            return base[key]
+    hint = did_you_mean(f"{name}.weight", base)
+    raise AdapterError(f"site '{name}' is not in the base model{hint}: give the one that the adapter was trained on")
