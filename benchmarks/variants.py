@@ -51,7 +51,7 @@ def spec(**fields: Any) -> LoraSpec:
 #: VeRA's few numbers take a larger step (the paper trains them at 4 to 10 times LoRA's rate; table 7 and 8 there).
 METHODS = (
     *(Method(f"LoRA r={r}", spec(r=r, alpha=2 * r)) for r in (2, 4, 8, 16)),
-    Method("rsLoRA r=16", spec(r=16, alpha=8, rslora=True)),
+    Method("rsLoRA r=16", spec(r=16, alpha=16, rslora=True)),
     Method("DoRA r=8", spec(r=8, alpha=16, variant="dora")),
     Method("VeRA r=256", spec(r=256, variant="vera"), rate=10 * LEARNING_RATE),
     Method("AdaLoRA r=6 to 4", spec(r=6, alpha=12, variant="adalora", options={"target_r": 4})),

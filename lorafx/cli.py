@@ -1,7 +1,8 @@
-"""The command line: ``lorafx demo``, ``lorafx plan``, ``lorafx verify``. Thin; errors are one clear line."""
+"""The command line: ``lorafx demo``, ``plan``, ``inspect``, ``verify``. Thin; errors are one clear line."""
 
 from __future__ import annotations
 
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -75,6 +76,36 @@ def plan(
     with Parts(_errors, transient=True) as parts, parts.part("capture"):
         result = lorafx.plan(found, chosen, inputs)
     _console.print(str(result), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Folder of an adapter: adapter_config.json and its weights.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The model it was trained on: folder of a checkpoint with weights, or package.module:function."
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw a map and the spectra into this file (.png, .svg, .pdf).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show where an adapter learned: each site's rank, norm, effective rank and share of the base's weight."""
+    from lorafx.sources import find_model
+
+    model, inputs = (None, None) if base is None else find_model(base, weights=True)
+    with Parts(_errors, transient=True) as parts, parts.part("inspect"):
+        result = lorafx.inspect_adapter(directory, base=model, example_inputs=inputs)
+        if plot is not None:
+            lorafx.plot_inspection(result, plot)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        _console.print(str(result), highlight=False, markup=False, soft_wrap=True)
+        if plot is not None:
+            _console.print(f"drawn into {plot}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

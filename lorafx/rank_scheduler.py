@@ -39,7 +39,7 @@ from torch.optim import Optimizer
 from lorafx.errors import AdapterError, SpecError
 from lorafx.graph import CapturedModule
 from lorafx.ir import Adapter, Site, find_adapter
-from lorafx.passes.resize import fit_ranks, resize
+from lorafx.passes.resize import fit_ranks, refuse_unsliceable, resize
 from lorafx.variants import VARIANTS
 from lorafx.variants.adalora import Schedule, orthogonality, scores
 
@@ -118,6 +118,7 @@ class RankScheduler:
         self._kept: dict[str, list[bool]] = {}
         self._sensitivity: dict[str, Tensor] = {}
         self._uncertainty: dict[str, Tensor] = {}
+        self._sliceable = shrink is False
         self._check()
 
     @property
@@ -134,7 +135,8 @@ class RankScheduler:
         """Take account of this step's gradients and, where the schedule says so, take ranks away.
 
         Raises:
-            AdapterError: a gradient is missing, NaN or Inf; or :meth:`finish` was called. Nothing is changed.
+            AdapterError: a gradient is missing, NaN or Inf; the optimizer's state could not be sliced (at the first
+                step); or :meth:`finish` was called. Nothing is changed.
         """
         if self.finished:
             raise AdapterError(
@@ -144,6 +146,9 @@ class RankScheduler:
         step, last = self.steps + 1, self.schedule.last
         if self.shrink == "always":
             _refuse_processes()
+        if not self._sliceable:  # the optimizer has its state by now; better told at the first step than at the last
+            refuse_unsliceable(self.gm, self.adapter, self.optimizer)
+            self._sliceable = True
         if step < last:
             self._observe()
         if self.schedule.allocates(step):

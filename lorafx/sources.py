@@ -19,18 +19,18 @@ class SourceError(LorafxError):
     """The command line's MODEL argument does not lead to a model."""
 
 
-def find_model(source: str) -> tuple[nn.Module, ExampleInputs]:
+def find_model(source: str, *, weights: bool = False) -> tuple[nn.Module, ExampleInputs]:
     """A model and, if it brings some, its example inputs.
 
     ``source`` is a folder with a Hugging Face ``config.json``: the model it describes, on the meta
-    device, so that no weights are read; or ``package.module:function``: what the function returns, a
-    module or a pair of a module and its example inputs.
+    device, so that no weights are read, unless ``weights`` asks for them; or ``package.module:function``: what the
+    function returns, a module or a pair of a module and its example inputs.
 
     Raises:
         SourceError: says which of the two was tried, and what was missing.
     """
     if Path(source).is_dir():
-        return _from_folder(Path(source)), None
+        return _from_folder(Path(source), weights), None
     module, _, name = source.partition(":")
     if not name:
         raise SourceError(
@@ -53,7 +53,7 @@ def find_model(source: str) -> tuple[nn.Module, ExampleInputs]:
     return model, inputs
 
 
-def _from_folder(folder: Path) -> nn.Module:
+def _from_folder(folder: Path, weights: bool) -> nn.Module:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise SourceError(f"'{folder}' has no config.json; give the folder of a Hugging Face checkpoint")
@@ -69,7 +69,13 @@ def _from_folder(folder: Path) -> nn.Module:
     builder: Any = getattr(transformers, names[0], None) if names else transformers.AutoModel
     if builder is None:
         raise SourceError(f"'{config_file}' names the architecture {names[0]}, which transformers does not have")
-    with torch.device("meta"):
-        model = builder._from_config(config) if names else builder.from_config(config)
+    if weights:
+        try:
+            model = builder.from_pretrained(folder, local_files_only=True)
+        except (ValueError, OSError) as error:
+            raise SourceError(f"'{folder}': its weights cannot be read: {error}") from error
+    else:
+        with torch.device("meta"):
+            model = builder._from_config(config) if names else builder.from_config(config)
     assert isinstance(model, nn.Module)
     return model

@@ -257,6 +257,16 @@ class WeightUses:
             found += [_describe(user, name) for user in users if user not in own]
         return tuple(dict.fromkeys(found))
 
+    def writes(self, weight: str) -> tuple[str, ...]:
+        """Descriptions of the operators that change a weight in place (an embedding's max_norm)."""
+        found = []
+        for _, name, node in self._of(get_path(self.gm, weight)):
+            for user in node.users:
+                schema = getattr(user.target, "_schema", None)
+                if node.op == "get_attr" and schema is not None and schema.is_mutable:
+                    found.append(_describe(user, name))
+        return tuple(found)
+
 
 def _describe(node: Node, weight: str) -> str:
     scope = notes(node).get("scope") or "the model's own forward"

@@ -7,37 +7,31 @@ factors that the adapter was inserted with; the graph's outputs stay what they a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.fx import Interpreter, Node
+from torch import Tensor
+from torch.fx import Node
 
 from lorafx.errors import AdapterError
-from lorafx.graph import CapturedModule, get_path, rebind, share
+from lorafx.graph import CapturedModule, share
 from lorafx.ir import Adapter, Site, Stage, find_adapter, layer_nodes, verify
 from lorafx.passes.activate import activate, deactivate, own_tensors
 from lorafx.passes.insert import start_values
 from lorafx.passes.layers import find_operands
 from lorafx.passes.match import match
+from lorafx.passes.observe import ITERATIONS, Batch, Directions, Loss, see_rows, sum_gradients, without_adapters
 from lorafx.passes.residual import FACTORS, keep_residual
 from lorafx.spec import LoraSpec
 from lorafx.variants import VARIANTS
-from lorafx.variants.inits import INITS, leading_singular
+from lorafx.variants.inits import leading_singular
 
-Batch = Mapping[str, Any] | Sequence[Any] | Tensor
-Loss = Callable[[Any, Any], Tensor]
 Factors = tuple[Tensor, Tensor]
 
 #: LoRA-GA's gamma, by which the start is made small (arXiv 2407.05000, section 4.1).
 GAMMA = 16.0
-
-#: Subspace iterations for singular vectors, as in the authors' codes.
-ITERATIONS = 4
 
 
 def initialize(
@@ -54,6 +48,7 @@ def initialize(
     B zero. ``"lora_ga"`` (arXiv 2407.05000): with the singular vectors of the gradient of the loss by the weight,
     ``A = c V[:r]`` and ``B = c U[:, r:2r]``, ``c = out^(1/4) / sqrt(16)``; the adapter then has a weight of its own,
     ``W - s B A``, so that outputs change by its rounding only. It needs memory for those gradients, in float32.
+    (To go on from a checkpoint of such an adapter, initialize it first, from any data, and load then.)
 
     Args:
         gm: a graph with the adapter, not trained yet.
@@ -151,108 +146,27 @@ def _write(
     verify(gm, Stage.INSERTED)
 
 
-def _call(gm: nn.Module, batch: Batch) -> Any:
-    if isinstance(batch, Mapping):
-        return gm(**batch)
-    return gm(batch) if isinstance(batch, Tensor) else gm(*batch)
-
-
-@contextmanager
-def _bare(gm: CapturedModule) -> Iterator[CapturedModule]:
-    """The model without adapters, in eval mode; what it shares with ``gm`` has its modes back afterwards."""
-    bare = share(gm)
-    deactivate(bare)
-    bare.recompile()
-    modes = {module: module.training for module in bare.modules()}
-    try:
-        yield bare.eval()
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 # EVA
-
-
-class _Directions:
-    """The leading principal directions of rows that come in parts: the incremental decomposition that EVA uses.
-
-    ``factor [k, in]`` has the scatter of all rows so far, ``factor^T factor``, as far as k directions hold it
-    (Ross et al. 2008, "Incremental learning for robust visual tracking", section 3.1).
-    """
-
-    def __init__(self, count: int) -> None:
-        self.kept = 2 * count + 8
-        self.rows = 0
-        self.mean = torch.zeros(0)
-        self.factor = torch.zeros(0)
-
-    def add(self, rows: Tensor) -> None:
-        """Take account of ``rows [n, in]``."""
-        if rows.shape[0] == 0:
-            return
-        rows = _wide(rows)
-        mean, new = rows.mean(0), rows.shape[0]
-        parts = [rows - mean]
-        if self.rows:
-            shift = math.sqrt(self.rows * new / (self.rows + new)) * (self.mean - mean)
-            parts += [self.factor, shift.unsqueeze(0)]
-            mean = (self.rows * self.mean + new * mean) / (self.rows + new)
-        _, s, vh = leading_singular(torch.cat(parts), self.kept, ITERATIONS, torch.Generator().manual_seed(0))
-        self.rows, self.mean, self.factor = self.rows + new, mean, s.unsqueeze(1) * vh
-
-    def leading(self, count: int) -> Tensor | None:
-        """The first ``count`` directions ``[count, in]``, of length 1; None if the rows have not so many."""
-        lengths = torch.linalg.vector_norm(self.factor, dim=-1)
-        if self.rows == 0 or int((lengths > 1e-6 * lengths[0]).sum()) < count:
-            return None
-        found: Tensor = self.factor[:count] / lengths[:count].unsqueeze(1)
-        return found
-
-
-class _Observer(Interpreter):
-    """Runs a graph and shows the values of some nodes."""
-
-    def __init__(self, gm: CapturedModule, see: Mapping[Node, Callable[[Tensor], None]]) -> None:
-        super().__init__(gm)
-        self.see = see
-
-    def run_node(self, n: Node) -> Any:
-        value = super().run_node(n)
-        if n in self.see:
-            self.see[n](value)
-        return value
 
 
 def _eva(
     gm: CapturedModule, batches: Sequence[Batch], sites: Sequence[Site], loss_fn: Loss | None
 ) -> dict[Site, Factors]:
     """Directions of the activations; layers with the same inputs (q, k, v) share the work."""
-    with _bare(gm) as bare, torch.no_grad():
+    with without_adapters(gm) as bare:
         calls = layer_nodes(bare)
         inputs = {site: tuple(o.x for n in calls[site.layer] if (o := find_operands(n))) for site in sites}
         ranks: dict[tuple[Node, ...], int] = {}
         for site, nodes in inputs.items():
             ranks[nodes] = max(site.r, ranks.get(nodes, 0))
-        directions = {nodes: _Directions(r) for nodes, r in ranks.items()}
-        mask: Tensor | None = None
+        directions = {nodes: Directions(r) for nodes, r in ranks.items()}
 
-        def see(node: Node) -> Callable[[Tensor], None]:
-            of_node = [d for nodes, d in directions.items() if node in nodes]
-
-            def take(value: Tensor) -> None:
-                rows = value.reshape(-1, value.shape[-1])
-                if mask is not None and mask.numel() == rows.shape[0]:
-                    rows = rows[mask.reshape(-1).bool().to(rows.device)]
-                for found in of_node:
+        def see(node: Node, rows: Tensor) -> None:
+            for nodes, found in directions.items():
+                if node in nodes:
                     found.add(rows)
 
-            return take
-
-        observer = _Observer(bare, {node: see(node) for nodes in directions for node in nodes})
-        for batch in batches:
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            observer.run(*_flat(bare, batch), enable_io_processing=False)
+        see_rows(bare, {node for nodes in directions for node in nodes}, batches, see)
     factors = {}
     for site, nodes in inputs.items():
         a = directions[nodes].leading(site.r)
@@ -265,13 +179,6 @@ def _eva(
     return factors
 
 
-def _flat(gm: CapturedModule, batch: Batch) -> list[Any]:
-    signature = gm.signature
-    if isinstance(batch, Mapping):
-        return signature.flatten(**batch)
-    return signature.flatten(batch) if isinstance(batch, Tensor) else signature.flatten(*batch)
-
-
 # LoRA-GA
 
 
@@ -279,29 +186,8 @@ def _lora_ga(
     gm: CapturedModule, batches: Sequence[Batch], sites: Sequence[Site], loss_fn: Loss | None
 ) -> dict[Site, Factors]:
     """Singular vectors of the mean gradient of the loss by each weight."""
-    gradients: dict[str, Tensor] = {}
-
-    def watch(name: str, weight: Tensor) -> None:
-        def add(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            gradients[name] = gradients.get(name, 0) + _wide(parameter.grad)
-            parameter.grad = None
-
-        weight.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
-
-    with _bare(gm) as bare, torch.inference_mode(False), torch.enable_grad():
-        for name in dict.fromkeys(site.weight for site in sites):
-            base = get_path(bare, name)
-            watch(name, rebind(bare, base, base.detach()).requires_grad_())
-        for batch in batches:
-            outputs = _call(bare, batch)
-            loss = getattr(outputs, "loss", None) if loss_fn is None else loss_fn(outputs, batch)
-            if not isinstance(loss, Tensor):
-                raise AdapterError(
-                    "LoRA-GA needs a loss, and the outputs have none: put the labels into the batches, or give "
-                    "loss_fn(outputs, batch)"
-                )
-            loss.backward()  # type: ignore[no-untyped-call]
+    with without_adapters(gm) as bare:
+        gradients, _ = sum_gradients(bare, (site.weight for site in sites), batches, loss_fn)
     factors = {}
     for site in sites:
         gradient = gradients.get(site.weight)
@@ -324,9 +210,4 @@ def _from_gradient(gradient: Tensor, r: int) -> Factors:
     return size * vh[:r], size * u[:, r : 2 * r]
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 _FACTORS: Mapping[str, Callable[..., dict[Site, Factors]]] = MappingProxyType({"eva": _eva, "lora_ga": _lora_ga})
-assert set(_FACTORS) == {name for name, init in INITS.items() if init.by_data}

@@ -23,6 +23,8 @@ from lorafx.variants import VARIANTS
 #: The kinds that "all-linear" means.
 LINEAR = ("linear", "addmm")
 
+_TRAINED_WHOLE = "trained whole (modules_to_save)"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -56,7 +58,7 @@ def match(gm: CapturedModule, specs: Sequence[LoraSpec], adapter: str = "default
                 choices[candidate.name] = Choice(candidate, site, spec if site else None, reason or "")
             elif reason is None and (known.spec is spec or known.candidate.kind != candidate.kind):
                 raise MatchError(_twice(candidate.name, candidate.name, candidate.weight))
-    _refuse_shared(choices.values())
+    _refuse_shared(uses, choices.values())
     _refuse_overlaps(gm, choices.values())
     _refuse_misfits(uses, choices.values())
     return tuple(choices.values())
@@ -102,10 +104,10 @@ def _tokens(gm: CapturedModule, uses: WeightUses, layers: Sequence[Candidate], s
     embeddings = [c for c in layers if c.kind == "embedding"]
     wanted = spec.trainable_token_indices
     if isinstance(wanted, Mapping):
-        for entry, rows in wanted.items():
-            for embedding in (e for e in embeddings if matches(e.name, (entry,))):
-                yield (candidate := token_rows(gm, uses, embedding, tuple(rows))), _left_out(candidate, spec)
-    elif wanted:
+        meant = [(e, rows) for entry, rows in wanted.items() for e in embeddings if matches(e.name, (entry,))]
+    elif not wanted:
+        return
+    else:
         name = gm.meta.get("input_embedding")
         inputs = embeddings if name is None else [e for e in embeddings if e.name == name]
         if len(inputs) != 1:
@@ -113,7 +115,15 @@ def _tokens(gm: CapturedModule, uses: WeightUses, layers: Sequence[Candidate], s
                 "trainable_token_indices is a list, and which embedding is the input's is not clear: map the name of "
                 f"one to it. Embeddings: {', '.join(e.name for e in embeddings) or 'none'}"
             )
-        yield (candidate := token_rows(gm, uses, inputs[0], tuple(wanted))), _left_out(candidate, spec)
+        meant = [(inputs[0], wanted)]
+    for embedding, rows in meant:
+        reason = _left_out(embedding, spec)
+        if reason == _TRAINED_WHOLE:
+            raise MatchError(
+                f"'{embedding.name}' is in modules_to_save, which trains all of it, and has rows to train in "
+                "trainable_token_indices: leave it to one of them"
+            )
+        yield token_rows(gm, uses, embedding, tuple(rows)), reason
 
 
 def _left_out(candidate: Candidate, spec: LoraSpec) -> str | None:
@@ -121,7 +131,7 @@ def _left_out(candidate: Candidate, spec: LoraSpec) -> str | None:
     if spec.exclude_modules is not None and any(matches(n, spec.exclude_modules) for n in candidate.names):
         return "excluded by exclude_modules"
     if any(_is_under(candidate.name, m) for m in spec.trained_modules):
-        return "trained whole (modules_to_save)"
+        return _TRAINED_WHOLE
     return None
 
 
@@ -212,6 +222,9 @@ def _no_layer(gm: CapturedModule, field: str, entry: str, names: Sequence[str], 
         return None
     if getattr(gm.get_submodule(held[0]), "kind", "") == "transposed convolution":
         return f"{field} names '{entry}': '{held[0]}' is a transposed convolution, which cannot be adapted"
+    called = [str(n.target) for n in gm.graph.find_nodes(op="call_module")]
+    if any(f"{held[0]}.".startswith(f"{whole}.") for whole in called):
+        return f"{field} names '{entry}': '{held[0]}' is called as a whole; give example_inputs to see into it"
     inside = [n for n in names if any(n.startswith(m + ".") for m in held)]
     advice = f"; {kind}s below it: {', '.join(inside[:4])}" if inside else ""
     return (
@@ -264,10 +277,18 @@ def _nothing_matched(meant: Sequence[Meant], spec: LoraSpec) -> str:
     )
 
 
-def _refuse_shared(choices: Iterable[Choice]) -> None:
+def _refuse_shared(uses: WeightUses, choices: Iterable[Choice]) -> None:
+    """Refuse weights with uses that the fold would change, or that change the weight."""
     for choice in choices:
         site, candidate = choice.site, choice.candidate
-        if site is None or not candidate.elsewhere or site.apart:
+        if site is None:
+            continue
+        if writes := uses.writes(site.weight):
+            raise MatchError(
+                f"site '{site.name}': the graph itself writes to '{site.weight}', by {'; '.join(writes)}, so that an "
+                f"adapter has no fixed weight to go with. Exclude the layer (exclude_modules=['{site.name}'])"
+            )
+        if not candidate.elsewhere or site.apart:
             continue
         places = "; ".join(candidate.elsewhere[:3])
         if site.kind not in LAYERS:
@@ -341,9 +362,12 @@ def warn_of_frozen_heads(gm: CapturedModule, choices: Sequence[Choice]) -> None:
     """Warn of output layers that look freshly initialised and would stay as they are."""
     initializer = float(gm.meta.get("initializer_range", math.nan))
     tensors = dict(named_tensors(gm))
+    adapted = {id(tensors[c.site.weight]) for c in choices if c.site is not None and c.site.kind not in LAYERS}
     for choice in choices:
         candidate = choice.candidate
-        if choice.site is not None or not candidate.is_output or "modules_to_save" in choice.reason:
+        if choice.site is not None or not candidate.is_output or choice.reason == _TRAINED_WHOLE:
+            continue
+        if id(tensors[candidate.weight]) in adapted:  # in all its uses
             continue
         weight, bias = tensors[candidate.weight], tensors.get(candidate.bias or "")
         if not weight.is_meta and _looks_untrained(weight, bias, candidate.shape[-1], initializer):

@@ -75,7 +75,7 @@ def see_rows(
 def sum_gradients(
     bare: CapturedModule, weights: Iterable[str], batches: Iterable[Batch], loss_fn: Loss | None
 ) -> tuple[dict[str, Tensor], int]:
-    """The gradients of the loss by these weights, in float32, summed over batches; and the number of batches.
+    """The gradients of the loss by these weights, in float32 or better, summed over batches; and the number of batches.
 
     Takes memory for one gradient a weight. A weight that no loss depends on has none.
 
@@ -90,7 +90,7 @@ def sum_gradients(
     def watch(name: str, weight: Tensor) -> None:
         def add(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            gradients[name] = gradients.get(name, 0) + parameter.grad.to(torch.float32)
+            gradients[name] = gradients.get(name, 0) + _wide(parameter.grad)
             parameter.grad = None
 
         weight.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
@@ -106,7 +106,7 @@ def sum_gradients(
             loss = getattr(outputs, "loss", None) if loss_fn is None else loss_fn(outputs, batch)
             if not isinstance(loss, Tensor):
                 raise AdapterError(
-                    "gradients need a loss, and the outputs have none: put the labels into the batches, or give "
+                    "the gradient needs a loss, and the outputs have none: put the labels into the batches, or give "
                     "loss_fn(outputs, batch)"
                 )
             loss.backward()  # type: ignore[no-untyped-call]
@@ -132,7 +132,7 @@ class Directions:
         """Take account of ``rows [n, in]``."""
         if rows.shape[0] == 0:
             return
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        rows = _wide(rows)
         mean, new = rows.mean(0), rows.shape[0]
         parts = [rows - mean]
         if self.rows:
@@ -169,3 +169,7 @@ def _flat(gm: CapturedModule, batch: Batch) -> list[Any]:
     if isinstance(batch, Mapping):
         return signature.flatten(**batch)
     return signature.flatten(batch) if isinstance(batch, Tensor) else signature.flatten(*batch)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -127,7 +127,10 @@ def _never_called(gm: CapturedModule, known: Collection[str]) -> list[PlanRow]:
             continue
         inside = next((w for w in whole if name == w or name.startswith(f"{w}.")), None)
         if inside is not None and isinstance(module, nn.Linear):
-            kind, reason = "linear", f"inside '{inside}', which is called as a whole; give example_inputs to see into it"
+            kind, reason = (
+                "linear",
+                f"inside '{inside}', which is called as a whole; give example_inputs to see into it",
+            )
         elif kind == "linear":
             reason = "never called with these inputs"
         elif kind == "transposed convolution":

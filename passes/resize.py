@@ -91,6 +91,12 @@ def fit_ranks(
         _change(gm, changes, adapter, optimizer)
 
 
+def refuse_unsliceable(gm: CapturedModule, adapter: str, optimizer: Optimizer) -> None:
+    """Raise the errors about hooks and the optimizer's state that a later :func:`resize` of any site would raise."""
+    sites = _sites(find_adapter(gm, adapter), {}).values()
+    _states(optimizer, [cut for site in sites for cut in _cuts(gm, site, (), 0)])
+
+
 def _change(
     gm: CapturedModule,
     changes: Mapping[str, tuple[tuple[int, ...], int]],

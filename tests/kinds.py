@@ -10,6 +10,17 @@ from lorafx.graph import CapturedModule, get_path
 from lorafx.ir import adapters
 
 
+class Experts(nn.Module):
+    """A stack of weights ``[experts, out, in]``, and code that multiplies by it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(3, 5, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bsi,eoi->bse", x, self.stack)
+
+
 class Kinds(nn.Module):
     """An embedding, a convolution with groups, an attention, a stack of experts, linear layers and a head."""
 
@@ -18,7 +29,7 @@ class Kinds(nn.Module):
         self.embed = nn.Embedding(11, 8)
         self.conv = nn.Conv2d(4, 6, 3, groups=2, padding=1)
         self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.experts = nn.Parameter(torch.randn(3, 5, 8))
+        self.experts = Experts()
         self.up = nn.Linear(8, 10)
         self.down = nn.Linear(10, 8)
         self.head = nn.Linear(8, 4)
@@ -27,7 +38,7 @@ class Kinds(nn.Module):
         x = self.embed(ids)
         x = x + self.attn(x, x, x, need_weights=False)[0]
         x = x + self.down(torch.tanh(self.up(x)))
-        pooled = torch.einsum("bsi,eoi->bse", x, self.experts).mean() + self.conv(image).mean()
+        pooled = self.experts(x).mean() + self.conv(image).mean()
         logits: Tensor = self.head(x) + pooled
         return logits
 

@@ -108,6 +108,7 @@ def test_eva_gives_the_ranks_that_peft_gives(zoo: Zoo) -> None:
     assert len({row.r for row in found.rows}) == 2
 
 
+@pytest.mark.xdist_group("bert")
 def test_ranks_are_bought_by_the_gradients_of_all_batches(zoo: Zoo) -> None:
     """Each rank that was bought is worth more, for its price, than each that could have been bought instead."""
     batches = [{**inputs(), "labels": torch.arange(n)} for n, inputs in ((2, BERT.inputs), (3, BERT.other_inputs))]
@@ -128,6 +129,7 @@ def test_ranks_are_bought_by_the_gradients_of_all_batches(zoo: Zoo) -> None:
     assert min(bought) >= max(others, default=0.0)
 
 
+@pytest.mark.xdist_group("llama")
 def test_sites_with_the_same_inputs_have_the_same_ranks(zoo: Zoo) -> None:
     spec = LoraSpec(r=3, target_modules=["q_proj", "k_proj", "v_proj"])
     found = allocate_ranks(zoo.captured(LLAMA), spec, [LLAMA.inputs()])
@@ -136,6 +138,7 @@ def test_sites_with_the_same_inputs_have_the_same_ranks(zoo: Zoo) -> None:
     assert sum(row.r for row in found.rows) == 18
 
 
+@pytest.mark.xdist_group("bert")
 def test_hidden_rows_are_not_looked_at(zoo: Zoo) -> None:
     """Another token where the mask is 0 changes nothing, which it would change in the embeddings' layer."""
     spec = LoraSpec(r=3, target_modules=["layer.0.attention.self.query", "intermediate.dense"])
@@ -149,9 +152,12 @@ def test_hidden_rows_are_not_looked_at(zoo: Zoo) -> None:
 @pytest.mark.parametrize(
     ("name", "targets"),
     [
-        ("convnet", {"target_modules": [r"features.3", "hidden"]}),
-        ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}),
-        ("gpt2", {"target_modules": ["c_attn", "c_proj"]}),
+        pytest.param(name, targets, marks=pytest.mark.xdist_group(name), id=name)
+        for name, targets in {
+            "convnet": {"target_modules": ["features.3", "hidden"]},
+            "mixtral": {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]},
+            "gpt2": {"target_modules": ["c_attn", "c_proj"]},
+        }.items()
     ],
 )
 def test_gradients_tell_the_ranks_of_every_kind_of_layer(zoo: Zoo, name: str, targets: Any) -> None:
@@ -297,7 +303,7 @@ PLAIN = LoraSpec(r=4, target_modules=["0", "3"])
             r"^site '0': its inputs on these batches \(30 rows\) are all the same",
             {"batches": [torch.ones(30, 19)]},
         ),
-        (AdapterError, "^gradients need a loss, and the outputs have none", {"method": "gradient"}),
+        (AdapterError, "^the gradient needs a loss, and the outputs have none", {"method": "gradient"}),
         (
             AdapterError,
             "^site '0': '0.weight' gets a gradient with NaN or Inf",

@@ -92,6 +92,66 @@ def test_verify_tells_equal_from_different(tmp_path: Path) -> None:
     assert "EXCEEDED" in shown
 
 
+def adapter(path: Path, variant: str = "lora") -> Path:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    spec = lorafx.LoraSpec(r=2, variant=variant, target_modules=["0", "2"])
+    gm = lorafx.apply(model, spec, (torch.ones(2, 6),))
+    with torch.no_grad():
+        for parameter in gm.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    lorafx.save_adapter(gm, path)
+    return path
+
+
+def test_inspect_shows_and_draws_where_an_adapter_learned(here: Path) -> None:
+    folder = adapter(here / "mine")
+    code, shown = run("inspect", str(folder), "--plot", "learned.png")
+    assert code == 0
+    assert "adapter mine" in shown
+    assert "effective rank" in shown
+    assert "drawn into learned.png" in shown
+    assert (here / "learned.png").read_bytes().startswith(b"\x89PNG")
+    code, shown = run("inspect", str(folder), "--json")
+    assert code == 0
+    found = json.loads(shown)["sites"]
+    assert [(s["site"], s["rank"], s["share"]) for s in found] == [("0", 2, None), ("2", 2, None)]
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_inspect_compares_with_the_base_model(here: Path, variant: str) -> None:
+    code, shown = run("inspect", str(adapter(here / "mine", variant)), "--json", "--base", "my_models:build")
+    assert code == 0
+    assert all(s["norm"] > 0 and s["share"] > 0 for s in json.loads(shown)["sites"])
+
+
+def test_inspect_reads_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
+    model = FAMILIES["llama"].build()
+    model.save_pretrained(tmp_path / "base")
+    found, _ = find_model(str(tmp_path / "base"), weights=True)
+    assert all(torch.equal(found.get_parameter(n), p) for n, p in model.named_parameters())
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(SourceError, match="its weights cannot be read"):
+        find_model(str(tmp_path / "base"), weights=True)
+
+
+def test_inspect_of_what_is_no_adapter(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, message in (
+        (["nowhere"], "nowhere: no such directory"),
+        ([str(adapter(here / "dora", "dora")), "--plot", "a.png"], "nothing to draw of adapter dora: dora is relative"),
+        ([str(adapter(here / "mine")), "--base", "my_models:number"], "returned a int, not a torch.nn.Module"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["lorafx", "inspect", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert stop.value.code == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

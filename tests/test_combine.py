@@ -27,13 +27,15 @@ from lorafx.graph import CapturedModule
 from lorafx.ir import adapters, format_graph
 from tolerances import assert_close, error
 
+pytestmark = pytest.mark.xdist_group("combine")
+
 EVERYWHERE = ["embed", "conv", "attn.q", "attn.out_proj", "up", "down"]
 
 #: Different variants, ranks, scalings and sites.
 SPECS: dict[str, LoraSpec] = {
-    "lora": LoraSpec(r=2, alpha=3, target_modules=EVERYWHERE, target_parameters=["experts"]),
+    "lora": LoraSpec(r=2, alpha=3, target_modules=EVERYWHERE, target_parameters=["stack"]),
     "rslora": LoraSpec(r=3, alpha=5, rslora=True, target_modules=["up", "conv", "attn.k"], rank_pattern={"conv": 4}),
-    "experts": LoraSpec(r=1, alpha=2, target_modules=[], target_parameters=["experts"]),
+    "experts": LoraSpec(r=1, alpha=2, target_modules=[], target_parameters=["stack"]),
     "vera": LoraSpec(r=4, alpha=6, variant="vera", target_modules=["down", "up"]),
     "adalora": LoraSpec(r=3, variant="adalora", target_modules=["up", "embed"]),
     "bias": LoraSpec(r=2, variant="lora_bias", target_modules=["up", "down"]),
@@ -159,7 +161,7 @@ def test_ranks_add_up_and_a_shared_a_is_counted_once(several: CapturedModule) ->
     report = combine_adapters(several, ["lora", "rslora", "adalora"], [1, 1, 1], "cat", "into")
     ranks = {s.site: s.rank for s in report.sites}
     assert ranks == {
-        "embed": 5, "conv": 6, "attn.q": 2, "attn.out_proj": 2, "up": 8, "down": 2, "experts": 2, "attn.k": 3,
+        "embed": 5, "conv": 6, "attn.q": 2, "attn.out_proj": 2, "up": 8, "down": 2, "experts.stack": 2, "attn.k": 3,
     }  # fmt: skip
 
     gm = adapted("lora")
@@ -376,8 +378,8 @@ def test_a_seed_makes_dare_reproducible(several: CapturedModule) -> None:
 def peft_model(**fields: Any) -> peft.PeftModel:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(17, 19), nn.Tanh(), nn.Linear(19, 18))
-    theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0", "2"], **fields), adapter_name="a")
-    theirs.add_adapter("b", peft.LoraConfig(target_modules=["0"], **fields))
+    theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0", "2"], **fields), adapter_name="one")
+    theirs.add_adapter("two", peft.LoraConfig(target_modules=["0"], **fields))
     for name, parameter in theirs.named_parameters():
         if "lora_A" in name or "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
@@ -385,14 +387,14 @@ def peft_model(**fields: Any) -> peft.PeftModel:
 
 
 def ours_of(theirs: peft.PeftModel, tmp_path: Any) -> CapturedModule:
-    """Our graph with PEFT's adapters a and b, as it saved them."""
+    """Our graph with PEFT's adapters, as it saved them."""
     theirs.save_pretrained(tmp_path)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(17, 19), nn.Tanh(), nn.Linear(19, 18))
-    gm = lorafx.apply(model, tmp_path / "a", (torch.zeros(2, 17),)).eval()
-    lorafx.rename_adapter(gm, "default", "a")
-    lorafx.add_adapter(gm, tmp_path / "b", "b")
-    for name in ("a", "b"):
+    gm = lorafx.apply(model, tmp_path / "one", (torch.zeros(2, 17),)).eval()
+    lorafx.rename_adapter(gm, "default", "one")
+    lorafx.add_adapter(gm, tmp_path / "two", "two")
+    for name in ("one", "two"):
         lorafx.load_adapter(gm, tmp_path / name, name)
     return gm
 
@@ -405,10 +407,10 @@ def test_the_result_is_pefts_where_peft_is_right(method: str, alpha: int, tmp_pa
     density = {"density": 0.5} if METHODS[method].sparsify else {}
     rank = {} if method == "cat" else {"rank": 5}
     theirs.base_model.add_weighted_adapter(
-        ["a", "b"], [0.7, -0.3], "into", method, **density, **{f"svd_{k}": v for k, v in rank.items()}
+        ["one", "two"], [0.7, -0.3], "into", method, **density, **{f"svd_{k}": v for k, v in rank.items()}
     )
     theirs.set_adapter("into")
-    combine_adapters(gm, ["a", "b"], [0.7, -0.3], method, "into", **density, **rank)
+    combine_adapters(gm, ["one", "two"], [0.7, -0.3], method, "into", **density, **rank)
     lorafx.set_adapter(gm, "into")
     assert_close("peft", gm(x), theirs(x))
 
@@ -435,18 +437,18 @@ def test_ours_is_the_weighted_sum_where_pefts_is_not(method: str, fields: dict[s
         weight: Tensor = alone.merge_and_unload()[0].weight.detach()
         return weight - base
 
-    wanted = 0.7 * merged("a") - 0.3 * merged("b")
-    theirs.base_model.add_weighted_adapter(["a", "b"], [0.7, -0.3], "into", method, svd_rank=17)
+    wanted = 0.7 * merged("one") - 0.3 * merged("two")
+    theirs.base_model.add_weighted_adapter(["one", "two"], [0.7, -0.3], "into", method, svd_rank=17)
     assert error(merged("into"), wanted) > 0.1
     rank = {} if method == "linear" or method == "cat" else {"rank": 17}
-    combine_adapters(gm, ["a", "b"], [0.7, -0.3], method, "into", **rank)
+    combine_adapters(gm, ["one", "two"], [0.7, -0.3], method, "into", **rank)
     assert_close("layer", lorafx.merge(gm, "into").state_dict()["0.weight"] - base, wanted)
 
 
 def test_peft_loads_what_was_combined(tmp_path: Any) -> None:
     theirs = peft_model(r=4, lora_alpha=8)
     gm, x = ours_of(theirs, tmp_path), torch.randn(6, 17)
-    combine_adapters(gm, ["a", "b"], [0.7, -0.3], "cat", "into")
+    combine_adapters(gm, ["one", "two"], [0.7, -0.3], "cat", "into")
     lorafx.save_adapter(gm, tmp_path / "into", "into")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(17, 19), nn.Tanh(), nn.Linear(19, 18))

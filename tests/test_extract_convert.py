@@ -19,9 +19,11 @@ from lorafx.graph import CapturedModule
 from lorafx.ir import adapters
 from tolerances import assert_close
 
+pytestmark = pytest.mark.xdist_group("extract")
+
 # Extracting
 
-ALL = {"target_modules": ["embed", "conv", "attn", "up", "down", "head"], "target_parameters": ["experts"]}
+ALL = {"target_modules": ["embed", "conv", "attn", "up", "down", "head"], "target_parameters": ["stack"]}
 
 
 def tuned_copy(base: nn.Module, *names: str, rank: int | None = None, scale: float = 0.1) -> nn.Module:
@@ -90,7 +92,7 @@ def test_biases_go_along_when_asked_for() -> None:
     merged = lorafx.merge(gm).state_dict()
     assert_close("model", merged["up.bias"], tuned.up.bias.detach())
     left = ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"]
-    assert {n for n, _ in report.left_out} == {"embed.weight", "experts", *(f"attn.{n}" for n in left)}
+    assert {n for n, _ in report.left_out} == {"embed.weight", "experts.stack", *(f"attn.{n}" for n in left)}
 
 
 def test_a_rank_is_the_nearest_of_it_and_what_is_left_is_told() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -16,9 +17,12 @@ import kinds
 import lorafx
 from conftest import Zoo, loss_of, same
 from lorafx import AdapterError, LoraSpec, initialize
+from lorafx.checkpoint import load_checkpoint, save_checkpoint
 from lorafx.graph import CapturedModule, get_path
 from lorafx.ir import find_adapter, format_graph
+from lorafx.passes.initialize import _FACTORS
 from lorafx.passes.residual import plain_factors
+from lorafx.variants.inits import INITS
 from tolerances import assert_close, error
 from zoo import FAMILIES
 
@@ -301,6 +305,32 @@ def test_one_of_several_adapters(init: str) -> None:
     for names in (["data"], ["default", "data"]):
         lorafx.set_adapter(gm, names)
         assert_close("model", gm.eval()(x), model.eval()(x))
+
+
+def test_every_initialisation_by_data_has_its_method() -> None:
+    assert set(_FACTORS) == {name for name, init in INITS.items() if init.by_data}
+
+
+def test_a_checkpoint_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """The start values are loaded, and the weights that they were taken from follow."""
+    model, first = adapted("lora_ga", variant="dora")
+    second = lorafx.apply(model, find_adapter(first).specs[0], (BATCHES[0],))
+    optimizers = []
+    for gm, batches in ((first, BATCHES), (second, BATCHES[:1])):
+        initialize(gm, batches, loss_fn=square)
+        optimizers.append(torch.optim.AdamW([p for p in gm.parameters() if p.requires_grad], lr=0.01))
+
+    def train(gm: CapturedModule, optimizer: torch.optim.Optimizer) -> Tensor:
+        for batch in BATCHES:
+            optimizer.zero_grad()
+            square(gm.eval()(batch), batch).backward()
+            optimizer.step()
+        return gm(BATCHES[0]).detach()
+
+    train(first, optimizers[0])
+    save_checkpoint(first, tmp_path, optimizers[0])
+    load_checkpoint(second, tmp_path, optimizers[1])
+    assert torch.equal(train(first, optimizers[0]), train(second, optimizers[1]))
 
 
 def test_the_method_can_be_named() -> None:

@@ -140,6 +140,15 @@ def test_the_fast_decomposition_follows_the_seed() -> None:
     assert not torch.equal(first[0], other[0])
 
 
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora", "orthogonal"])
+def test_autocast_has_no_part_in_it(init: str) -> None:
+    model, x = linear_layer(), torch.randn(2, 70)
+    spec = LoraSpec(r=4, init=init, target_modules=["layer"])
+    plain = factors(lorafx.apply(model, spec, (x,), seed=1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(factors(lorafx.apply(model, spec, (x,), seed=1)), plain)
+
+
 def test_leading_singular_triplets() -> None:
     matrix = torch.randn(50, 3, dtype=torch.float64) @ torch.randn(3, 60, dtype=torch.float64)
     for count in (3, 30):  # from random directions, and exactly

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 import lorafx
 from conftest import Zoo, loss_of, randomize
 from lorafx import AdapterError, LoraSpec, MatchError
+from lorafx.graph import CapturedModule
+from lorafx.passes.insert import Insert
 from lorafx.passes.match import match
 from lorafx.passes.plan import make_plan
 from tolerances import assert_close
@@ -144,6 +147,21 @@ def test_all_linear_takes_numbered_layers_too(zoo: Zoo) -> None:
     assert reasons == {"not among layers_to_transform"}
 
 
+def test_a_module_that_is_called_whole_says_so() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 2))
+    with pytest.raises(MatchError, match="names '0': '0' is called as a whole; give example_inputs to see into it"):
+        lorafx.apply(model, LoraSpec(target_modules=["0", "1"]))
+
+
+def test_a_weight_that_the_graph_writes_to_is_refused() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4, max_norm=0.5), nn.Linear(4, 2))
+    for tied in ("refuse", "untie", "tie"):
+        with pytest.raises(
+            MatchError, match=r"site '0': the graph itself writes to '0.weight', by aten.embedding_renorm_"
+        ):
+            lorafx.apply(model, LoraSpec(target_modules=["0"], tied=tied), (torch.arange(4).reshape(2, 2),))
+
+
 # Rows of embeddings.
 
 
@@ -220,7 +238,7 @@ def test_trained_rows_are_pefts(name: str, as_list: bool) -> None:
     assert merged.keys() == expected_state.keys()
     for key, value in expected_state.items():
         assert_close("peft", merged[key], value)
-    assert torch.equal(merged[f"{embedding}.weight"][rows], parameters["trainable_tokens_delta"])
+    assert_close("layer", merged[f"{embedding}.weight"][rows], parameters["trainable_tokens_delta"])
 
 
 def leaf(outputs: Any) -> Tensor:
@@ -259,7 +277,7 @@ def test_rows_by_themselves() -> None:
 
 
 def test_rows_are_exported(tmp_path: Path) -> None:
-    model, inputs = tied_llama()
+    model, inputs = embedded(torch.float32)
     gm = lorafx.apply(model, LoraSpec(target_modules=(), trainable_token_indices=[1, 8]), inputs)
     randomize(gm)
     lorafx.merge_and_export(gm.eval(), tmp_path / "model.onnx", verify=True)
@@ -270,6 +288,10 @@ def test_rows_are_exported(tmp_path: Path) -> None:
     [
         ({"trainable_token_indices": [3, 90]}, r"names row 90 of 'transformer.wte', which has 90 rows \(0 to 89\)"),
         ({"trainable_token_indices": {"wt": [3]}}, r"names 'wt', .*no such embedding \(did you mean 'wte'\?\)"),
+        (
+            {"trainable_token_indices": [3], "modules_to_save": ["wte", "lm_head"]},
+            r"'transformer.wte' is in modules_to_save, which trains all of it, and has rows to train",
+        ),
         (
             {"trainable_token_indices": [3], "target_modules": ["wte"], "tied": "tie"},
             r"'transformer.wte.weight' would be adapted twice .*, at 'transformer.wte'",
@@ -297,28 +319,35 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         out: Tensor = self.attention(x, y, y)[0] if self.cross else self.attention(x, x, x)[0]
-        return out
+        return out.tanh()
 
 
 ATTENTIONS = {
-    "self": (lambda: Attention(), 6),
+    "self": (Attention, 6),
     "cross": (lambda: Attention(cross=True), 6),
     "sizes": (lambda: Attention(cross=True, kdim=4, vdim=4), 4),  # three weights
 }
+
+
+@cache
+def attention(kind: str) -> tuple[nn.Module, CapturedModule, tuple[Tensor, Tensor]]:
+    """A model in float64, its capture and its inputs. Shared: don't change them."""
+    build, width = ATTENTIONS[kind]
+    model = build().double()
+    inputs = torch.randn(2, 3, 6, dtype=torch.float64), torch.randn(2, 5, width, dtype=torch.float64)
+    return model, lorafx.api.captured(model, inputs, None), inputs
 
 
 @pytest.mark.parametrize("variant", ["lora", "dora", "vera", "adalora"])
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_q_and_v_of_an_attention(kind: str, variant: str) -> None:
     """As with the weights themselves updated by their parts; the rows of k stay the base's to the bit."""
-    build, width = ATTENTIONS[kind]
-    model = build().double()
-    x, y = torch.randn(2, 3, 6, dtype=torch.float64), torch.randn(2, 5, width, dtype=torch.float64)
-    spec = LoraSpec(r=2, alpha=3, variant=variant, target_modules=["attention.q", "attention.v"])
-    gm = lorafx.apply(model, spec, (x, y))
+    model, captured, (x, y) = attention(kind)
+    specs = (LoraSpec(r=2, alpha=3, variant=variant, target_modules=["attention.q", "attention.v"]),)
+    gm = Insert(match(captured, specs), specs)(copy.deepcopy(captured)).gm
     assert_close("layer", gm(x, y), model(x, y))
     q, v = lorafx.sites(gm)
-    assert (q.name, q.shape, v.name, v.shape) == ("attention.q", (6, 6), "attention.v", (6, width))
+    assert (q.name, q.shape, v.name, v.shape) == ("attention.q", (6, 6), "attention.v", (6, y.shape[-1]))
     randomize(gm)
     outputs, merged = gm(x, y), lorafx.merge(gm)
     assert_close("layer", merged(x, y), outputs)
@@ -338,24 +367,27 @@ def test_q_and_v_of_an_attention(kind: str, variant: str) -> None:
 
 
 def test_parts_and_the_whole_of_a_projection() -> None:
-    x = torch.randn(2, 3, 6)
+    gm = attention("self")[1]
 
-    def found(*targets: str, **fields: Any) -> list[str]:
-        gm = lorafx.apply(Attention(), LoraSpec(r=2, target_modules=targets, **fields), (x, x))
-        return [s.name for s in lorafx.sites(gm)]
+    def found(*targets: str, **fields: Any) -> list[tuple[str, int]]:
+        choices = match(gm, (LoraSpec(**{"r": 2, "target_modules": targets, **fields}),))
+        return [(c.site.name, c.site.r) for c in choices if c.site is not None]
 
-    assert found("attention") == ["attention", "attention.out_proj"]  # as PEFT means it
-    assert found("attention", exclude_modules=["out_proj"]) == ["attention"]
-    assert found("attention.in_proj_weight") == ["attention"]
-    assert found("k", "out_proj") == ["attention.out_proj", "attention.k"]
-    assert found("attention", "q") == ["attention", "attention.out_proj"]  # it is a part of the whole
-    assert found("attention", dropout=0.1, rank_pattern={"attention": 3}) == ["attention", "attention.out_proj"]
+    whole = [("attention", 2), ("attention.out_proj", 2)]
+    assert found("attention") == whole  # as PEFT means it
+    assert found("attention", "q") == whole
+    assert found("attention", dropout=0.1) == whole
+    assert found("attention", exclude_modules=["out_proj"]) == whole[:1]
+    assert found("attention.in_proj_weight") == whole[:1]
+    assert found("k", "out_proj") == [whole[1], ("attention.k", 2)]
+    # A pattern on the module's name means all of its projections, as in PEFT.
+    assert found("attention", rank_pattern={"attention": 3}) == [("attention", 3), ("attention.out_proj", 3)]
+    assert found("attention", rank_pattern={"out_proj": 3}) == [("attention", 2), ("attention.out_proj", 3)]
+    assert found(target_modules="all-linear") == whole[1:]
     with pytest.raises(MatchError, match=r"site 'attention.q': .*dropout=0.1 of that cannot be expressed"):
         found("q", dropout=0.1)
-    gm = lorafx.apply(Attention(), LoraSpec(rank_pattern={"attention": 3}, target_modules=["attention"]), (x, x))
-    assert [s.r for s in lorafx.sites(gm)] == [3, 3]  # a pattern on the module's name means both, as in PEFT
-    (row,) = lorafx.plan(Attention(), LoraSpec(r=2, target_modules=["q"]), (x, x)).adapted
-    assert (row.site, row.shape, row.parameters) == ("attention.q", (6, 6), 2 * (6 + 6))
+    plan = make_plan(gm, match(gm, (LoraSpec(r=2, target_modules=["q"]),)))
+    assert [(row.site, row.shape, row.parameters) for row in plan.adapted] == [("attention.q", (6, 6), 2 * (6 + 6))]
 
 
 def test_parts_of_several_adapters() -> None:
@@ -377,7 +409,7 @@ def test_parts_of_several_adapters() -> None:
     assert_close("layer", merged.attention.in_proj_weight.detach(), expected.detach())
     assert_close("model", merged(x, x), gm(x, x))
     lorafx.add_adapter(gm, LoraSpec(r=2, target_modules=["attention"]), "whole")
-    with pytest.raises(AdapterError, match="'whole' cannot be active together: they adapt 'attention.in_proj_weight'"):
+    with pytest.raises(AdapterError, match=r"'whole' cannot be active together: they adapt 'attention.in_proj_weight'"):
         lorafx.set_adapter(gm, ["default", "whole"])
     lorafx.set_adapter(gm, "whole")
 

@@ -1,6 +1,7 @@
 """PEFT as the oracle in memory: with the same adapter weights its model and our graph compute the same.
 
-Outputs, gradients and merged weights, in eval and in train mode (without dropout in the adapter), on linear layers.
+Outputs and gradients, on linear layers: in float64 in train mode too (without dropout in the adapter), in float32
+with the merged weights.
 The other kinds of layers are in ``test_layer_kinds.py``, what is on disk in ``test_peft_files.py``.
 """
 
@@ -102,7 +103,8 @@ def assert_same(zoo: Zoo, family: Family, spec: LoraSpec) -> None:
     gm = zoo.adapted(family, spec)
     randomize(gm, scale=0.1)
     twin = peft_twin(zoo, family, gm, spec)
-    for training in (False, True):
+    exact = gm.get_parameter(sites(gm)[0].weight).dtype == torch.float64
+    for training in (True, False) if exact else (False,):
         for model in (gm, twin):
             model.train(training)
             model.zero_grad()
@@ -122,6 +124,8 @@ def assert_same(zoo: Zoo, family: Family, spec: LoraSpec) -> None:
                 assert bool(gradient.any())
                 assert_close("peft", value.grad, gradient)
 
+    if exact:
+        return
     merged = merged_state_dict(gm)
     theirs_merged = twin.merge_and_unload().state_dict()
     assert merged.keys() == theirs_merged.keys()
@@ -129,7 +133,7 @@ def assert_same(zoo: Zoo, family: Family, spec: LoraSpec) -> None:
     for name, expected in theirs_merged.items():
         if name in adapted:
             assert_close("peft", merged[name], expected)
-        elif not name.startswith("features"):  # BatchNorm's statistics, which training has moved in both
+        else:
             assert torch.equal(merged[name], expected), name
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, Adafactor, AdamW
 
 import lorafx
 from conftest import Zoo, leaves, loss_of, same
@@ -303,6 +303,7 @@ def losses(run: hf.Trainer) -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
+@pytest.mark.xdist_group("trainer")
 def test_under_the_trainer_it_is_the_plain_loop(zoo: Zoo, tmp_path: Path) -> None:
     """Penalty, accumulation and clipping included: half batches in the trainer, whole ones in the loop."""
     gm, plain = zoo.adapted(STEADY, spec()), zoo.adapted(STEADY, spec())
@@ -327,6 +328,7 @@ def test_under_the_trainer_it_is_the_plain_loop(zoo: Zoo, tmp_path: Path) -> Non
         assert_close("model", actual, expected)
 
 
+@pytest.mark.xdist_group("trainer")
 @pytest.mark.parametrize("at", [4, 12, 14])
 def test_a_trainer_resumes_before_and_after_the_ranks_have_shrunk(zoo: Zoo, at: int, tmp_path: Path) -> None:
     gm, other = zoo.adapted(BERT, spec()), zoo.adapted(BERT, spec(), seed=1)
@@ -339,6 +341,7 @@ def test_a_trainer_resumes_before_and_after_the_ranks_have_shrunk(zoo: Zoo, at: 
     assert [s.r for s in lorafx.sites(other)] == [s.r for s in lorafx.sites(gm)]
 
 
+@pytest.mark.xdist_group("trainer")
 def test_the_best_model_comes_back_with_the_ranks_that_it_had(zoo: Zoo, tmp_path: Path) -> None:
     """With the worst counted as the best, that is the first one, whose ranks were all there."""
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
@@ -351,6 +354,7 @@ def test_the_best_model_comes_back_with_the_ranks_that_it_had(zoo: Zoo, tmp_path
     assert run.evaluate()["eval_loss"] == next(e["eval_loss"] for e in run.state.log_history if "eval_loss" in e)
 
 
+@pytest.mark.xdist_group("trainer")
 def test_what_a_trainer_cannot_schedule_is_refused(zoo: Zoo, tmp_path: Path) -> None:
     gm = zoo.adapted(BERT, spec())
     with pytest.raises(
@@ -476,3 +480,15 @@ def test_a_step_without_its_gradients_is_refused_and_changes_nothing(zoo: Zoo) -
     with pytest.raises(AdapterError, match=r"the gradient of '3\.lora_B\.default' holds NaN or Inf"):
         run.scheduler.step()
     assert same(run.scheduler.state_dict(), before)
+
+
+def test_an_optimizer_whose_state_has_other_shapes_is_refused_at_the_first_step(zoo: Zoo) -> None:
+    gm = zoo.adapted(MLP, spec())
+    optimizer = Adafactor([p for p in gm.parameters() if p.requires_grad])
+    sliced, masked = RankScheduler(gm, optimizer), RankScheduler(gm, optimizer, shrink=False)
+    loss_of(gm, MLP).backward()
+    optimizer.step()
+    with pytest.raises(AdapterError, match=r"the optimizer's 'row_var' is \[6, 1\].*or let ranks be masked only"):
+        sliced.step()
+    assert sliced.steps == 0
+    masked.step()

@@ -168,7 +168,6 @@ def test_the_exported_file_is_that_of_the_ranks_left(zoo: Zoo, tmp_path: Path) -
     gm = zoo.adapted(MLP, SPEC)
     resize(gm, masked(gm))
     report = lorafx.merge_and_export(gm, tmp_path / "model.onnx")  # compares with the unmerged graph's numbers
-    assert report.sites == 1
     assert report.parity
 
 

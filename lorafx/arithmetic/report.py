@@ -8,6 +8,7 @@ from io import StringIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class FactorReport:
             table.add_column(column, justify="left" if column in ("site", "shape") else "right", overflow="fold")
         for site in self.sites:
             shape = " x ".join(map(str, site.shape))
-            table.add_row(site.site, shape, str(site.rank), f"{site.norm:.4g}", f"{site.error:.2g}")
+            table.add_row(Text(site.site), shape, str(site.rank), f"{site.norm:.4g}", f"{site.error:.2g}")
         yield table
-        yield f"{len(self.sites)} sites, relative error of all together {self.error:.2g}."
+        yield Text(f"{len(self.sites)} sites, relative error of all together {self.error:.2g}.")
         for name, reason in self.left_out:
-            yield f"not in it: {name} ({reason})"
+            yield Text(f"not in it: {name} ({reason})")
 
     def __str__(self) -> str:
         out = StringIO()

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lorafx.arithmetic.changes import refuse_unusable
 from lorafx.arithmetic.low_rank import Factors
 from lorafx.checks import did_you_mean
 from lorafx.errors import AdapterError
@@ -95,7 +96,7 @@ class Stored:
             raise AdapterError(
                 f"{directory}: the file has no site of an adapter, only {', '.join(whole[:3]) or 'nothing'}"
             )
-        return cls(directory.name, spec, tuple(sites.values()), tuple(whole))
+        return cls(directory.resolve().name, spec, tuple(sorted(sites.values(), key=_by_number)), tuple(whole))
 
     def needs_base(self) -> bool:
         """Whether a base model tells more than the norms of its weights."""
@@ -154,6 +155,8 @@ class Stored:
             )
         if variant.scales_rows:
             return f"{variant.name} is relative to the base's weights: give the base model"
+        for parameter in variant.parameters:
+            refuse_unusable(f"site '{site.path}': {parameter}", site.tensors[parameter])
         tensors = {p: _as_matrix(site.tensors[p]).double() for p in variant.parameters}
         names = self._parameters(site)
         ranks = {self.spec.rank_for(name) for name in names or [site.path]}
@@ -170,6 +173,11 @@ class Stored:
         return Factors(update.left, update.right)
 
 
+def _by_number(site: StoredSite) -> tuple[list[tuple[int, str]], int]:
+    """By name, with numbers in their order: the file has them as text, layer 10 before layer 2."""
+    return [(int(atom), "") if atom.isdecimal() else (-1, atom) for atom in site.wrapper.split(".")], -site.depth
+
+
 def _sizes(variant: Variant, tensors: Mapping[str, Tensor]) -> dict[int, int]:
     """The sizes of a site's matrix, as far as its tensors have them."""
     shapes = variant.shapes(_OUT, _IN, _RANK)
@@ -178,7 +186,7 @@ def _sizes(variant: Variant, tensors: Mapping[str, Tensor]) -> dict[int, int]:
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
-    """A convolution's factor as one of a matrix: ``[r, in, 3, 3]`` as ``[r, 9 in]``, ``[out, r, 1, 1]`` as ``[out, r]``."""
+    """A convolution's factor as a matrix's: ``[r, in, 3, 3]`` as ``[r, 9 in]``, ``[out, r, 1, 1]`` as ``[out, r]``."""
     return tensor.flatten(1) if tensor.dim() > 2 else tensor
 
 

@@ -38,8 +38,8 @@ def inspect_adapter(
         example_inputs: for ``base``, as for :func:`lorafx.apply`, if it has to be captured.
 
     Returns:
-        The numbers of each site, in the graph's or the file's order; ``print`` shows them as a table, ``to_dict`` as JSON
-        data, :func:`lorafx.plot_inspection` as a picture.
+        The numbers of each site, in the graph's or the file's order. ``print`` shows them as a table, ``to_dict`` gives
+        JSON data, :func:`lorafx.plot_inspection` makes a picture.
 
     Raises:
         AdapterError: there is no such adapter or directory, a file is damaged, the adapter holds NaN or Inf, or is

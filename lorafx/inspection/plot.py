@@ -14,7 +14,7 @@ from lorafx.errors import LorafxError
 from lorafx.inspection.report import Inspection, SiteInspection
 
 #: Cells beyond which the numbers in them could not be read.
-_WRITTEN = 160
+_WRITTEN = 260
 #: Kinds of modules beyond which their curves could not be told apart.
 _CURVES = 10
 
@@ -47,9 +47,9 @@ def plot_inspection(inspection: Inspection, path: str | os.PathLike[str]) -> Non
     heights = (1.2 + 0.3 * len(rows), 3.6)
     figure = Figure(figsize=(width, sum(heights) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
-    above, below = figure.subplots(2, 1, height_ratios=heights)
-    _draw_map(figure, above, rows, columns, cells)
-    _draw_spectra(below, known)
+    above, below = figure.subfigures(2, 1, height_ratios=heights)
+    _draw_map(above, rows, columns, cells)
+    _draw_spectra(below.subplots(), known)
     missing = (
         f", {len(inspection.sites) - len(known)} more without numbers" if len(known) < len(inspection.sites) else ""
     )
@@ -99,12 +99,9 @@ def grid(sites: Sequence[SiteInspection]) -> tuple[list[str], list[str], Mapping
 
 
 def _draw_map(
-    figure: Any,
-    axes: Any,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    cells: Mapping[tuple[str, str], SiteInspection],
+    figure: Any, rows: Sequence[str], columns: Sequence[str], cells: Mapping[tuple[str, str], SiteInspection]
 ) -> None:
+    axes = figure.subplots()
     shares = all(site.share is not None for site in cells.values())
     values = np.full((len(rows), len(columns)), np.nan)
     for (kind, layer), site in cells.items():

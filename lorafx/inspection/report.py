@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from lorafx.arithmetic.low_rank import Matrix, norm, singular_values
@@ -70,7 +71,7 @@ class Inspection:
             table.add_column(column, justify="left" if column in texts else "right", overflow="fold")
         for s in self.sites:
             table.add_row(
-                s.site,
+                Text(s.site),
                 s.variant,
                 "?" if s.shape is None else " x ".join(map(str, s.shape)),
                 str(s.rank),
@@ -81,12 +82,13 @@ class Inspection:
                 "" if s.share is None else f"{s.share:.2%}",
             )
         yield table
-        yield f"{len(self.sites)} sites, norm of all changes together {self.norm:.4g}."
+        yield Text(f"{len(self.sites)} sites, norm of all changes together {self.norm:.4g}.")
         reasons = dict.fromkeys(s.note for s in self.sites if s.note)
         for reason in reasons:
             concerned = [s.site for s in self.sites if s.note == reason]
-            yield f"no numbers for {len(concerned)} sites ({', '.join(concerned[:3])}, ...): {reason}"
-        yield from self.notes
+            names = ", ".join(concerned[:3]) + (", ..." if len(concerned) > 3 else "")
+            yield Text(f"no numbers for {len(concerned)} sites ({names}): {reason}")
+        yield from map(Text, self.notes)
 
     def __str__(self) -> str:
         out = StringIO()
@@ -119,8 +121,8 @@ def effective_rank(singular: Tensor) -> Tensor:
     total = singular.sum()
     if not bool(total > 0):
         return torch.zeros((), dtype=singular.dtype, device=singular.device)
-    p = singular / total
-    return torch.special.entr(p).sum().exp()
+    entropy: Tensor = torch.special.entr(singular / total).sum()
+    return entropy.exp()
 
 
 def trained_whole(names: Sequence[str]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +11,12 @@ import torch
 from torch import Tensor
 
 from lorafx.checks import Check
+
+
+def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
+    """No autocast for what is computed from this tensor (which may be on the meta device)."""
+    found: AbstractContextManager[Any] = torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
+    return found
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from lorafx.variants.base import StartRequest
+from lorafx.variants.base import StartRequest, full_precision
 
 Factors = tuple[Tensor, Tensor]
 """A and B in float32 or better."""
@@ -147,17 +147,18 @@ def leading_singular(
     (arXiv 0909.4061, algorithm 4.4); exactly, where that would be as much work.
     """
     sampled = 2 * count + 8
-    if sampled >= min(matrix.shape):
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return u[:, :count], s[:count], vh[:count]
-    drawn_on = "meta" if matrix.is_meta else "cpu"
-    directions = torch.randn((matrix.shape[1], sampled), device=drawn_on, generator=generator).to(matrix)
-    basis, _ = torch.linalg.qr(matrix @ directions)
-    for _ in range(iterations):
-        basis, _ = torch.linalg.qr(matrix.mT @ basis)
-        basis, _ = torch.linalg.qr(matrix @ basis)
-    u, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
-    return basis @ u[:, :count], s[:count], vh[:count]
+    with full_precision(matrix):
+        if sampled >= min(matrix.shape):
+            u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+            return u[:, :count], s[:count], vh[:count]
+        drawn_on = "meta" if matrix.is_meta else "cpu"
+        directions = torch.randn((matrix.shape[1], sampled), device=drawn_on, generator=generator).to(matrix)
+        basis, _ = torch.linalg.qr(matrix @ directions)
+        for _ in range(iterations):
+            basis, _ = torch.linalg.qr(matrix.mT @ basis)
+            basis, _ = torch.linalg.qr(matrix @ basis)
+        u, s, vh = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+        return basis @ u[:, :count], s[:count], vh[:count]
 
 
 def _wide(weight: Tensor) -> Tensor:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lorafx.variants.base import full_precision
+
 #: How a tensor lies in the memory of a parameter: offset, shape and strides.
 View = tuple[Any, tuple[int, ...], tuple[int, ...]]
 
@@ -58,7 +60,7 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     whatever order it is summed: where B is zero, the norm is the same bit for bit on any layout.
     """
     base = weight if weight._base is None else weight._base
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(_device_type(weight), enabled=False):
+    with torch.inference_mode(False), torch.no_grad(), full_precision(weight):
         if not _may_keep(base) or is_in_torch_dispatch_mode():
             return compute_norm(compute_squares(weight), weight, a, b, scaling)
         squares = _squares(base, weight)
@@ -120,7 +122,3 @@ def _sample(base: Tensor) -> Tensor:
 def _may_keep(tensor: Tensor) -> bool:
     """Whether this is a parameter with values, seen as itself: not fake, wrapped or being traced."""
     return type(tensor) is nn.Parameter and not tensor.is_meta and not tensor.is_inference()
-
-
-def _device_type(tensor: Tensor) -> str:
-    return "cpu" if tensor.is_meta else tensor.device.type
