@@ -57,7 +57,7 @@ def adapter_config(
     if any(t.form == "parameter" for t in found) and not any(s.dropout for s in adapter.sites):
         spec = replace(spec, dropout=0.0)  # which PEFT refuses for parameters, even if it could not do anything
     spec = replace(spec, trainable_token_indices=rows)
-    transposed = any(s.kind == "addmm" for t in found for s in t.sites)
+    transposed = any(s.kind == "addmm" for t in found if t.form == "module" for s in t.sites)
     return {"inference_mode": True, **spec.to_peft(), "fan_in_fan_out": transposed}
 
 

@@ -55,14 +55,15 @@ class LoraSpec:
         alpha: numerator of the scaling; above 0. None: the variant's default (16; for VeRA r, no scaling).
         target_modules: what to adapt. Names: each matches exactly or as a dotted suffix; kept sorted,
             since their order means nothing. A string: a regex for the full name, or ``"all-linear"``:
-            every Linear but the output layer.
+            every Linear but the output layer. Embeddings and convolutions go by name; so do an
+            ``nn.MultiheadAttention`` (its projections of input and output) and ``<its name>.q``, ``.k`` and ``.v``.
         target_parameters: parameters to adapt wherever they are used, by name or dotted suffix: stacks of expert
             weights ``[experts, out, in]``, and what no layer of its own multiplies by.
         trainable_token_indices: rows of embeddings to train, and nothing else of them: a list of token ids for the
             input embedding, or a mapping from names of embeddings (exact or dotted suffix) to such lists.
         exclude_modules: what not to adapt, in the same grammar; wins over both.
-        layers_to_transform: adapt only these layers of the numbered ones; ``layers_pattern`` names the list
-            that numbers them (``"layers"``, ``"h"``), if not every list.
+        layers_to_transform: of what ``target_modules`` means, adapt only these of the numbered layers;
+            ``layers_pattern`` names the list that numbers them (``"layers"``, ``"h"``), if not every list.
         dropout: probability of dropping an element of the adapter's input in training; in [0, 1). An
             embedding's input has no elements to drop, so there it means nothing, as in PEFT.
         rslora: scale by alpha / sqrt(r) instead of alpha / r.

@@ -123,8 +123,8 @@ def _refuse_mixed(gm: CapturedModule, chosen: Sequence[Adapter]) -> None:
             other, known = first.setdefault(id(get_path(gm, site.weight)), (adapter, site))
             if known.layer != site.layer and not (known.kind in ADAPTED and site.kind in ADAPTED):
                 raise AdapterError(
-                    f"adapters '{other.name}' and '{adapter.name}' cannot be active together: they adapt '{site.weight}' "
-                    f"in different ways, as {known.layer} and as {site.layer}. Activate one of them"
+                    f"adapters '{other.name}' and '{adapter.name}' cannot be active together: they adapt "
+                    f"'{site.weight}' in different ways, as {known.layer} and as {site.layer}. Activate one of them"
                 )
 
 

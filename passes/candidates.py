@@ -261,9 +261,9 @@ class WeightUses:
         """Descriptions of the operators that change a weight in place (an embedding's max_norm)."""
         found = []
         for _, name, node in self._of(get_path(self.gm, weight)):
-            for user in node.users:
+            for user in readers(node) if node.op == "get_attr" else ():
                 schema = getattr(user.target, "_schema", None)
-                if node.op == "get_attr" and schema is not None and schema.is_mutable:
+                if schema is not None and schema.is_mutable:
                     found.append(_describe(user, name))
         return tuple(found)
 

@@ -263,6 +263,11 @@ def test_what_has_factors_is_converted_exactly(key: str) -> None:
     assert {s.scaling for s in plain.sites} == {1.0}
     assert [s.r for s in plain.sites] == [s.r for s in source.sites]
     assert plain.trained == source.trained
+    before = through(gm, "plain")
+    with torch.no_grad():
+        for name in source.parameter_names:
+            gm.state_dict()[name].zero_()
+    assert torch.equal(through(gm, "plain"), before), "it shares no memory with what it was made of"
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])

@@ -258,7 +258,7 @@ def test_gradients_of_embeddings_convolutions_and_experts() -> None:
         init="lora_ga",
         variant="dora",
         target_modules=["embed", "conv", "attn.q", "attn.v", "up"],
-        target_parameters=["experts"],
+        target_parameters=["experts.stack"],
     )
     gm = lorafx.apply(model, spec, kinds.inputs()).eval()
     given = kinds.inputs()

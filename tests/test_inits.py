@@ -184,7 +184,7 @@ def kinds_graph(spec: LoraSpec, dtype: torch.dtype = torch.float64) -> tuple[kin
 def everywhere(init: str, variant: str = "lora", **fields: Any) -> LoraSpec:
     targets = {"target_modules": ["conv", "up", "down", "head"]}
     if variant != "lora_bias":
-        targets = {"target_modules": EVERYWHERE, "target_parameters": ["experts"]}
+        targets = {"target_modules": EVERYWHERE, "target_parameters": ["experts.stack"]}
     return LoraSpec(**{"r": 2, "alpha": 3, "init": init, "variant": variant, **targets, **fields})
 
 
@@ -261,7 +261,7 @@ REFUSED = {
     "an odd orthogonal rank": ({"init": "orthogonal", "r": 3}, "r=3 is odd: take an even one"),
     "activations of an embedding": ({"init": "eva", "target_modules": ["embed"]}, "site 'embed': .* kind 'embedding'"),
     "activations of a convolution": ({"init": "eva", "target_modules": ["conv"]}, "exclude_modules"),
-    "activations of experts": ({"init": "eva", "target_modules": [], "target_parameters": ["experts"]}, "'parameter'"),
+    "activations of experts": ({"init": "eva", "target_modules": [], "target_parameters": ["experts.stack"]}, "'parameter'"),
     "a bias that is not there": ({"variant": "lora_bias", "target_modules": ["embed"]}, "embed.*bias"),
 }
 

@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -92,6 +93,14 @@ class CrossAttention(SelfAttention):
         return out
 
 
+def qwen_moe() -> nn.Module:
+    sizes: dict[str, Any] = {"vocab_size": 21, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
+    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "batched_mm"}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "use_cache": False}
+    config = hf.Qwen3MoeConfig(**sizes, **experts, **heads, moe_intermediate_size=12, initializer_range=0.2)
+    return hf.Qwen3MoeForCausalLM(config).eval()
+
+
 @dataclass(frozen=True)
 class Case:
     """A model with one kind of layer, and how the two are told to adapt it.
@@ -143,6 +152,13 @@ EXPERTS: dict[str, Any] = {
     "variants": NO_DORA,
     "wrapper": experts_wrapper,
 }
+#: The norms of these models compute in float32, whatever the inputs.
+STACKS: dict[str, Any] = {
+    "spec": targeting("experts.gate_up_proj", "experts.down_proj"),
+    "config": {"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    "variants": ("lora",),
+    "wrapper": experts_wrapper,
+}
 CASES: dict[str, Case] = {
     "linear": headed(lambda: nn.Linear(6, 5), 5, 6),
     "parameter": headed(
@@ -168,13 +184,11 @@ CASES: dict[str, Case] = {
     "cross-attention": headed(CrossAttention, 12, 5, 6, **ATTENTION),
     "experts": headed(lambda: Experts(False), 18, 6, **EXPERTS),
     "transposed experts": headed(lambda: Experts(True), 18, 6, **EXPERTS),
+    "qwen-moe": Case(
+        qwen_moe, lambda: {"input_ids": torch.arange(14).reshape(2, 7)}, **STACKS, dtypes=(torch.float32,),
+    ),
     "mixtral": Case(
-        FAMILIES["mixtral"].build, FAMILIES["mixtral"].inputs,
-        spec=targeting("experts.gate_up_proj", "experts.down_proj"),
-        config={"target_modules": [], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
-        variants=NO_DORA,
-        wrapper=experts_wrapper,
-        dtypes=(torch.float32,),  # its norms compute in float32, whatever the inputs
+        FAMILIES["mixtral"].build, FAMILIES["mixtral"].inputs, **STACKS, dtypes=(torch.float32,),
     ),
 }  # fmt: skip
 each_case = pytest.mark.parametrize(
@@ -282,7 +296,9 @@ def test_outputs_gradients_and_merged_weights_are_pefts(zoo: Zoo, name: str, var
 
 
 #: Not those that test_export.py exports, and one of each two that differ in a number only.
-EXPORTED = [n for n in CASES if n not in (*FAMILIES, "linear", "Conv1D", "conv2d 1x1", "transposed experts")]
+EXPORTED = [
+    n for n in CASES if n not in (*FAMILIES, "qwen-moe", "linear", "Conv1D", "conv2d 1x1", "transposed experts")
+]
 
 
 @pytest.mark.parametrize("name", EXPORTED)

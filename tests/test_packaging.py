@@ -74,7 +74,7 @@ def test_passes_and_export_are_importable_only_below_lorafx(wheel: Distribution,
 
 
 def test_the_extras_are_not_needed_to_import_lorafx(tmp_path: Path) -> None:
-    block = "import sys; sys.modules.update(dict.fromkeys(['transformers', 'peft', 'accelerate']))"
+    block = "import sys; sys.modules.update(dict.fromkeys(['transformers', 'peft', 'accelerate', 'matplotlib']))"
     result = run_python(f"{block}; import lorafx, lorafx.cli", tmp_path)
     assert result.returncode == 0, result.stderr
 

@@ -85,6 +85,8 @@ def peft_loads(base: nn.Module, directory: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", category=FutureWarning)
+        # Said of AdaLoRA's pattern, which has keys of another form, and of parameters' names, which are not looked at.
+        warnings.filterwarnings("ignore", ".*rank_pattern keys did not match", RuntimeWarning)
         return peft.PeftModel.from_pretrained(base, str(directory)).eval()
 
 
@@ -258,7 +260,7 @@ def own_family(name: str, build: Callable[[], nn.Module], *shape: int) -> Family
 
 @pytest.mark.parametrize("is_transposed", [True, False])
 def test_stacks_of_parameters_as_pefts_nested_wrappers(zoo: Zoo, is_transposed: bool, tmp_path: Path) -> None:
-    family = own_family("experts", lambda: Mixture(is_transposed), 2, 5, 6)
+    family = own_family("experts", lambda: Mixture(is_transposed), 5, 6)
     fields = {"target_modules": ["head"], "target_parameters": ["experts.first", "second"], "rank_pattern": {"second": 2}}
     gm = adapted(zoo, family, **fields)
     save_adapter(gm, tmp_path)
@@ -324,7 +326,8 @@ def test_attention_as_a_whole(zoo: Zoo, fields: dict[str, Any], tmp_path: Path) 
     assert_same_outputs(gm, theirs, ATTENTION)
     own = adapted(zoo, ATTENTION, **fields)
     load_adapter(own, tmp_path / "ours")
-    assert same(adapter_state_dict(own), adapter_state_dict(gm))
+    for name, value in adapter_state_dict(gm).items():  # their scalings differ, of which PEFT has one for all
+        assert_close("peft", adapter_state_dict(own)[name], value)
 
     settings = {**json.loads((tmp_path / "ours" / CONFIG).read_text()), "inference_mode": False}
     theirs = peft_saves(zoo.eager(ATTENTION), tmp_path / "theirs", settings)
@@ -354,17 +357,16 @@ def test_an_attention_by_another_variant_has_no_place(zoo: Zoo, tmp_path: Path) 
 # What PEFT lacks, and says so
 
 
-def test_grouped_convolutions_keep_to_the_rules_and_peft_refuses_them(zoo: Zoo, tmp_path: Path) -> None:
+def test_grouped_convolutions_keep_to_the_rules_and_peft_refuses_them(tmp_path: Path) -> None:
     """Its adapter of such a layer reads the channels of all groups, so that no kernel could hold it."""
-    family = own_family("grouped", lambda: nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Flatten()), 2, 4, 7)
-    family = replace(family, inputs=lambda: {"input": torch.ones(2, 4, 7)})
-    gm = adapted(zoo, family, target_modules=["0"], r=2)
+    model = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Flatten())
+    gm, again = (lorafx.apply(model, LoraSpec(r=2, target_modules=["0"])) for _ in range(2))
+    randomize(gm)
     save_adapter(gm, tmp_path)
-    again = adapted(zoo, family, target_modules=["0"], r=2)
     load_adapter(again, tmp_path)
     assert same(adapter_state_dict(again), adapter_state_dict(gm))
     with pytest.raises(RuntimeError, match="size mismatch for .*lora_A"), warnings.catch_warnings(action="ignore"):
-        peft.PeftModel.from_pretrained(zoo.eager(family), str(tmp_path))
+        peft.PeftModel.from_pretrained(model, str(tmp_path))
 
 
 # Starts that change the base
@@ -391,12 +393,12 @@ def test_a_start_that_changed_the_base_is_saved_as_plain_lora_of_the_original(zo
 # Files with more in them, and adapters by name
 
 
-@pytest.mark.xdist_group("bert")
+@pytest.mark.xdist_group("llama")
 def test_the_weight_of_an_adapted_embedding_that_peft_adds_must_be_the_bases(zoo: Zoo, tmp_path: Path) -> None:
-    bert = FAMILIES["bert"]
-    peft_saves(zoo.eager(bert), tmp_path, LoraSpec(r=2, target_modules=["word_embeddings"]).to_peft())
-    tensors, key = load_file(tmp_path / WEIGHTS), "base_model.model.bert.embeddings.word_embeddings.base_layer.weight"
-    gm = zoo.adapted(bert, as_spec(tmp_path))
+    llama = FAMILIES["llama"]
+    peft_saves(zoo.eager(llama), tmp_path, LoraSpec(r=2, target_modules=["embed_tokens"]).to_peft())
+    tensors, key = load_file(tmp_path / WEIGHTS), "base_model.model.model.embed_tokens.base_layer.weight"
+    gm = zoo.adapted(llama, as_spec(tmp_path))
     load_adapter(gm, tmp_path)
     save_file({**tensors, key: tensors[key] + 1}, tmp_path / WEIGHTS)
     with pytest.raises(AdapterError, match=rf"{key}: a weight of the base, which differs from the graph's"):

@@ -22,6 +22,7 @@ from torch.optim import SGD, Adafactor, AdamW
 import lorafx
 from conftest import Zoo, leaves, loss_of, same
 from lorafx import AdapterError, LoraSpec, PassError, RankScheduler, SpecError
+from lorafx.checkpoint import load_checkpoint, save_checkpoint
 from lorafx.graph import CapturedModule
 from lorafx.integrations.huggingface import LoraTrainer, RankSchedulerCallback
 from planted import PLACES, planted
@@ -251,6 +252,17 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(zoo: Zoo, shrink: Any, at: 
     json.dumps({n: v for n, v in whole.scheduler.state_dict().items() if n != "tensors"})
 
 
+@pytest.mark.parametrize("at", [7, 13])
+def test_a_checkpoint_keeps_it_as_an_extra(zoo: Zoo, at: int, tmp_path: Path) -> None:
+    whole, resumed = (Run(zoo.adapted(MLP, spec(), seed=seed), shrink="always") for seed in (0, 1))
+    for _ in range(at):
+        whole.step()
+    save_checkpoint(whole.gm, tmp_path, whole.optimizer, step=at, extras={"ranks": whole.scheduler})
+    assert load_checkpoint(resumed.gm, tmp_path, resumed.optimizer, extras={"ranks": resumed.scheduler}) == at
+    assert [resumed.step() for _ in range(16 - at)] == [whole.step() for _ in range(16 - at)]
+    assert same(resumed.gm.state_dict(), whole.gm.state_dict())
+
+
 def test_a_state_of_another_run_is_refused_and_nothing_is_changed(zoo: Zoo) -> None:
     run, other = Run(zoo.adapted(MLP, spec())), Run(zoo.adapted(MLP, spec()), target_r=1, shrink=False)
     for _ in range(3):
@@ -285,7 +297,11 @@ STEADY = dataclasses.replace(BERT, name="bert without dropout", build=steady_ber
 
 
 def trainer(
-    gm: CapturedModule, directory: Path, cls: type[hf.Trainer] = LoraTrainer, **settings: Any
+    gm: CapturedModule,
+    directory: Path,
+    cls: type[hf.Trainer] = LoraTrainer,
+    shrink: Any = "end",
+    **settings: Any,
 ) -> tuple[hf.Trainer, RankSchedulerCallback]:
     inputs = {**BERT.inputs(), "labels": BERT.labels()}
     rows = [{n: v[i] for n, v in inputs.items()} for i in range(2)] * 16
@@ -295,7 +311,7 @@ def trainer(
         "report_to": [], "disable_tqdm": True, "use_cpu": True,
     }  # fmt: skip
     arguments = hf.TrainingArguments(output_dir=str(directory), **(defaults | settings))
-    callback = RankSchedulerCallback()
+    callback = RankSchedulerCallback(shrink=shrink)
     return cls(gm, arguments, train_dataset=rows, eval_dataset=rows[:2], callbacks=[callback]), callback
 
 
@@ -329,12 +345,12 @@ def test_under_the_trainer_it_is_the_plain_loop(zoo: Zoo, tmp_path: Path) -> Non
 
 
 @pytest.mark.xdist_group("trainer")
-@pytest.mark.parametrize("at", [4, 12, 14])
-def test_a_trainer_resumes_before_and_after_the_ranks_have_shrunk(zoo: Zoo, at: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shrink", "at"), [("end", 4), ("end", 14), ("always", 6)])
+def test_a_trainer_resumes_before_and_after_ranks_have_shrunk(zoo: Zoo, shrink: str, at: int, tmp_path: Path) -> None:
     gm, other = zoo.adapted(BERT, spec()), zoo.adapted(BERT, spec(), seed=1)
-    whole, _ = trainer(gm, tmp_path, save_strategy="steps", save_steps=2)
+    whole, _ = trainer(gm, tmp_path, shrink=shrink, save_strategy="steps", save_steps=2)
     whole.train()
-    resumed, _ = trainer(other, tmp_path)
+    resumed, _ = trainer(other, tmp_path, shrink=shrink)
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
     assert losses(resumed) == losses(whole)
     assert same(other.state_dict(), gm.state_dict())
@@ -342,12 +358,13 @@ def test_a_trainer_resumes_before_and_after_the_ranks_have_shrunk(zoo: Zoo, at: 
 
 
 @pytest.mark.xdist_group("trainer")
-def test_the_best_model_comes_back_with_the_ranks_that_it_had(zoo: Zoo, tmp_path: Path) -> None:
+@pytest.mark.parametrize("only", [False, True], ids=["checkpoint", "adapter"])
+def test_the_best_model_comes_back_with_the_ranks_that_it_had(zoo: Zoo, only: bool, tmp_path: Path) -> None:
     """With the worst counted as the best, that is the first one, whose ranks were all there."""
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     saving = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
     gm = zoo.adapted(BERT, spec())
-    run, _ = trainer(gm, tmp_path, **saving, **best, learning_rate=1e-3)
+    run, _ = trainer(gm, tmp_path, **saving, **best, learning_rate=1e-3, save_only_model=only)
     run.train()
     assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     assert {s.r for s in lorafx.sites(gm)} == {6}

@@ -101,7 +101,7 @@ def make_plain(gm: CapturedModule, site: Site, change: Change, cut: Cut | None) 
         *leading, out_features, in_features = site.shape  # nothing but the bias changes
         kept = Factors(kept.left.new_zeros(*leading, out_features, 1), kept.right.new_zeros(*leading, 1, in_features))
     r = kept.right.shape[-2]
-    a, b = kept.right.to(dtype).contiguous(), kept.left.to(dtype).contiguous()
+    a, b = (side.to(dtype, copy=True).contiguous() for side in (kept.right, kept.left))
     values = {"lora_A": a, "lora_B": b}
     if change.shift is not None:
         values["lora_B_bias"] = change.shift.to(dtype)

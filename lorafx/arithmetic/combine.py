@@ -212,6 +212,7 @@ def _places(gm: CapturedModule, chosen: Sequence[Adapter], into: str) -> list[Pl
         for site in adapter.sites:
             named.setdefault(site.name, []).append((i, site))
     places: list[Place] = []
+    by_weight: dict[int, list[Site]] = {}
     for members in named.values():
         first = members[0][1]
         for _, other in members:
@@ -222,11 +223,12 @@ def _places(gm: CapturedModule, chosen: Sequence[Adapter], into: str) -> list[Pl
             rows = tuple(sorted({row for _, s in members for row in s.rows or ()}))
             site = replace(site, rows=rows, shape=(len(rows), first.shape[-1]))
         places.append((site, members))
-    for (a, of_a), (b, of_b) in combinations(places, 2):
-        if get_path(gm, a.weight) is not get_path(gm, b.weight) or (a.apart and b.apart):
-            continue
-        if a.rows is None or b.rows is None or not set(a.rows).isdisjoint(b.rows):
-            raise _unequal(of_a[0][1], of_b[0][1])
+        by_weight.setdefault(id(get_path(gm, site.weight)), []).append(replace(first, apart=site.apart))
+    for here in by_weight.values():
+        for a, b in combinations(here, 2):
+            disjoint = a.rows is not None and b.rows is not None and set(a.rows).isdisjoint(b.rows)
+            if not (disjoint or (a.apart and b.apart)):
+                raise _unequal(a, b)
     return places
 
 
@@ -252,7 +254,7 @@ def _combined(how: Method, thinning: Thinning, site: Site, found: Sequence[Membe
     shifts = [(change.shift, weight) for change, weight, _ in found if change.shift is not None]
     shift = merge(how, [s.double() for s, _ in shifts], [w for _, w in shifts], thinning) if shifts else None
     if trains_rows(site) or how.sparsify is not None:
-        elements = [_on_rows(site, s, dense(change.matrix).double()) for change, _, s in found]
+        elements = [_on_rows(site, s, dense(change.matrix)) for change, _, s in found]
         return Change(merge(how, elements, weights, thinning), shift, dtype)
     matrices: list[Matrix] = []
     for change, weight, member in found:

@@ -71,8 +71,8 @@ def scaled(matrix: Matrix, factor: float) -> Matrix:
 
 
 def dense(matrix: Matrix) -> Tensor:
-    """The matrix multiplied out, ``[..., out, in]``."""
-    return matrix.left @ matrix.right if isinstance(matrix, Factors) else matrix
+    """The matrix multiplied out, ``[..., out, in]``, in float64."""
+    return matrix.left.double() @ matrix.right.double() if isinstance(matrix, Factors) else matrix.double()
 
 
 def singular_values(matrix: Matrix) -> Tensor:
@@ -93,7 +93,7 @@ def relative_error(found: Factors, wanted: Matrix) -> float:
     if isinstance(wanted, Factors):
         off = norm(add([_double(wanted), scaled(_double(found), -1.0)]))
     else:
-        off = norm(wanted - dense(found).to(wanted.dtype))
+        off = norm(wanted - dense(found))
     if size == 0.0:
         return 0.0 if off == 0.0 else math.inf
     return off / size

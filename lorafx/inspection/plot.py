@@ -45,7 +45,7 @@ def plot_inspection(inspection: Inspection, path: str | os.PathLike[str]) -> Non
     rows, columns, cells = grid(known)
     width = min(24.0, max(8.0, 3.5 + 0.45 * len(columns)))
     heights = (1.2 + 0.3 * len(rows), 3.6)
-    figure = Figure(figsize=(width, sum(heights) + 0.8), layout="constrained")
+    figure: Any = Figure(figsize=(width, sum(heights) + 0.8), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subfigures(2, 1, height_ratios=heights)
     _draw_map(above, rows, columns, cells)
