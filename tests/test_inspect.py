@@ -140,7 +140,8 @@ def test_what_needs_the_base_model_says_so(key: str, tmp_path: Path) -> None:
     found = inspect_adapter(saved(key, tmp_path))
     missing = [s for s in found.sites if s.norm is None]
     assert {s.site for s in missing} == ({"embed"} if key == "tokens" else {s.site for s in found.sites})
-    assert all("give the base model" in s.note and s.rank > 0 for s in missing)
+    ranks = {s.name: s.r for s in adapters(adapted(key))["default"].sites}
+    assert all("give the base model" in s.note and s.rank == ranks[s.site] for s in missing)
     assert "no numbers for" in str(found)
 
 
@@ -335,6 +336,9 @@ def test_directories_that_cannot_be_inspected(tmp_path: Path) -> None:
 
     with pytest.raises(AdapterError, match=r"site 'up': the file lacks its lora_B"):
         inspect_adapter(written({k: t for k, t in tensors.items() if "up.lora_B" not in k}))
+    odd = {**tensors, "base_model.model.up.lora_B.weight": torch.ones(10, 3)}
+    with pytest.raises(AdapterError, match=r"site 'up': lora_B is \[10, 3\], which does not go with the others of it"):
+        inspect_adapter(written(odd))
     with pytest.raises(AdapterError, match=r"has no site of an adapter, only head\.weight"):
         inspect_adapter(written({"base_model.model.head.weight": torch.ones(2, 2)}))
     written(tensors)

@@ -177,6 +177,21 @@ def test_ranks_can_shrink_at_every_allocation(zoo: Zoo) -> None:
     assert losses[-1] < losses[0]
 
 
+def test_the_importance_of_what_is_left_is_kept(zoo: Zoo) -> None:
+    masked, sliced = (Run(zoo.adapted(MLP, spec(deltaT=4)), shrink=shrink) for shrink in (False, "always"))
+    for _ in range(4):
+        masked.step()
+        sliced.step()
+    kept = masked.scheduler.state_dict()["kept"]
+    before, after = (run.scheduler.state_dict()["tensors"] for run in (masked, sliced))
+    assert 0 < sum(map(sum, kept.values())) < 12
+    for name, left in after.items():
+        _, site, parameter, _ = name.split(".")
+        index = torch.tensor(kept[site]).nonzero().squeeze(1)
+        assert torch.equal(left, before[name].index_select(-1 if parameter == "lora_B" else -2, index))
+    assert {name.split(".")[1] for name in after} == {site for site, mask in kept.items() if any(mask)}
+
+
 def test_ranks_that_are_masked_can_come_back(zoo: Zoo) -> None:
     """Until the last allocation; this is why it alone slices by default."""
     run = Run(zoo.adapted(MLP, spec(tinit=0, total_step=40)))

@@ -123,11 +123,9 @@ class Stored:
     def _inspected(self, site: StoredSite, base: Mapping[str, Tensor]) -> SiteInspection:
         variant, name, change = self._variant(site), self._name(site), self._change(site)
         rows = variant.name == "tokens"
-        first = next(iter(site.tensors.values()))
         scaling = None if rows else self.spec.scaling_for(name) * site.factor
         if isinstance(change, str):
-            sizes = _sizes(variant, site.tensors)
-            return SiteInspection(name, variant.name, sizes.get(_RANK, len(first)), scaling, None, note=change)
+            return SiteInspection(name, variant.name, _rank(site, variant), scaling, None, note=change)
         shape = (*change.left.shape[:-1], change.right.shape[-1])
         settings = SiteInspection(name, variant.name, change.left.shape[-1], scaling, shape)
         return measure(settings, change, _weight(base, name) if base else None)
@@ -164,7 +162,7 @@ class Stored:
             return "its ranks differ by parameter, and the file does not say which one this is: give the base model"
         if names and (experts := len(tensors["lora_A"]) // min(ranks)) > 1:
             tensors = _unstacked(tensors, experts)
-        sizes = _sizes(variant, tensors)
+        sizes = _sizes(site, variant, tensors)
         if _IN not in sizes:
             return f"a {variant.name} file does not say how wide the layers are: give the base model"
         weight = torch.empty(sizes[_OUT], sizes[_IN], device="meta")  # only the shape of it matters here
@@ -178,11 +176,28 @@ def _by_number(site: StoredSite) -> tuple[list[tuple[int, str]], int]:
     return [(int(atom), "") if atom.isdecimal() else (-1, atom) for atom in site.wrapper.split(".")], -site.depth
 
 
-def _sizes(variant: Variant, tensors: Mapping[str, Tensor]) -> dict[int, int]:
+def _sizes(site: StoredSite, variant: Variant, tensors: Mapping[str, Tensor]) -> dict[int, int]:
     """The sizes of a site's matrix, as far as its tensors have them."""
     shapes = variant.shapes(_OUT, _IN, _RANK)
-    pairs = ((shapes[p], tensors[p].shape) for p in variant.parameters)
-    return {mark: size for marks, shape in pairs for mark, size in zip(marks, shape[-len(marks) :], strict=False)}
+    sizes: dict[int, int] = {}
+    for parameter in variant.parameters:
+        marks, shape = shapes[parameter], tensors[parameter].shape
+        found = dict(zip(marks, shape[-len(marks) :], strict=False))
+        if any(sizes.get(mark, size) != size for mark, size in found.items()):
+            raise AdapterError(
+                f"site '{site.path}': {parameter} is {list(shape)}, which does not go with the others of it"
+            )
+        sizes.update(found)
+    return sizes
+
+
+def _rank(site: StoredSite, variant: Variant) -> int:
+    """The rank, of which rows that train whole have as many as there are."""
+    shapes = variant.shapes(_OUT, _IN, _RANK)
+    for parameter in variant.parameters:
+        if shapes[parameter][0] == _RANK:
+            return len(site.tensors[parameter])
+    return len(site.tensors[variant.parameters[0]])
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
