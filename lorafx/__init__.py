@@ -23,6 +23,7 @@ from lorafx.api import apply, plan
 from lorafx.arithmetic.combine import combine_adapters, convert
 from lorafx.arithmetic.extract import Extraction, extract_adapter
 from lorafx.arithmetic.report import FactorReport
+from lorafx.checkpoint import load_checkpoint, save_checkpoint
 from lorafx.errors import (
     AdapterError,
     CaptureError,
@@ -92,6 +93,7 @@ __all__ = [
     "inspect_adapter",
     "list_adapters",
     "load_adapter",
+    "load_checkpoint",
     "merge",
     "merge_and_export",
     "merged_state_dict",
@@ -99,6 +101,7 @@ __all__ = [
     "plot_inspection",
     "rename_adapter",
     "save_adapter",
+    "save_checkpoint",
     "set_adapter",
     "set_adapter_names",
     "sites",

@@ -11,11 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from lorafx.errors import AdapterError
+from lorafx.errors import AdapterError, SpecError
 from lorafx.graph import CapturedModule, get_path
 from lorafx.ir import Adapter, Site, base_modules
 from lorafx.peft_config import has_key
-from lorafx.peft_targets import Target, targets
+from lorafx.peft_targets import Target
 from lorafx.spec import ALL_LINEAR, LoraSpec, matches
 from lorafx.variants import VARIANTS
 from lorafx.variants.inits import find_init
@@ -27,11 +27,16 @@ V = TypeVar("V")
 
 
 def adapter_config(
-    gm: CapturedModule, adapter: Adapter, metadata: Mapping[str, Any], ranks: Mapping[Site, int]
+    gm: CapturedModule,
+    adapter: Adapter,
+    found: Sequence[Target],
+    metadata: Mapping[str, Any],
+    ranks: Mapping[Site, int],
 ) -> dict[str, Any]:
     """An adapter's config as plain JSON data.
 
     Args:
+        found: the adapter's :func:`~lorafx.peft_targets.targets`.
         metadata: as in :func:`lorafx.state.save_adapter`.
         ranks: those in the file of sites that have another there than in the graph.
 
@@ -39,13 +44,13 @@ def adapter_config(
         AdapterError: no one config of PEFT's means what the graph has.
         SpecError: a metadata key is none of PEFT's.
     """
-    found = targets(gm, adapter)
     adapted = [t for t in found if t.form != "tokens"]
     spec = _common(adapter.specs, metadata)
     noted = {key: value for key, value in {**spec.metadata, **metadata}.items() if value is not None}
     spec = replace(spec, metadata=noted, tied="tie" if any(t.form == "tied" for t in found) else "refuse")
-    spec = _RANKS.get(spec.variant, _by_patterns)(spec, adapted, ranks)
-    if spec.options.get("save_projection") is False and not drawn_alike(gm, adapter, spec):
+    if adapted:
+        spec = _RANKS.get(spec.variant, _by_patterns)(spec, adapted, ranks)
+    if adapted and spec.options.get("save_projection") is False and not drawn_alike(gm, adapter, spec):
         spec = replace(spec, options={**spec.options, "save_projection": True})
     spec = replace(spec, modules_to_save=_modules_to_save(gm, adapter, spec))
     spec = _targeting(spec, adapted, base_modules(gm), trained_modules(gm, adapter))
@@ -58,7 +63,12 @@ def adapter_config(
         spec = replace(spec, dropout=0.0)  # which PEFT refuses for parameters, even if it could not do anything
     spec = replace(spec, trainable_token_indices=rows)
     transposed = any(s.kind == "addmm" for t in found if t.form == "module" for s in t.sites)
-    return {"inference_mode": True, **spec.to_peft(), "fan_in_fan_out": transposed}
+    try:
+        return {"inference_mode": True, **spec.to_peft(), "fan_in_fan_out": transposed}
+    except SpecError as error:
+        raise AdapterError(
+            f"the adapter cannot be written: {error} Keep it by save_checkpoint, or convert it to plain LoRA first"
+        ) from error
 
 
 def trained_modules(gm: CapturedModule, adapter: Adapter) -> tuple[str, ...]:

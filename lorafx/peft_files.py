@@ -28,7 +28,7 @@ from torch import Tensor
 from lorafx.graph import CapturedModule, get_path
 from lorafx.ir import Adapter, Site
 from lorafx.ops import FLAT, STORAGE, SWAPPED
-from lorafx.peft_targets import Target, path_in_file, targets
+from lorafx.peft_targets import Target, Wrapped
 from lorafx.spec import LoraSpec
 from lorafx.variants import VARIANTS
 
@@ -64,24 +64,25 @@ class Entry:
     read: Callable[[Tensor], Sequence[Tensor]]
 
 
-def entries(gm: CapturedModule, adapter: Adapter, spec: LoraSpec, *, shared: bool) -> tuple[Entry, ...]:
+def entries(
+    gm: CapturedModule, adapter: Adapter, found: Sequence[Target], spec: LoraSpec, *, shared: bool
+) -> tuple[Entry, ...]:
     """Every tensor of the file of an adapter whose config says ``spec``; with or without what its sites share.
 
-    Raises:
-        AdapterError: a site has no place in the format.
+    ``found`` are its :func:`~lorafx.peft_targets.targets`.
     """
-    found = targets(gm, adapter)
+    wrapped = Wrapped(found)
     made: list[Entry] = []
     for target in found:
-        prefix = PREFIX + path_in_file(found, target.module, wrapper=True) + ".base_layer" * target.depth
-        made += _ENTRIES[target.form](gm, found, target, prefix, spec)
+        prefix = PREFIX + wrapped.wrapper(target.module) + ".base_layer" * target.depth
+        made += _ENTRIES[target.form](gm, wrapped, target, prefix, spec)
     for leaf in shared_names(adapter) if shared else ():
         name = adapter.own_name(leaf)
         made.append(_entry(SHARED_PREFIX + leaf, name, get_path(gm, name).shape))
     kept = gm.state_dict().keys()
     for name in adapter.trained:
         if (own := adapter.own_name(name)) in kept:
-            made.append(_entry(PREFIX + path_in_file(found, name), own, get_path(gm, own).shape))
+            made.append(_entry(PREFIX + wrapped.inside(name), own, get_path(gm, own).shape))
     return tuple(made)
 
 
@@ -113,9 +114,7 @@ def _entry(key: str, name: str, shape: Sequence[int], *steps: _Step) -> Entry:
     return Entry(key, (name,), tuple(write([torch.empty(tuple(shape), device="meta")]).shape), write, read)
 
 
-def _of_site(
-    gm: CapturedModule, found: Sequence[Target], target: Target, prefix: str, spec: LoraSpec
-) -> Iterator[Entry]:
+def _of_site(gm: CapturedModule, wrapped: Wrapped, target: Target, prefix: str, spec: LoraSpec) -> Iterator[Entry]:
     (site,) = target.sites
     forms = _forms(gm, target, site)
     for parameter, shape in site.parameter_shapes().items():
@@ -217,9 +216,7 @@ def _filled(r: int, to: int) -> _Step:
     return _Step(lambda t: torch.cat([t, t.new_zeros(to - r)]) if to > r else t, read)
 
 
-def _of_tied(
-    gm: CapturedModule, found: Sequence[Target], target: Target, prefix: str, spec: LoraSpec
-) -> Iterator[Entry]:
+def _of_tied(gm: CapturedModule, wrapped: Wrapped, target: Target, prefix: str, spec: LoraSpec) -> Iterator[Entry]:
     """The embedding's factors, and the same ones turned for each linear layer that has its weight."""
     (site,) = target.sites
     a, b = (site.parameter_name(p) for p in ("lora_A", "lora_B"))
@@ -232,14 +229,12 @@ def _of_tied(
     yield _entry(f"{prefix}.lora_embedding_A", a, shapes["lora_A"], *turn)
     yield _entry(f"{prefix}.lora_embedding_B", b, shapes["lora_B"], *turn)
     for module in target.modules[1:]:
-        path = PREFIX + path_in_file(found, module, wrapper=True)
+        path = PREFIX + wrapped.wrapper(module)
         yield _entry(f"{path}.lora_A.weight", b, shapes["lora_B"], *back)
         yield _entry(f"{path}.lora_B.weight", a, shapes["lora_A"], *back)
 
 
-def _of_attention(
-    gm: CapturedModule, found: Sequence[Target], target: Target, prefix: str, spec: LoraSpec
-) -> Iterator[Entry]:
+def _of_attention(gm: CapturedModule, wrapped: Wrapped, target: Target, prefix: str, spec: LoraSpec) -> Iterator[Entry]:
     """An A and a B for the fused projection of q, k and v, and another pair for the output's."""
     width = target.sites[0].in_features
     output = f"{target.module}.out_proj.weight"

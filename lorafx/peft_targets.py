@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -60,21 +61,29 @@ def targets(gm: CapturedModule, adapter: Adapter) -> tuple[Target, ...]:
     return tuple(replace(t, depth=_depth(gm, t, found)) for t in found)
 
 
-def path_in_file(found: Sequence[Target], path: str, *, wrapper: bool = False) -> str:
-    """The path that a module or tensor of the base has once PEFT has wrapped these; ``wrapper``: its wrapper's."""
-    wrappers: dict[str, int] = {}
-    for target in found:
-        for module in target.modules or (target.module,):
-            wrappers[module] = wrappers.get(module, 0) + (target.form != "tokens")
-        if target.form == "attention":
-            wrappers[f"{target.module}.out_proj"] = 1
-    atoms = path.split(".")
-    written = []
-    for i, atom in enumerate(atoms):
-        written.append(atom)
-        if not wrapper or i < len(atoms) - 1:
-            written += ["base_layer"] * wrappers.get(".".join(atoms[: i + 1]), 0)
-    return ".".join(written)
+class Wrapped:
+    """Paths in a model in which PEFT has wrapped these targets."""
+
+    def __init__(self, found: Sequence[Target]) -> None:
+        self._wrappers: Counter[str] = Counter()
+        for target in found:
+            if target.form != "tokens":
+                self._wrappers.update(target.modules or (target.module,))
+            if target.form == "attention":
+                self._wrappers[f"{target.module}.out_proj"] = 1
+
+    def inside(self, path: str) -> str:
+        """Where a module or tensor of the base lies: within all its wrappers."""
+        atoms = path.split(".")
+        written = []
+        for i, atom in enumerate(atoms):
+            written += [atom, *["base_layer"] * self._wrappers[".".join(atoms[: i + 1])]]
+        return ".".join(written)
+
+    def wrapper(self, module: str) -> str:
+        """Where the outermost wrapper of a module lies."""
+        holder, _, name = module.rpartition(".")
+        return f"{self.inside(holder)}.{name}" if holder else name
 
 
 def _depth(gm: CapturedModule, target: Target, found: Sequence[Target]) -> int:

@@ -27,7 +27,7 @@ from lorafx.ir import Adapter, find_adapter
 from lorafx.passes.residual import plain_factors
 from lorafx.peft_config import has_key
 from lorafx.peft_files import FILLED, PREFIX, SCALED, SHARED_PREFIX, Entry, Misfit, entries, shared_names
-from lorafx.peft_targets import Target, path_in_file, targets
+from lorafx.peft_targets import Target, Wrapped, targets
 from lorafx.spec import PEFT_CONFIG_NAME, LoraSpec
 from lorafx.variants import VARIANTS
 from lorafx.variants.inits import find_init
@@ -88,8 +88,10 @@ def save_adapter(
             a, b = plain_factors(gm, found, site)
             ranks[site] = a.shape[-2]
             state |= {site.parameter_name("lora_A"): a, site.parameter_name("lora_B"): b}
-    config = adapter_config(gm, found, metadata or {}, ranks)
-    made = entries(gm, found, LoraSpec.from_peft(config), shared=config.get("save_projection", False))
+    wrapped = targets(gm, found)
+    config = adapter_config(gm, found, wrapped, metadata or {}, ranks)
+    shares = bool(config.get("save_projection"))
+    made = entries(gm, found, wrapped, LoraSpec.from_peft(config), shared=shares)
     # Copies, since safetensors refuses tensors that share memory, as tied ones do.
     tensors = {e.key: e.write([state[n] for n in e.names]).to("cpu", copy=True).contiguous() for e in made}
     try:
@@ -117,8 +119,10 @@ def load_adapter(gm: CapturedModule, directory: str | os.PathLike[str], adapter:
     spec = read_spec(directory)
     given = read_tensors(directory)
     stored = any(SHARED_PREFIX + leaf in given for leaf in shared_names(found))
-    expected = entries(gm, found, spec, shared=stored or spec.options.get("save_projection", False))
-    odd = {t: why for t in targets(gm, found) if (why := _difference(found, t, spec)) is not None}
+    shares = stored or bool(spec.options.get("save_projection"))
+    wrapped = targets(gm, found)
+    expected = entries(gm, found, wrapped, spec, shared=shares)
+    odd = {t: why for t in wrapped if (why := _difference(found, t, spec)) is not None}
     odd_names = {name for target in odd for site in target.sites for name in site.parameter_names.values()}
     problems = list(odd.values())
     values: dict[str, Tensor] = {}
@@ -129,7 +133,8 @@ def load_adapter(gm: CapturedModule, directory: str | os.PathLike[str], adapter:
             problems.append(f"missing: {entry.key}")
         elif odd_names.isdisjoint(entry.names):  # what the config has otherwise is said once, not for each tensor
             problems += _take(gm, entry, given[entry.key], values)
-    problems += _extra(gm, found, given, expected)
+    unknown = {key: given[key] for key in given.keys() - {entry.key for entry in expected}}
+    problems += _extra(gm, found, wrapped, unknown) if unknown else []
     problems += _broken_ties(gm, values)
     if problems:
         listing = _listing(f"{directory}: the adapter does not fit this graph; nothing was loaded", problems)
@@ -274,21 +279,20 @@ def _unusable(tensor: Tensor) -> str | None:
     return None if bool(torch.isfinite(tensor).all()) else f"holds NaN or Inf as {tensor.dtype}"
 
 
-def _extra(gm: CapturedModule, adapter: Adapter, given: Mapping[str, Tensor], expected: Sequence[Entry]) -> list[str]:
+def _extra(gm: CapturedModule, adapter: Adapter, found: Sequence[Target], unknown: Mapping[str, Tensor]) -> list[str]:
     """What nothing in the graph takes.
 
     By ``bias="all"`` PEFT repeats biases of ``modules_to_save``, and with an adapted embedding it writes the
     embedding's own weight, which must be the base's here.
     """
-    known = {entry.key for entry in expected}
     repeated = tuple(
         f"{PREFIX}{m}.{c}." for m in trained_modules(gm, adapter) for c in ("original_module", "modules_to_save")
     )
-    found = targets(gm, adapter)
-    base = {PREFIX + path_in_file(found, name): tensor for name, tensor in named_tensors(gm)}
+    wrapped = Wrapped(found)
+    base = {PREFIX + wrapped.inside(name): tensor for name, tensor in named_tensors(gm)}
     problems = []
-    for key, tensor in given.items():
-        if key in known or (key.startswith(repeated) and key.endswith(".bias")):
+    for key, tensor in sorted(unknown.items()):
+        if key.startswith(repeated) and key.endswith(".bias"):
             continue
         if key not in base:
             problems.append(f"not of this graph's adapter: {key!r}")

@@ -403,7 +403,7 @@ def ours_of(theirs: peft.PeftModel, tmp_path: Any) -> CapturedModule:
 @pytest.mark.parametrize("alpha", [4, 8])
 @pytest.mark.parametrize("method", ["cat", "svd", "ties_svd", "magnitude_prune_svd"])
 def test_the_result_is_pefts_where_peft_is_right(method: str, alpha: int, tmp_path: Any) -> None:
-    """PEFT 0.21.2 counts the scaling once in these; versions before squared it where alpha is not r."""
+    """PEFT 0.21.2 is right in these, at alpha = r and elsewhere."""
     theirs = peft_model(r=4, lora_alpha=alpha)
     gm, x = ours_of(theirs, tmp_path), torch.randn(6, 17)
     density = {"density": 0.5} if METHODS[method].sparsify else {}

@@ -145,9 +145,7 @@ def test_both_ways(zoo: Zoo, model: Family, fields: dict[str, Any], tmp_path: Pa
         ({"variant": "adalora", "options": {"tinit": 3}, "rslora": True}, "lora_E"),
     ],
 )
-def test_scalings_and_ranks_go_into_the_tensors(
-    zoo: Zoo, fields: dict[str, Any], folded: str, tmp_path: Path
-) -> None:
+def test_scalings_and_ranks_go_into_the_tensors(zoo: Zoo, fields: dict[str, Any], folded: str, tmp_path: Path) -> None:
     gm = adapted(zoo, MLP, **fields)
     save_adapter(gm, tmp_path)
     assert_same_outputs(gm, peft_loads(zoo.eager(MLP), tmp_path), MLP)
@@ -212,7 +210,9 @@ class TestProjections:
         again = zoo.adapted(MLP, as_spec(tmp_path))
         load_adapter(again, tmp_path)
         assert_same_outputs(again, gm, MLP)
-        with pytest.raises(AdapterError, match=r"projection_prng_key=0 in the graph, 4 in adapter_config\.json, and no"):
+        with pytest.raises(
+            AdapterError, match=r"projection_prng_key=0 in the graph, 4 in adapter_config\.json, and no"
+        ):
             load_adapter(self.vera(zoo), tmp_path)
 
     def test_values_of_ranks_that_a_site_has_not_are_refused(self, zoo: Zoo, tmp_path: Path) -> None:
@@ -263,7 +263,11 @@ def own_family(name: str, build: Callable[[], nn.Module], *shape: int) -> Family
 @pytest.mark.parametrize("is_transposed", [True, False])
 def test_stacks_of_parameters_as_pefts_nested_wrappers(zoo: Zoo, is_transposed: bool, tmp_path: Path) -> None:
     family = own_family("experts", lambda: Mixture(is_transposed), 5, 6)
-    fields = {"target_modules": ["head"], "target_parameters": ["experts.first", "second"], "rank_pattern": {"second": 2}}
+    fields = {
+        "target_modules": ["head"],
+        "target_parameters": ["experts.first", "second"],
+        "rank_pattern": {"second": 2},
+    }
     gm = adapted(zoo, family, **fields)
     save_adapter(gm, tmp_path)
     assert_same_outputs(gm, peft_loads(zoo.eager(family), tmp_path), family)
@@ -352,11 +356,25 @@ def test_peft_adds_the_update_of_an_attentions_output_twice(zoo: Zoo, tmp_path: 
 
 def test_an_attention_by_another_variant_has_no_place(zoo: Zoo, tmp_path: Path) -> None:
     gm = adapted(zoo, ATTENTION, target_modules=["attention"], variant="dora")
-    with pytest.raises(AdapterError, match=r"PEFT adapts 'attention' \(nn\.MultiheadAttention\) by LoRA only, not by dora"):
+    with pytest.raises(
+        AdapterError, match=r"PEFT adapts 'attention' \(nn\.MultiheadAttention\) by LoRA only, not by dora"
+    ):
         save_adapter(gm, tmp_path)
 
 
 # What PEFT lacks, and says so
+
+
+@pytest.mark.xdist_group("llama")
+@pytest.mark.parametrize(
+    "fields", [{"trainable_token_indices": {"embed_tokens": [1]}}, {"target_parameters": ["up_proj.weight"]}]
+)
+def test_what_a_config_has_no_key_for_is_refused(zoo: Zoo, fields: dict[str, Any], tmp_path: Path) -> None:
+    gm = adapted(zoo, FAMILIES["llama"], variant="vera", target_modules=["q_proj"], **fields)
+    message = rf"the adapter cannot be written: .* VERA has no key for LoraSpec\.{next(iter(fields))}=.* convert it"
+    with pytest.raises(AdapterError, match=message):
+        save_adapter(gm, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_grouped_convolutions_keep_to_the_rules_and_peft_refuses_them(tmp_path: Path) -> None:
@@ -382,11 +400,15 @@ def test_a_start_that_changed_the_base_is_saved_as_plain_lora_of_the_original(zo
     save_adapter(gm, tmp_path / "plain")
     plain = as_spec(tmp_path / "plain")
     assert (plain.init, [plain.rank_for(n) for n in ("0", "3")]) == ("kaiming", [6, 4])
-    with pytest.raises(AdapterError, match=r"relative to what its initialisation leaves of the weight in the graph, and"):
+    with pytest.raises(
+        AdapterError, match=r"relative to what its initialisation leaves of the weight in the graph, and"
+    ):
         load_adapter(gm, tmp_path / "plain")
 
     # PEFT's own file of a PiSSA adapter is relative to what is left, which it computes anew when it loads one.
-    theirs = peft_saves(zoo.eager(MLP), tmp_path / "raw", LoraSpec(r=3, init="pissa", target_modules=["0", "3"]).to_peft())
+    theirs = peft_saves(
+        zoo.eager(MLP), tmp_path / "raw", LoraSpec(r=3, init="pissa", target_modules=["0", "3"]).to_peft()
+    )
     with pytest.raises(AdapterError, match=r"relative to the weight itself in the graph, and to what .*init='pissa'"):
         load_adapter(adapted(zoo, MLP), tmp_path / "raw")
     again = zoo.adapted(MLP, as_spec(tmp_path / "raw"))

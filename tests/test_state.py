@@ -379,7 +379,10 @@ FAULTS: Mapping[str, tuple[Damage, str]] = {
     "another method": (config(peft_type="IA3"), "peft_type='IA3' is not supported"),
     "setting not supported": (config(use_qalora=True), "not supported by lorafx: use_qalora=True"),
     "another variant": (config(use_dora=True), r"site '0': lora, r=3, .* in the graph; dora, r=3, "),
-    "another start": (config(init_lora_weights="pissa"), r"relative to the weight itself in the graph, and to what its"),
+    "another start": (
+        config(init_lora_weights="pissa"),
+        r"relative to the weight itself in the graph, and to what its",
+    ),
     "another rank": (
         config(rank_pattern={"3": 4}),
         r"site '3': lora, r=3, scaling=1\.66667 in the graph; lora, r=4, scaling=1\.25 in adapter_config",

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorafx import checks
-from lorafx.variants.base import Option, Start, StartRequest, Update
+from lorafx.variants.base import Option, Start, StartRequest, Update, Variant
 
 _OPTIONS: Mapping[str, Option] = MappingProxyType(
     {
@@ -28,33 +27,17 @@ _OPTIONS: Mapping[str, Option] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
-class AdaLora:
+class AdaLora(Variant):
     """``W' = W + s P diag(E) Q``: ``lora_B [out, r]`` is P, ``lora_E [r, 1]`` the values, ``lora_A [r, in]`` Q.
 
     The options are PEFT's; :class:`lorafx.RankScheduler` reads them, and takes ranks away while training.
     """
 
-    name: str = "adalora"
-    parameters: tuple[str, ...] = ("lora_A", "lora_B", "lora_E")
-    shared: tuple[str, ...] = ()
-    inits: tuple[str, ...] = ("gaussian",)
-    options: Mapping[str, Option] = field(default_factory=lambda: _OPTIONS)
-    shifts_bias: bool = False
-    scales_rows: bool = False
-    shrinks: bool = True
-
-    def has_init(self, name: str) -> bool:
-        """Whether it is one of ``inits``."""
-        return name in self.inits
-
-    def misfit(self, init: str, kind: str, shape: tuple[int, ...], r: int, shared: bool) -> str | None:
-        """Nothing: any layer will do."""
-        return None
-
-    def default_alpha(self, r: int) -> float:
-        """16, whatever r is."""
-        return 16
+    name = "adalora"
+    parameters = ("lora_A", "lora_B", "lora_E")
+    inits = ("gaussian",)
+    options = _OPTIONS
+    shrinks = True
 
     def scaling(self, alpha: float, r: int, rslora: bool) -> float:
         """alpha / r of the first rank, with the 1e-5 that the authors' code and PEFT add to r."""
@@ -63,12 +46,6 @@ class AdaLora:
     def shapes(self, out_features: int, in_features: int, r: int) -> Mapping[str, tuple[int, ...]]:
         """``lora_A [r, in]``, ``lora_B [out, r]``, ``lora_E [r, 1]``."""
         return {"lora_A": (r, in_features), "lora_B": (out_features, r), "lora_E": (r, 1)}
-
-    def share(
-        self, sizes: Sequence[tuple[int, int]], r: int, options: Mapping[str, Any], dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """Nothing is shared."""
-        return {}
 
     def start(self, request: StartRequest) -> Start:
         """Both factors normal with deviation 0.02, the values zero."""

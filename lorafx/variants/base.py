@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,87 +61,6 @@ class Option:
     check: Check[Any]
 
 
-class Variant(Protocol):
-    """One way to adapt a weight. Shapes are those of one matrix ``[out, in]``; a stack has them all in front."""
-
-    @property
-    def name(self) -> str:
-        """The name that ``LoraSpec.variant`` selects it by."""
-        ...
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of the trainable tensors of a site, as PEFT calls them."""
-        ...
-
-    @property
-    def shared(self) -> tuple[str, ...]:
-        """Names of the frozen tensors that all sites of an adapter have in common."""
-        ...
-
-    @property
-    def inits(self) -> tuple[str, ...]:
-        """Values of ``LoraSpec.init`` that it knows, the default first."""
-        ...
-
-    @property
-    def options(self) -> Mapping[str, Option]:
-        """The keys of ``LoraSpec.options`` that it has."""
-        ...
-
-    @property
-    def shifts_bias(self) -> bool:
-        """Whether it adds to the layer's bias, so that the layer must have one."""
-        ...
-
-    @property
-    def scales_rows(self) -> bool:
-        """Whether its updates have a gain."""
-        ...
-
-    @property
-    def shrinks(self) -> bool:
-        """Whether training takes ranks away; the scaling stays that of the first one."""
-        ...
-
-    def has_init(self, name: str) -> bool:
-        """Whether it knows this value of ``LoraSpec.init``."""
-        ...
-
-    def misfit(self, init: str, kind: str, shape: tuple[int, ...], r: int, shared: bool) -> str | None:
-        """Why it cannot start by ``init`` at a layer of this kind, weight and rank, and what to do; None if it can.
-
-        ``shared`` says that the weight has another use, which a start that changes the weight would change too.
-        """
-        ...
-
-    def default_alpha(self, r: int) -> float:
-        """alpha where the spec gives none."""
-        ...
-
-    def scaling(self, alpha: float, r: int, rslora: bool) -> float:
-        """The factor of ``left right``."""
-        ...
-
-    def shapes(self, out_features: int, in_features: int, r: int) -> Mapping[str, tuple[int, ...]]:
-        """The shape of each parameter at a matrix of this size."""
-        ...
-
-    def share(
-        self, sizes: Sequence[tuple[int, int]], r: int, options: Mapping[str, Any], dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """The shared tensors for matrices of these ``(out, in)`` sizes, on the CPU."""
-        ...
-
-    def start(self, request: StartRequest) -> Start:
-        """First values, on the weight's device, for which the layer's output is unchanged."""
-        ...
-
-    def update(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Update:
-        """The update that ``tensors`` (parameters and shared) mean for ``weight [..., out, in]``."""
-        ...
-
-
 @dataclass(frozen=True)
 class StartRequest:
     """What first values are asked for.
@@ -157,3 +79,67 @@ class StartRequest:
     options: Mapping[str, Any]
     sparse: bool = False
     factors: tuple[Tensor, Tensor] | None = None
+
+
+class Variant(ABC):
+    """One way to adapt a weight. Shapes are those of one matrix ``[out, in]``; a stack has them all in front.
+
+    Attributes:
+        name: what ``LoraSpec.variant`` selects it by.
+        parameters: names of the trainable tensors of a site, as PEFT calls them.
+        shared: names of the frozen tensors that all sites of an adapter have in common.
+        inits: values of ``LoraSpec.init`` that it knows, the default first.
+        options: the keys of ``LoraSpec.options`` that it has.
+        shifts_bias: whether it adds to the layer's bias, so that the layer must have one.
+        scales_rows: whether its updates have a gain.
+        shrinks: whether training takes ranks away; the scaling stays that of the first one.
+    """
+
+    name: ClassVar[str]
+    parameters: ClassVar[tuple[str, ...]]
+    shared: ClassVar[tuple[str, ...]] = ()
+    inits: ClassVar[tuple[str, ...]]
+    options: ClassVar[Mapping[str, Option]] = MappingProxyType({})
+    shifts_bias: ClassVar[bool] = False
+    scales_rows: ClassVar[bool] = False
+    shrinks: ClassVar[bool] = False
+
+    def has_init(self, name: str) -> bool:
+        """Whether it knows this value of ``LoraSpec.init``: one of ``inits``."""
+        return name in self.inits
+
+    def misfit(self, init: str, kind: str, shape: tuple[int, ...], r: int, shared: bool) -> str | None:
+        """Why it cannot start by ``init`` at a layer of this kind, weight and rank, and what to do; None if it can.
+
+        ``shared`` says that the weight has another use, which a start that changes the weight would change too.
+        """
+        return None
+
+    def default_alpha(self, r: int) -> float:
+        """alpha where the spec gives none: 16, whatever r is."""
+        return 16
+
+    def scaling(self, alpha: float, r: int, rslora: bool) -> float:
+        """The factor of ``left right``: alpha / r (arXiv 2106.09685, section 4.1).
+
+        With ``rslora`` alpha / sqrt(r) (arXiv 2312.03732, theorem 3.2).
+        """
+        return alpha / (math.sqrt(r) if rslora else r)
+
+    @abstractmethod
+    def shapes(self, out_features: int, in_features: int, r: int) -> Mapping[str, tuple[int, ...]]:
+        """The shape of each parameter at a matrix of this size."""
+
+    def share(
+        self, sizes: Sequence[tuple[int, int]], r: int, options: Mapping[str, Any], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """The shared tensors for matrices of these ``(out, in)`` sizes, on the CPU."""
+        return {}
+
+    @abstractmethod
+    def start(self, request: StartRequest) -> Start:
+        """First values, on the weight's device, for which the layer's output is unchanged."""
+
+    @abstractmethod
+    def update(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Update:
+        """The update that ``tensors`` (parameters and shared) mean for ``weight [..., out, in]``."""

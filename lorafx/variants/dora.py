@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,7 +12,6 @@ from lorafx.variants.lora import Lora
 from lorafx.variants.row_norm import row_norm
 
 
-@dataclass(frozen=True)
 class Dora(Lora):
     """LoRA's factors, and ``lora_magnitude_vector [out]``, the length of each row, in float32 or better.
 
@@ -22,9 +20,9 @@ class Dora(Lora):
     A row that is zero has no direction; its factor is then ``m``, which is zero too, and not ``0 / 0``.
     """
 
-    name: str = "dora"
-    parameters: tuple[str, ...] = ("lora_A", "lora_B", "lora_magnitude_vector")
-    scales_rows: bool = True
+    name = "dora"
+    parameters = ("lora_A", "lora_B", "lora_magnitude_vector")
+    scales_rows = True
 
     def shapes(self, out_features: int, in_features: int, r: int) -> Mapping[str, tuple[int, ...]]:
         """LoRA's, and ``lora_magnitude_vector [out]``."""

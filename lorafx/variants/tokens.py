@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from lorafx.variants.base import Option, Start, StartRequest, Update
-from lorafx.variants.lora import NO_OPTIONS
+from lorafx.variants.base import Start, StartRequest, Update, Variant
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(Variant):
     """``W' = trainable_tokens_delta [out, in]``: in PEFT, too, that is not a difference but the rows themselves.
 
     It has neither rank nor scaling, and as an update is of full rank: ``W' - W``, times the identity.
     """
 
-    name: str = "tokens"
-    parameters: tuple[str, ...] = ("trainable_tokens_delta",)
-    shared: tuple[str, ...] = ()
-    inits: tuple[str, ...] = ("base",)
-    options: Mapping[str, Option] = field(default_factory=lambda: NO_OPTIONS)
-    shifts_bias: bool = False
-    scales_rows: bool = True
-    shrinks: bool = False
-
-    def has_init(self, name: str) -> bool:
-        """Whether it is one of ``inits``."""
-        return name in self.inits
-
-    def misfit(self, init: str, kind: str, shape: tuple[int, ...], r: int, shared: bool) -> str | None:
-        """Nothing."""
-        return None
+    name = "tokens"
+    parameters = ("trainable_tokens_delta",)
+    inits = ("base",)
+    scales_rows = True
 
     def default_alpha(self, r: int) -> float:
         """r, which makes the scaling 1."""
@@ -48,12 +32,6 @@ class Tokens:
     def shapes(self, out_features: int, in_features: int, r: int) -> Mapping[str, tuple[int, ...]]:
         """``trainable_tokens_delta [out, in]``."""
         return {"trainable_tokens_delta": (out_features, in_features)}
-
-    def share(
-        self, sizes: Sequence[tuple[int, int]], r: int, options: Mapping[str, Any], dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """Nothing is shared."""
-        return {}
 
     def start(self, request: StartRequest) -> Start:
         """The rows as they are."""

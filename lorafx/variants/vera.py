@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorafx import checks
-from lorafx.variants.base import Option, Start, StartRequest, Update
+from lorafx.variants.base import Option, Start, StartRequest, Update, Variant
 
 _OPTIONS: Mapping[str, Option] = MappingProxyType(
     {
@@ -23,8 +22,7 @@ _OPTIONS: Mapping[str, Option] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
-class Vera:
+class Vera(Variant):
     """``W' = W + s diag(b) B diag(d) A``: ``vera_lambda_b [out]`` starts at zero, ``vera_lambda_d [r]`` at 0.1.
 
     ``vera_A [r, largest in]`` and ``vera_B [largest out, r]`` come from a seed, as PEFT draws them, and each
@@ -32,30 +30,15 @@ class Vera:
     (write them to disk too), ``d_initial``.
     """
 
-    name: str = "vera"
-    parameters: tuple[str, ...] = ("vera_lambda_b", "vera_lambda_d")
-    shared: tuple[str, ...] = ("vera_A", "vera_B")
-    inits: tuple[str, ...] = ("kaiming",)
-    options: Mapping[str, Option] = field(default_factory=lambda: _OPTIONS)
-    shifts_bias: bool = False
-    scales_rows: bool = False
-    shrinks: bool = False
-
-    def has_init(self, name: str) -> bool:
-        """Whether it is one of ``inits``."""
-        return name in self.inits
-
-    def misfit(self, init: str, kind: str, shape: tuple[int, ...], r: int, shared: bool) -> str | None:
-        """Nothing: any layer will do."""
-        return None
+    name = "vera"
+    parameters = ("vera_lambda_b", "vera_lambda_d")
+    shared = ("vera_A", "vera_B")
+    inits = ("kaiming",)
+    options = _OPTIONS
 
     def default_alpha(self, r: int) -> float:
         """r, so that there is no scaling, as in the paper."""
         return r
-
-    def scaling(self, alpha: float, r: int, rslora: bool) -> float:
-        """As LoRA's; 1 unless alpha is given."""
-        return alpha / (math.sqrt(r) if rslora else r)
 
     def shapes(self, out_features: int, in_features: int, r: int) -> Mapping[str, tuple[int, ...]]:
         """``vera_lambda_b [out]`` and ``vera_lambda_d [r]``."""
