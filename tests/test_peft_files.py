@@ -387,7 +387,7 @@ def test_grouped_convolutions_keep_to_the_rules_and_peft_refuses_them(tmp_path: 
     save_adapter(gm, tmp_path)
     load_adapter(again, tmp_path)
     assert same(adapter_state_dict(again), adapter_state_dict(gm))
-    with pytest.raises(RuntimeError, match="size mismatch for .*lora_A"), warnings.catch_warnings(action="ignore"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*lora_A"), warnings.catch_warnings(action="ignore"):
         peft.PeftModel.from_pretrained(model, str(tmp_path))
 
 
