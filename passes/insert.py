@@ -76,8 +76,8 @@ class Insert(Pass):
 def put_adapter(gm: CapturedModule, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:
     """Add an adapter with these values, by state dict name, to a graph without active adapters, in place.
 
-    They are those of its sites' parameters, and of what it trains whole where that is not as in the base. For layers that
-    some adapter of the graph adapts already; shapes and names are the caller's to get right.
+    They are those of its sites' parameters, and of what it trains whole where that is not as in the base. For
+    layers that some adapter of the graph adapts already; shapes and names are the caller's to get right.
     """
     _add_indices(gm, adapter)
     _copy_trained(gm, adapter)

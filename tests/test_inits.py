@@ -261,7 +261,10 @@ REFUSED = {
     "an odd orthogonal rank": ({"init": "orthogonal", "r": 3}, "r=3 is odd: take an even one"),
     "activations of an embedding": ({"init": "eva", "target_modules": ["embed"]}, "site 'embed': .* kind 'embedding'"),
     "activations of a convolution": ({"init": "eva", "target_modules": ["conv"]}, "exclude_modules"),
-    "activations of experts": ({"init": "eva", "target_modules": [], "target_parameters": ["experts.stack"]}, "'parameter'"),
+    "activations of experts": (
+        {"init": "eva", "target_modules": [], "target_parameters": ["experts.stack"]},
+        "'parameter'",
+    ),
     "a bias that is not there": ({"variant": "lora_bias", "target_modules": ["embed"]}, "embed.*bias"),
 }
 
