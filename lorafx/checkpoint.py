@@ -80,7 +80,7 @@ def save_checkpoint(
         AdapterError: a state holds what is neither plain data nor a tensor (it is named), the optimizer has
             parameters that are not the graph's, or the file cannot be written. What was there stays.
     """
-    find_adapter(gm, next(iter(adapters(gm)), None))  # refuses a graph without adapters
+    _refuse_merged(gm)
     tensors = {f"model.{name}": get_path(gm, name) for name in _trained_tensors(gm)}
     tensors |= {f"base.{name}": sample for name, sample in gm.meta.get("samples", {}).items()}
     header: dict[str, Any] = {"version": _VERSION, "step": step, "graph": _graph(gm)}
@@ -124,6 +124,7 @@ def load_checkpoint(
             base weights, parameters of other names, shapes or groups, another optimizer or scheduler, all in
             one list. Nothing is changed.
     """
+    _refuse_merged(gm)
     path = Path(directory, CHECKPOINT_NAME)
     header, tensors = _read(path)
     states: dict[str, Any] = {
@@ -199,8 +200,15 @@ def _graph(gm: CapturedModule) -> dict[str, Any]:
     return {
         "adapters": {a.name: {site.name: _site(site) for site in a.sites} for a in adapters(gm).values()},
         "active": list(gm.meta.get("active", ())),
-        "merged": list(gm.meta.get("merged", ())),
     }
+
+
+def _refuse_merged(gm: CapturedModule) -> None:
+    find_adapter(gm, next(iter(adapters(gm)), None))  # refuses a graph without adapters
+    if merged := gm.meta.get("merged", ()):
+        raise AdapterError(
+            f"adapter '{merged[0]}' is merged into the weights; call unmerge(gm) before going on to train"
+        )
 
 
 def _site(site: Site) -> dict[str, Any]:
@@ -211,9 +219,8 @@ def _other_graph(gm: CapturedModule, saved: Mapping[str, Any], tensors: Mapping[
     """How a graph differs from the one that was saved."""
     own = _graph(gm)
     problems = []
-    for what in ("active", "merged"):
-        if own[what] != saved[what]:
-            problems.append(f"{what} adapters: {saved[what]} there, {own[what]} here")
+    if own["active"] != saved["active"]:
+        problems.append(f"active adapters: {saved['active']} there, {own['active']} here")
     problems += _others("adapter", saved["adapters"], own["adapters"])
     fitted: dict[str, tuple[int, ...]] = {}
     for name in saved["adapters"].keys() & own["adapters"].keys():

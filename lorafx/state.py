@@ -23,9 +23,8 @@ from torch import Tensor
 from lorafx.adapter_config import adapter_config, trained_modules
 from lorafx.errors import AdapterError, SpecError
 from lorafx.graph import CapturedModule, get_path, named_tensors
-from lorafx.ir import Adapter, find_adapter
+from lorafx.ir import Adapter, Site, find_adapter
 from lorafx.passes.residual import plain_factors
-from lorafx.peft_config import has_key
 from lorafx.peft_files import FILLED, PREFIX, SCALED, SHARED_PREFIX, Entry, Misfit, entries, shared_names
 from lorafx.peft_targets import Target, Wrapped, targets
 from lorafx.spec import PEFT_CONFIG_NAME, LoraSpec
@@ -72,8 +71,8 @@ def save_adapter(
             ...), over those of the spec; None as a value leaves a key out.
 
     Raises:
-        AdapterError: PEFT's format cannot hold this adapter (a site that is no module's; specs that
-            differ in more than targets, ranks and alphas), a tensor holds NaN or Inf or no data, or the
+        AdapterError: PEFT's format cannot hold this adapter (a parameter that code elsewhere computes with; specs
+            that differ in more than targets, ranks and alphas), a tensor holds NaN or Inf or no data, or the
             directory cannot be written. The adapter that was there stays.
         SpecError: a metadata key is none of PEFT's.
     """
@@ -109,13 +108,17 @@ def load_adapter(gm: CapturedModule, directory: str | os.PathLike[str], adapter:
     Args:
         gm: a graph from :func:`lorafx.apply`; ``apply(model, directory)`` reads the spec from the same place.
         directory: a local directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        adapter: the one to load into; None: the one that is active. ``add_adapter(gm, directory, name)`` makes one.
 
     Raises:
-        AdapterError: a file is missing or damaged; or the adapter does not fit: sites of another rank or
-            scaling, and missing, extra, wrongly shaped or non-finite tensors, all in one list.
+        AdapterError: a file is missing or damaged; or the adapter does not fit: sites of another variant, rank or
+            scaling, relative to other weights (PiSSA), or drawn from another seed (VeRA), and missing, extra, wrongly
+            shaped or non-finite tensors, all in one list; or it is merged in place.
     """
     directory = Path(directory)
     found = find_adapter(gm, adapter)
+    if found.name in gm.meta.get("merged", ()):
+        raise AdapterError(f"adapter '{found.name}' is merged into the weights; call unmerge(gm, '{found.name}') first")
     spec = read_spec(directory)
     given = read_tensors(directory)
     stored = any(SHARED_PREFIX + leaf in given for leaf in shared_names(found))
@@ -232,14 +235,12 @@ def _difference(adapter: Adapter, target: Target, spec: LoraSpec) -> str | None:
     site = target.sites[0]
     if target.form == "tokens":
         return None
-    init = find_init(spec.init) if has_key(site.variant, "rslora") else None
-    taken = init is not None and init.changes_base
-    if taken != (site.weight in adapter.residual):
-        whole, left = "the weight itself", "what its initialisation leaves of the weight"
-        return (
-            f"site '{site.name}': the adapter is relative to {whole if taken else left} in the graph, and to "
-            f"{left if taken else whole} in the file (init={spec.init!r} in {PEFT_CONFIG_NAME})"
-        )
+    here, there = _relative_to(site, adapter.specs, site.weight in adapter.residual), _relative_to(site, [spec])
+    start = find_init(spec.init)
+    unknown = there != "the weight itself" and start is not None and start.by_data
+    if here != there or unknown:
+        hint = ", which depends on the data that it looked at" if unknown else ""
+        return f"site '{site.name}': the adapter is relative to {here} in the graph, and to {there} in the file{hint}"
     r, scaling = spec.rank_for(target.name), spec.scaling_for(target.name)
     fits = r == site.r or target.form == "attention" or (site.variant in FILLED and r > site.r)
     scaled = math.isclose(scaling, site.scaling) or target.form == "attention" or site.variant in SCALED
@@ -249,6 +250,13 @@ def _difference(adapter: Adapter, target: Target, spec: LoraSpec) -> str | None:
         f"site '{site.name}': {site.variant}, r={site.r}, scaling={site.scaling:g} in the graph; "
         f"{spec.variant}, r={r}, scaling={scaling:g} in {PEFT_CONFIG_NAME}"
     )
+
+
+def _relative_to(site: Site, specs: Sequence[LoraSpec], taken: bool = True) -> str:
+    """What a site's update is added to, for people: an initialisation may have taken a part of the weight."""
+    starts = {spec.init: find_init(spec.init) for spec in specs if spec.variant == site.variant}
+    names = [name for name, start in starts.items() if start is not None and start.changes_base and taken]
+    return f"what init={names[0]!r} leaves of it" if names else "the weight itself"
 
 
 def _other_seed(adapter: Adapter, spec: LoraSpec) -> list[str]:

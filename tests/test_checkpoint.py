@@ -186,6 +186,10 @@ def test_all_adapters_of_a_graph_are_in_it(zoo: Zoo, tmp_path: Path) -> None:
     lorafx.set_adapter(resumed.gm, "other")
     with pytest.raises(AdapterError, match=r"- active adapters: \['default'\] there, \['other'\] here"):
         resumed.load(tmp_path)
+    lorafx.merge(resumed.gm, inplace=True)
+    for go in (resumed.load, resumed.save):
+        with pytest.raises(AdapterError, match="adapter 'other' is merged into the weights; call unmerge"):
+            go(tmp_path)
 
 
 @pytest.mark.xdist_group("mlp")

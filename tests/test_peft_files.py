@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import lorafx
-from conftest import Zoo, leaves, randomize, same
+from conftest import Zoo, leaves, loss_of, randomize, same
 from lorafx import AdapterError, LoraSpec, sites
 from lorafx.graph import CapturedModule, get_path
 from lorafx.ir import find_adapter
@@ -179,6 +179,26 @@ def test_ranks_that_adalora_took_away(zoo: Zoo, tmp_path: Path) -> None:
     assert_same_outputs(again, gm, MLP)
     with pytest.raises(AdapterError, match=r"site '0': adalora, r=3, .* in the graph; adalora, r=1, "):
         load_adapter(adapted(zoo, MLP, variant="adalora", target_modules=["0", "3", "5"], **STEPS), tmp_path)
+
+
+@pytest.mark.xdist_group("mlp")
+def test_ranks_that_peft_took_away(zoo: Zoo, tmp_path: Path) -> None:
+    """Which of the first ranks are left is any of them there."""
+    spec = LoraSpec(r=4, variant="adalora", options={"total_step": 5, "target_r": 2}, target_modules=["0", "3"])
+    theirs: Any = peft.get_peft_model(zoo.eager(MLP), peft.AdaLoraConfig(**spec.to_peft()))
+    optimizer = torch.optim.SGD([p for p in theirs.parameters() if p.requires_grad], lr=1.0)
+    for step in range(1, 7):
+        optimizer.zero_grad()
+        loss_of(theirs, MLP).backward()
+        optimizer.step()
+        theirs.base_model.update_and_allocate(step)
+    theirs.save_pretrained(str(tmp_path))
+    masks = json.loads((tmp_path / CONFIG).read_text())["rank_pattern"]
+    assert sum(map(sum, masks.values())) == 4
+    gm = zoo.adapted(MLP, as_spec(tmp_path))
+    load_adapter(gm, tmp_path)
+    assert {f"{s.name}.lora_E": s.r for s in find_adapter(gm).sites} == {n: sum(mask) for n, mask in masks.items()}
+    assert_same_outputs(gm, theirs, MLP)
 
 
 @pytest.mark.xdist_group("mlp")
@@ -400,17 +420,24 @@ def test_a_start_that_changed_the_base_is_saved_as_plain_lora_of_the_original(zo
     save_adapter(gm, tmp_path / "plain")
     plain = as_spec(tmp_path / "plain")
     assert (plain.init, [plain.rank_for(n) for n in ("0", "3")]) == ("kaiming", [6, 4])
-    with pytest.raises(
-        AdapterError, match=r"relative to what its initialisation leaves of the weight in the graph, and"
-    ):
+    message = r"relative to what init='pissa' leaves of it in the graph, and to the weight itself in the file"
+    with pytest.raises(AdapterError, match=message):
         load_adapter(gm, tmp_path / "plain")
 
     # PEFT's own file of a PiSSA adapter is relative to what is left, which it computes anew when it loads one.
     theirs = peft_saves(
         zoo.eager(MLP), tmp_path / "raw", LoraSpec(r=3, init="pissa", target_modules=["0", "3"]).to_peft()
     )
-    with pytest.raises(AdapterError, match=r"relative to the weight itself in the graph, and to what .*init='pissa'"):
-        load_adapter(adapted(zoo, MLP), tmp_path / "raw")
+    for init, here in (("kaiming", "the weight itself"), ("olora", "what init='olora' leaves of it")):
+        with pytest.raises(AdapterError, match=rf"relative to {here} in the graph, and to what init='pissa' leaves of"):
+            load_adapter(adapted(zoo, MLP, init=init), tmp_path / "raw")
+    config = json.loads((tmp_path / "raw" / CONFIG).read_text())
+    (tmp_path / "raw" / CONFIG).write_text(json.dumps({**config, "init_lora_weights": "lora_ga"}))
+    with pytest.raises(
+        AdapterError, match=r"to what init='lora_ga' leaves of it in the file, which depends on the data"
+    ):
+        load_adapter(zoo.adapted(MLP, as_spec(tmp_path / "raw")), tmp_path / "raw")
+    (tmp_path / "raw" / CONFIG).write_text(json.dumps(config))
     again = zoo.adapted(MLP, as_spec(tmp_path / "raw"))
     load_adapter(again, tmp_path / "raw")
     assert_same_outputs(again, theirs, MLP)
@@ -453,6 +480,10 @@ def test_adapters_of_a_graph_by_name(zoo: Zoo, tmp_path: Path) -> None:
         load_adapter(gm, tmp_path / "fr", "fe")
     with pytest.raises(AdapterError, match=r"site '0': lora, r=3, .* in the graph; vera, r=2, "):
         load_adapter(gm, tmp_path / "fr", "default")
+    lorafx.set_adapter(gm, "fr")
+    lorafx.merge(gm, inplace=True)
+    with pytest.raises(AdapterError, match=r"adapter 'fr' is merged into the weights; call unmerge"):
+        load_adapter(gm, tmp_path / "fr", "fr")
 
 
 @pytest.mark.xdist_group("mlp")

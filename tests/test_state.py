@@ -381,7 +381,7 @@ FAULTS: Mapping[str, tuple[Damage, str]] = {
     "another variant": (config(use_dora=True), r"site '0': lora, r=3, .* in the graph; dora, r=3, "),
     "another start": (
         config(init_lora_weights="pissa"),
-        r"relative to the weight itself in the graph, and to what its",
+        r"relative to the weight itself in the graph, and to what init='pissa'",
     ),
     "another rank": (
         config(rank_pattern={"3": 4}),
