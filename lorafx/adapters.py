@@ -6,16 +6,18 @@ An adapter is its tensors and its record in the graph (:class:`lorafx.ir.Adapter
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lorafx.errors import AdapterError, MergeError
-from lorafx.graph import CapturedModule, delete_path, get_path, mark_own, set_tensor, share
+from lorafx.graph import CapturedModule, Scope, delete_path, get_path, mark_own, set_tensor, share
 from lorafx.ir import (
     ADAPTERS,
     FOLDED,
@@ -63,7 +65,7 @@ def list_adapters(gm: CapturedModule) -> tuple[AdapterInfo, ...]:
             ranks=tuple(sorted({s.r for s in adapter.sites})),
             sites=len(adapter.sites),
             parameters=sum(
-                p.numel() for n in adapter.parameter_names if isinstance(p := get_path(gm, n), nn.Parameter)
+                p.numel() for p in {get_path(gm, n) for n in adapter.parameter_names} if isinstance(p, nn.Parameter)
             ),
         )
         for adapter in adapters(gm).values()
@@ -89,8 +91,10 @@ def add_adapter(
 
     Raises:
         AdapterError: the name is taken, or none that a module can have.
+        MergeError: the base was overwritten since it was first adapted.
         SpecError, MatchError: as :func:`lorafx.apply`. Nothing is changed.
     """
+    _refuse_disabled(gm)
     specs = as_specs(spec)
     check_new_name(gm, name)
     if seed is not None:
@@ -100,11 +104,8 @@ def add_adapter(
     bare = share(gm)
     deactivate(bare)
     choices = match(bare, specs, name)
-    running, by_row = gm.meta.get("active", ()), gm.meta.get("by_row", False)
     with torch.inference_mode(False):
-        Insert(choices, specs, generator, name)(gm)
-    switch(gm, running, by_row)
-    train_only(gm, running)
+        Insert(choices, specs, generator, name, alone=False)(gm)
 
 
 def set_adapter(gm: CapturedModule, names: str | Sequence[str]) -> None:
@@ -112,15 +113,17 @@ def set_adapter(gm: CapturedModule, names: str | Sequence[str]) -> None:
 
     An adapter's update is always relative to the frozen model, whatever else is active, so that the order means
     nothing; for DoRA that is ``(m / ||W + s B A||) (W + s B A) - W``. The parameters of the active adapters
-    require gradients, and those of no others.
+    require gradients, and those of no others. Wrap the graph in DistributedDataParallel afterwards.
 
     Raises:
-        AdapterError: there is no such adapter, one is named twice or merged in place, or two have their own
-            version of one tensor. Nothing is changed.
+        AdapterError: there is no such adapter, one is named twice or merged in place, two have their own
+            version of one tensor, or the graph is wrapped in DistributedDataParallel. Nothing is changed.
     """
+    _refuse_disabled(gm)
     chosen = _names(names)
     if not chosen:
         raise AdapterError("set_adapter needs a name; `with disable_adapters(gm):` runs the model without adapters")
+    refuse_wrapped(gm, chosen)
     switch(gm, chosen)
     train_only(gm, chosen)
 
@@ -132,13 +135,16 @@ def set_adapter_names(gm: CapturedModule, adapter_names: Sequence[str | None]) -
         gm: the graph.
         adapter_names: for each row of the batch the name of its adapter; None (or PEFT's ``"__base__"``): none.
             The names stay until they are set again; :func:`set_adapter` ends it. Setting other names of
-            the same adapters does not rewrite the graph.
+            the same adapters does not rewrite the graph. The parameters of the adapters named require gradients.
 
     Raises:
         AdapterError: there is no such adapter; one trains tensors of the base (``modules_to_save``, ``bias``) or
-            adapts a bare parameter, which cannot be by row; or a layer's first dimension cannot be told to be
-            the batch. Nothing is changed.
+            adapts a bare parameter, which cannot be by row; a layer's first dimension cannot be told to be
+            the batch; or an adapter is merged in place, which rows without one would go through. Nothing is changed.
     """
+    _refuse_disabled(gm)
+    if merged := gm.meta.get("merged"):
+        raise AdapterError(f"{', '.join(merged)} is merged in place, for all rows: call unmerge(gm) first")
     rows = [None if name == BASE else name for name in adapter_names]
     if not rows:
         raise AdapterError("adapter_names is empty: give one name (or None) for each row of the batch")
@@ -147,27 +153,35 @@ def set_adapter_names(gm: CapturedModule, adapter_names: Sequence[str | None]) -
     same = gm.meta.get("by_row", False) and set(chosen) <= set(running)
     if not same:
         check_rows(gm, [find_adapter(gm, name) for name in chosen])
+        refuse_wrapped(gm, chosen)
         running = chosen
     index = torch.tensor([-1 if name is None else running.index(name) for name in rows])
     index = index.to(next(iter(gm.parameters())).device)
-    mark_own(index)
-    gm.register_buffer(ROWS, index, persistent=False)
-    if not same:
-        switch(gm, running, by_row=True)
+    if same:
+        _set_rows(gm, index)
+    else:
+        switch(gm, running, index)
+        train_only(gm, running)
 
 
 @contextmanager
 def disable_adapters(gm: CapturedModule) -> Iterator[CapturedModule]:
-    """The model without any adapter inside the ``with``; afterwards the same ones are active again."""
-    running, by_row = gm.meta.get("active", ()), gm.meta.get("by_row", False)
-    rows = gm._buffers.get(ROWS)
+    """The model without any adapter inside the ``with``, also without those merged in place; then all is as before.
+
+    Raises:
+        AdapterError: inside it, from calls that change adapters.
+    """
+    _refuse_disabled(gm)
+    running, rows = gm.meta.get("active", ()), gm._buffers.get(ROWS)
+    before = {key: gm.meta.get(key, ()) for key in ("merged", "folded")}
+    gm.meta |= dict.fromkeys(before, ())
     switch(gm, ())
+    gm.meta["disabled"] = True
     try:
         yield gm
     finally:
-        if rows is not None:
-            gm.register_buffer(ROWS, rows, persistent=False)
-        switch(gm, running, by_row)
+        gm.meta |= {**before, "disabled": False}
+        switch(gm, running, rows)
 
 
 def delete_adapter(gm: CapturedModule, name: str) -> None:
@@ -176,14 +190,18 @@ def delete_adapter(gm: CapturedModule, name: str) -> None:
     Raises:
         AdapterError: there is no such adapter, or it is merged in place.
     """
+    _refuse_disabled(gm)
     adapter = find_adapter(gm, name)
     _refuse_merged(gm, name)
-    running = tuple(n for n in gm.meta.get("active", ()) if n != name)
+    running, rows = gm.meta.get("active", ()), gm._buffers.get(ROWS)
+    if rows is not None and name in running:
+        raise AdapterError(f"rows go through adapter '{name}' (set_adapter_names): set others first, or set_adapter")
+    running = tuple(n for n in running if n != name)
     deactivate(gm)
     remove_adapter(gm, adapter)
     if not adapters(gm):
         gm.meta["stage"] = Stage.CAPTURED
-    switch(gm, running)
+    switch(gm, running, rows)
 
 
 def rename_adapter(gm: CapturedModule, name: str, new: str) -> None:
@@ -192,10 +210,11 @@ def rename_adapter(gm: CapturedModule, name: str, new: str) -> None:
     Raises:
         AdapterError: there is no such adapter, it is merged in place, or the new name is taken.
     """
+    _refuse_disabled(gm)
     old = find_adapter(gm, name)
     _refuse_merged(gm, name)
     check_new_name(gm, new)
-    running, by_row = gm.meta.get("active", ()), gm.meta.get("by_row", False)
+    running, rows = gm.meta.get("active", ()), gm._buffers.get(ROWS)
     deactivate(gm)
     renamed = replace(old, name=new, sites=tuple(replace(s, adapter=new) for s in old.sites))
     for before, after in zip(old.sites, renamed.sites, strict=True):
@@ -206,7 +225,7 @@ def rename_adapter(gm: CapturedModule, name: str, new: str) -> None:
     if held is not None and name in held._modules:
         held.add_module(new, held._modules.pop(name))
     gm.meta["adapters"] = {(new if n == name else n): (renamed if n == name else a) for n, a in adapters(gm).items()}
-    switch(gm, tuple(new if n == name else n for n in running), by_row)
+    switch(gm, tuple(new if n == name else n for n in running), rows)
 
 
 def merge(gm: CapturedModule, adapters: str | Sequence[str] | None = None, *, inplace: bool = False) -> CapturedModule:
@@ -233,28 +252,41 @@ def merge(gm: CapturedModule, adapters: str | Sequence[str] | None = None, *, in
     """
     if not inplace:
         return merged(gm, None if adapters is None else _names(adapters))
+    _refuse_disabled(gm)
     chosen = tuple(gm.meta.get("active", ())) if adapters is None else _names(adapters)
     if not chosen:
         raise MergeError("no adapter is active, so there is nothing to merge: name one, or call set_adapter first")
     there = gm.meta.get("merged", ())
     if twice := [name for name in chosen if name in there]:
         raise MergeError(f"adapter '{twice[0]}' is merged in place already; unmerge(gm) takes it out again")
-    _fold(gm, (*there, *chosen), tuple(n for n in gm.meta.get("active", ()) if n not in chosen))
+    if ROWS in gm._buffers:
+        raise MergeError(
+            "each row of a batch goes through an adapter of its own (set_adapter_names), and weights hold the same for "
+            "all rows: call set_adapter first"
+        )
+    running = tuple(gm.meta.get("active", ()))
+    were = (*gm.meta.get("were_active", ()), *(n for n in chosen if n in running))
+    _fold(gm, (*there, *chosen), tuple(n for n in running if n not in chosen))
+    gm.meta["were_active"] = were
     return gm
 
 
 def unmerge(gm: CapturedModule, names: str | Sequence[str] | None = None) -> None:
-    """Take adapters (None: all) out of the weights again; they are active afterwards, beside those that are.
+    """Take adapters (None: all) out of the weights again. Those that were active when they were merged are so again.
 
     Raises:
         MergeError: one is not merged.
     """
+    _refuse_disabled(gm)
     merged = tuple(gm.meta.get("merged", ()))
     chosen = merged if names is None else _names(names)
     if not merged or not set(chosen) <= set(merged):
         which = next((n for n in chosen if n not in merged), "none")
         raise MergeError(f"adapter '{which}' is not merged in place; merged are: {', '.join(merged) or 'none'}")
-    _fold(gm, tuple(n for n in merged if n not in chosen), (*chosen, *gm.meta.get("active", ())))
+    were = tuple(gm.meta.get("were_active", ()))
+    again = tuple(n for n in chosen if n in were)
+    _fold(gm, tuple(n for n in merged if n not in chosen), (*again, *gm.meta.get("active", ())))
+    gm.meta["were_active"] = tuple(n for n in were if n not in chosen)
 
 
 def _fold(gm: CapturedModule, merged: tuple[str, ...], running: tuple[str, ...]) -> None:
@@ -268,7 +300,8 @@ def _fold(gm: CapturedModule, merged: tuple[str, ...], running: tuple[str, ...])
             f"site '{apart[0]}': its weight has another use and is kept apart (tied=\"untie\"), so it cannot be merged "
             "in place; merge(gm) makes a graph with a weight of its own for it"
         )
-    values = folded_tensors(work)
+    with torch.inference_mode(False):
+        values = folded_tensors(work)
     own_tensors(gm, [find_adapter(gm, name) for name in running], merged, values)  # raises before anything is changed
     deactivate(gm)
     forget_folded(gm)
@@ -281,13 +314,45 @@ def _fold(gm: CapturedModule, merged: tuple[str, ...], running: tuple[str, ...])
     switch(gm, running)
 
 
-def switch(gm: CapturedModule, names: Sequence[str], by_row: bool = False) -> None:
-    """Rewrite the graph for these active adapters, compile and verify it; what requires gradients stays."""
-    activate(gm, names, by_row)
-    if not by_row and ROWS in gm._buffers:
-        delattr(gm, ROWS)
+def switch(gm: CapturedModule, names: Sequence[str], rows: Tensor | None = None) -> None:
+    """Rewrite the graph for these active adapters, compile and verify it; what requires gradients stays.
+
+    ``rows [batch]`` are the indices among ``names`` of each row's adapter, or None to sum them.
+    """
+    chosen = [find_adapter(gm, name) for name in names]
+    own_tensors(gm, chosen, gm.meta.get("merged", ()), gm.meta.get("folded", ()))  # raises before anything is changed
+    _set_rows(gm, rows)
+    activate(gm, names, rows is not None)
     gm.recompile()
     verify(gm, Stage.INSERTED if adapters(gm) else Stage.CAPTURED)
+
+
+def _set_rows(gm: CapturedModule, rows: Tensor | None) -> None:
+    if rows is not None:
+        mark_own(rows)
+        gm.register_buffer(ROWS, rows, persistent=False)
+    elif ROWS in gm._buffers:
+        delattr(gm, ROWS)
+
+
+def refuse_wrapped(gm: CapturedModule, names: Sequence[str]) -> None:
+    """Refuse to let other parameters train where DistributedDataParallel averages the gradients of those it found.
+
+    It looks once, when it is made: what trains only later would get different gradients in each process.
+
+    Raises:
+        AdapterError: the graph is wrapped and other adapters are to train.
+    """
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not several or torch.distributed.get_world_size() == 1 or set(names) == set(gm.meta.get("active", ())):
+        return
+    for held in gc.get_objects():
+        if issubclass(type(held), DistributedDataParallel) and any(m is gm for m in held.module.modules()):
+            raise AdapterError(
+                "the graph is wrapped in DistributedDataParallel, which averages the gradients of the parameters that "
+                "it found when it was made: it would leave out those of other adapters, and each process would train "
+                "its own. Delete the wrapper, switch, and wrap the graph again"
+            )
 
 
 def _names(names: str | Sequence[str]) -> tuple[str, ...]:
@@ -301,6 +366,10 @@ def check_new_name(gm: CapturedModule, name: str) -> None:
     """Raise :class:`AdapterError` where a new adapter cannot be called this."""
     if not isinstance(name, str) or re.fullmatch(r"[\w-]+", name) is None or name == BASE:
         raise AdapterError(f"{name!r} cannot be an adapter's name: use letters, digits, '_' and '-'")
+    if hasattr(Scope(), name):
+        raise AdapterError(
+            f"{name!r} cannot be an adapter's name: modules have an attribute of that name; take another"
+        )
     if name in adapters(gm):
         raise AdapterError(
             f"there is an adapter '{name}' already; delete_adapter(gm, '{name}') removes it, or take another name"
@@ -310,3 +379,8 @@ def check_new_name(gm: CapturedModule, name: str) -> None:
 def _refuse_merged(gm: CapturedModule, name: str) -> None:
     if name in gm.meta.get("merged", ()):
         raise AdapterError(f"adapter '{name}' is merged into the weights; call unmerge(gm, '{name}') first")
+
+
+def _refuse_disabled(gm: CapturedModule) -> None:
+    if gm.meta.get("disabled"):
+        raise AdapterError("adapters are disabled (disable_adapters): leave the with block first")

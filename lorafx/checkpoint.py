@@ -12,6 +12,7 @@ It has the graph's own names and forms, and is for going on; to give an adapter 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
@@ -141,8 +142,7 @@ def load_checkpoint(
         problems += _other_groups(states["optimizer"]["groups"], _optimizer_state(gm, optimizer)["groups"], gone)
     if problems:
         raise AdapterError("\n  - ".join((f"{path}: not a checkpoint of this run; nothing was loaded:", *problems)))
-    for name, extra in (extras or {}).items():
-        extra.load_state_dict(states["extras"][name])
+    _load_extras(extras or {}, states["extras"])
     for name, record in header["graph"]["adapters"].items():
         fit_ranks(gm, {n: s["r"] for n, s in record.items() if VARIANTS[s["variant"]].shrinks}, name, optimizer)
     with torch.no_grad():
@@ -157,6 +157,20 @@ def load_checkpoint(
     if rng:
         _set_random_states({n.removeprefix("rng."): t for n, t in tensors.items() if n.startswith("rng.")})
     return int(header["step"])
+
+
+def _load_extras(extras: Mapping[str, Stateful], states: Mapping[str, Any]) -> None:
+    """Load all of them, or, where one refuses its state, leave all as they were."""
+    before = {name: copy.deepcopy(extra.state_dict()) for name, extra in extras.items()}
+    loaded = []
+    try:
+        for name, extra in extras.items():
+            loaded.append(name)
+            extra.load_state_dict(states[name])
+    except BaseException:
+        for name in loaded[:-1]:
+            extras[name].load_state_dict(before[name])
+        raise
 
 
 # The graph

@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from lorafx.checkpointing import Checkpointing, checkpointed
-from lorafx.errors import PassError
+from lorafx.errors import AdapterError, PassError
 from lorafx.serialize import GraphRecord
 from lorafx.signature import Call, Signature, SignatureCodeGen
 
@@ -52,6 +52,19 @@ class Scope(nn.Module):
 def by_mode(scope: nn.Module, if_train: Any, if_eval: Any) -> Any:
     """The value an operator gets in the mode that ``scope`` is in."""
     return if_train if scope.training else if_eval
+
+
+def batch_rows(rows: Tensor, x: Tensor) -> Tensor:
+    """The adapters of the rows of a batch, ``rows [batch]``, where ``x [batch, ...]`` is an input with as many.
+
+    Raises:
+        AdapterError: the batch has another size.
+    """
+    if x.shape[0] != rows.shape[0]:
+        raise AdapterError(
+            f"adapter_names has {rows.shape[0]} names, and the batch {x.shape[0]} rows: give one name (or None) a row"
+        )
+    return rows
 
 
 class CapturedModule(GraphModule):
@@ -150,6 +163,11 @@ class CapturedModule(GraphModule):
         optimizer that holds them goes on working. Called for this module before its children, also
         where it is a part of another one that is loaded.
         """
+        if (folded := self.meta.get("folded", ())) and not all(f"{prefix}_folded.{n}" in state_dict for n in folded):
+            raise PassError(
+                f"{', '.join(self.meta['merged'])} is merged in place, and would stay as it was merged: call "
+                "unmerge(gm), load, and merge again"
+            )
         if not local_metadata.get("assign_to_params_buffers", False):
             for name, tensor in list(named_tensors(self)):
                 new = state_dict.get(prefix + name)

@@ -135,13 +135,18 @@ class RankScheduler:
         """Take account of this step's gradients and, where the schedule says so, take ranks away.
 
         Raises:
-            AdapterError: a gradient is missing, NaN or Inf; the optimizer's state could not be sliced (at the first
-                step); or :meth:`finish` was called. Nothing is changed.
+            AdapterError: a gradient is missing, NaN or Inf; the adapter is not active; the optimizer's state could not
+                be sliced (at the first step); or :meth:`finish` was called. Nothing is changed.
         """
         if self.finished:
             raise AdapterError(
                 "RankScheduler: finish() was called, so there are no ranks to schedule; call step() no more. (A "
                 "DistributedDataParallel around the graph from before must be made anew.)"
+            )
+        if self.adapter not in self.gm.meta.get("active", ()):
+            raise AdapterError(
+                f"RankScheduler: adapter '{self.adapter}' is not active (or merged in place), so no gradient of this "
+                "step is its own: call step() only after steps in which it trained"
             )
         step, last = self.steps + 1, self.schedule.last
         if self.shrink == "always":

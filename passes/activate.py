@@ -22,7 +22,7 @@ import torch
 from torch.fx import Graph, Node
 
 from lorafx.errors import AdapterError
-from lorafx.graph import CapturedModule, Scope, annotate, by_mode, erase, get_path, notes, unannotate
+from lorafx.graph import CapturedModule, Scope, annotate, batch_rows, by_mode, erase, get_path, notes, unannotate
 from lorafx.ir import FOLDED, ROWS, Adapter, Site, active_layers, find_adapter, layer_nodes
 from lorafx.ops import ADAPTED, adapted_weight
 from lorafx.passes.layers import call_layer, call_twin
@@ -50,9 +50,10 @@ def activate(gm: CapturedModule, names: Sequence[str], by_row: bool = False) -> 
     _read_own(gm, own)
     nodes = layer_nodes(gm)
     index = {name: i for i, name in enumerate(names)}
+    rows = _batch_rows(gm) if by_row else None
     for layer, found in active_layers(gm).items():
         if found[0].kind in ADAPTED:
-            _call_twins(gm, nodes[layer], found, index if by_row else None)
+            _call_twins(gm, nodes[layer], found, index, rows)
         else:
             _update_parameter(gm, nodes[layer], found)
 
@@ -144,7 +145,7 @@ def _read_own(gm: CapturedModule, own: Mapping[str, str]) -> None:
 
 
 def _call_twins(
-    gm: CapturedModule, nodes: Sequence[Node], found: Sequence[Site], index: Mapping[str, int] | None
+    gm: CapturedModule, nodes: Sequence[Node], found: Sequence[Site], index: Mapping[str, int], rows: Node | None
 ) -> None:
     graph = gm.graph
     _hold(gm, found[0].path)
@@ -152,14 +153,14 @@ def _call_twins(
         tensors = [_made(graph.get_attr(n)) for site in found for n in site.tensor_names.values()]
     for node in nodes:
         training: Any = False
-        rows = None
+        mine = None
         if any(site.dropout > 0.0 for site in found):
             scope = scope_node(graph, found[0].path)
             with graph.inserting_before(node):
                 training = _made(graph.call_function(by_mode, (scope, True, False)))
-        if index is not None:
+        if rows is not None:
             with graph.inserting_before(node):
-                rows = _rows(graph, [index[site.adapter] for site in found])
+                mine = _rows_of_layer(graph, rows, [index[site.adapter] for site in found])
         call_twin(
             node,
             [
@@ -168,14 +169,23 @@ def _call_twins(
                 [site.scaling for site in found],
                 [site.dropout for site in found],
                 training,
-                rows,
+                mine,
             ],
         )
 
 
-def _rows(graph: Graph, indices: Sequence[int]) -> Node:
+def _batch_rows(gm: CapturedModule) -> Node:
+    """The buffer with each row's adapter, once the batch is seen to have as many rows."""
+    graph = gm.graph
+    inputs = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(inputs[-1]):
+        rows = _made(graph.get_attr(ROWS))
+    with graph.inserting_after(rows):
+        return _made(graph.call_function(batch_rows, (rows, inputs[0])))
+
+
+def _rows_of_layer(graph: Graph, rows: Node, indices: Sequence[int]) -> Node:
     """Which of a layer's adapters each row goes through. A layer that not all adapters have counts its own."""
-    rows = _made(graph.get_attr(ROWS))
     if list(indices) == list(range(len(indices))):
         return rows
     known = _made(graph.call_function(aten.full_like.default, (rows, -1)))

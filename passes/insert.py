@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lorafx.errors import MatchError
 from lorafx.graph import CapturedModule, annotate, get_path, mark_own, named_tensors, notes, set_tensor
-from lorafx.ir import Adapter, Site, Stage, adapters
+from lorafx.ir import ADAPTERS, FOLDED, Adapter, Site, Stage, adapters, base_modules
 from lorafx.passes.activate import activate, deactivate
 from lorafx.passes.base import Pass, PassResult
 from lorafx.passes.match import Choice
 from lorafx.passes.residual import keep_residual
+from lorafx.passes.samples import refuse_changed, sample
 from lorafx.spec import LoraSpec, matches
 from lorafx.variants import VARIANTS
 from lorafx.variants.base import Start, StartRequest
@@ -28,18 +29,18 @@ from lorafx.variants.base import Start, StartRequest
 
 @dataclass(frozen=True)
 class Insert(Pass):
-    """Adapt the chosen layers of a graph, in place; the new adapter is the active one.
+    """Add an adapter to the chosen layers of a graph, in place.
 
     Options: ``choices`` from :func:`~lorafx.passes.match.match`; ``specs`` they were made with;
-    ``generator`` for the initial values (None: torch's global one); ``adapter``, its name.
-
-    After it, only this adapter's parameters, its ``modules_to_save`` and the biases asked for require gradients.
+    ``generator`` for the initial values (None: torch's global one); ``adapter``, its name. With ``alone`` it is the
+    active one afterwards, and nothing else requires gradients; otherwise what is active and what trains stays.
     """
 
     choices: tuple[Choice, ...]
     specs: tuple[LoraSpec, ...]
     generator: torch.Generator | None = None
     adapter: str = "default"
+    alone: bool = True
 
     name: ClassVar[str] = "insert"
     requires: ClassVar[frozenset[Stage]] = frozenset(Stage)
@@ -47,28 +48,34 @@ class Insert(Pass):
 
     def run(self, gm: CapturedModule) -> PassResult:
         trained = trained_base(gm, self.choices, self.specs)
-        deactivate(gm)
-        chosen = [c for c in self.choices if c.site is not None and c.spec is not None]
-        adapter = Adapter(self.adapter, self.specs, tuple(c.site for c in chosen if c.site), trained)
+        chosen = [(c, c.site, c.spec) for c in self.choices if c.site is not None and c.spec is not None]
+        adapter = Adapter(self.adapter, self.specs, tuple(site for _, site, _ in chosen), trained)
+        for site in adapter.sites:
+            refuse_changed(gm, site)
+        starts = [start_values(gm, site, spec, self.generator) for _, site, spec in chosen]
+        shared = _shared(gm, [(site, spec) for _, site, spec in chosen], adapter)
+        active, by_row = gm.meta.get("active", ()), gm.meta.get("by_row", False)
+        deactivate(gm)  # from here on nothing raises
         residual = []
-        for choice in chosen:
-            assert choice.site is not None
-            assert choice.spec is not None
-            start = start_values(gm, choice.site, choice.spec, self.generator)
+        for (choice, site, _), start in zip(chosen, starts, strict=True):
             for name, value in start.parameters.items():
-                _own(gm, choice.site.parameter_name(name), nn.Parameter(value))
-            if keep_residual(gm, adapter, choice.site, start):
-                residual.append(choice.site.weight)
+                _own(gm, site.parameter_name(name), nn.Parameter(value, requires_grad=False))
+            if keep_residual(gm, adapter, site, start):
+                residual.append(site.weight)
             mark_layer(gm, choice)
-        _add_shared(gm, chosen, adapter)
+        for name, value in shared.items():
+            _own(gm, name, value, persistent=False)
         _add_indices(gm, adapter)
         _copy_trained(gm, adapter)
-        adapter = Adapter(self.adapter, self.specs, adapter.sites, trained, tuple(dict.fromkeys(residual)))
+        adapter = replace(adapter, residual=tuple(dict.fromkeys(residual)))
         gm.meta["adapters"] = {**adapters(gm), self.adapter: adapter}
-        known = gm.meta.get("samples", {})
-        gm.meta["samples"] = {**known, **{s.weight: sample(get_path(gm, s.weight)) for s in adapter.sites}}
-        activate(gm, (self.adapter,))
-        train_only(gm, (self.adapter,))
+        new = {s.weight: sample(get_path(gm, s.weight)) for s in adapter.sites}
+        gm.meta["samples"] = {**new, **gm.meta.get("samples", {})}
+        if self.alone:
+            activate(gm, (self.adapter,))
+            train_only(gm, (self.adapter,))
+        else:
+            activate(gm, active, by_row)
         skipped = tuple((c.candidate.name, c.reason) for c in self.choices if c.site is None)
         return PassResult(gm, len(chosen), skipped)
 
@@ -166,22 +173,31 @@ def _add_indices(gm: CapturedModule, adapter: Adapter) -> None:
             _own(gm, site.index_name, site.index(get_path(gm, site.weight)), persistent=False)
 
 
-def _add_shared(gm: CapturedModule, chosen: Sequence[Choice], adapter: Adapter) -> None:
-    """The tensors that a variant's sites share, as large as the largest of them needs."""
-    groups: dict[str, list[Choice]] = {}
-    for choice in chosen:
-        if choice.site is not None and VARIANTS[choice.site.variant].shared:
-            groups.setdefault(choice.site.variant, []).append(choice)
-    for name, members in groups.items():
-        first = members[0]
-        assert first.spec is not None
-        found = [c.site for c in members if c.site is not None]
-        weight = get_path(gm, found[0].weight)
-        sizes = [(s.out_features, s.in_features) for s in found]
-        largest = max(s.r for s in found)
-        shared = VARIANTS[name].share(sizes, largest, first.spec.options, first.spec.dtype_for(weight.dtype))
-        for tensor, value in shared.items():
-            _own(gm, adapter.own_name(tensor), value.to(weight.device), persistent=False)
+def _shared(gm: CapturedModule, chosen: Sequence[tuple[Site, LoraSpec]], adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors that a variant's sites share, by name, as large as the largest of the sites needs.
+
+    Raises:
+        MatchError: specs of one variant want different ones.
+    """
+    groups: dict[str, list[tuple[Site, LoraSpec]]] = {}
+    for site, spec in chosen:
+        if VARIANTS[site.variant].shared:
+            groups.setdefault(site.variant, []).append((site, spec))
+    found: dict[str, Tensor] = {}
+    for variant, members in groups.items():
+        wanted = {(spec.options, spec.dtype_for(get_path(gm, site.weight).dtype)) for site, spec in members}
+        if len(wanted) > 1:
+            raise MatchError(
+                f"all sites of variant {variant!r} share their projections, and these specs want different ones: "
+                f"{' or '.join(sorted(f'{dict(options)} in {dtype}' for options, dtype in wanted))}. Give them equal "
+                "options and adapter_dtype, or make an adapter of each"
+            )
+        ((options, dtype),) = wanted
+        sizes = [(site.out_features, site.in_features) for site, _ in members]
+        device = get_path(gm, members[0][0].weight).device
+        drawn = VARIANTS[variant].share(sizes, max(site.r for site, _ in members), options, dtype)
+        found |= {adapter.own_name(name): value.to(device) for name, value in drawn.items()}
+    return found
 
 
 def _copy_trained(gm: CapturedModule, adapter: Adapter) -> None:
@@ -193,7 +209,7 @@ def _copy_trained(gm: CapturedModule, adapter: Adapter) -> None:
         old = get_path(gm, name)
         if id(old) not in copies:
             value = old.detach().clone()
-            copies[id(old)] = nn.Parameter(value) if isinstance(old, nn.Parameter) else value
+            copies[id(old)] = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
         _own(gm, adapter.own_name(name), copies[id(old)], persistent=name in kept)
 
 
@@ -216,18 +232,12 @@ def _module_copy(module: nn.Module) -> nn.Module:
     return new
 
 
-def sample(weight: Tensor) -> Tensor:
-    """Some 64 values of a weight, by which a merge tells that it is still the one that was adapted."""
-    flat = weight.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // 64)].cpu().clone() if not weight.is_meta else flat[:0]
-
-
 def trained_base(gm: CapturedModule, choices: Sequence[Choice], specs: Sequence[LoraSpec]) -> tuple[str, ...]:
     """Names of the base tensors that train whole: ``modules_to_save`` (their buffers too) and ``bias``."""
     names: dict[str, None] = {}
-    tensors: dict[str, Any] = dict(named_tensors(gm))
+    tensors = {n: t for n, t in named_tensors(gm) if n.partition(".")[0] not in (ADAPTERS, FOLDED)}
     parameters = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter)}
-    modules = [n for n, _ in gm.named_modules(remove_duplicate=False) if n]
+    modules = base_modules(gm, aliases=True)
     for spec in specs:
         for module in modules:
             if matches(module, spec.trained_modules):
@@ -238,7 +248,7 @@ def trained_base(gm: CapturedModule, choices: Sequence[Choice], specs: Sequence[
             taken = (c.site.bias for c in choices if c.site is not None and c.spec is spec)
             names.update(dict.fromkeys(n for n in taken if n is not None))
     of_adapters = {n for a in adapters(gm).values() for n in a.parameter_names}
-    names = {n: None for n in names if not n.startswith("_adapters.") and n not in of_adapters}
+    names = {n: None for n in names if n not in of_adapters}
     for name in names:
         aliases = [n for n, p in tensors.items() if p is tensors[name] and n not in names]
         if aliases:

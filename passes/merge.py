@@ -24,7 +24,6 @@ from lorafx.graph import (
     delete_path,
     erase,
     get_path,
-    is_own,
     mark_own,
     named_tensors,
     notes,
@@ -49,8 +48,8 @@ from lorafx.ir import (
 from lorafx.ops import LAYERS, STORAGE, fold, updates
 from lorafx.passes.activate import activate, deactivate
 from lorafx.passes.base import Pass, PassResult
-from lorafx.passes.insert import sample
 from lorafx.passes.layers import find_operands, readers
+from lorafx.passes.samples import refuse_changed
 from lorafx.variants import VARIANTS
 
 
@@ -70,6 +69,11 @@ class Merge(Pass):
     ensures: ClassVar[Stage] = Stage.MERGED
 
     def run(self, gm: CapturedModule) -> PassResult:
+        if self.fold and self.adapters is None and gm.meta.get("by_row"):
+            raise MergeError(
+                "each row of a batch goes through an adapter of its own (set_adapter_names), and weights hold the same "
+                "for all rows: name the adapters to merge, or call set_adapter first"
+            )
         result = share(gm)
         if self.adapters is not None:
             forget_folded(result)
@@ -96,7 +100,7 @@ def merge(gm: CapturedModule, adapters: str | Sequence[str] | None = None) -> Ca
     """A base-shaped graph whose weights hold the active adapters, or the ones named. ``gm`` is left as it is.
 
     Each weight is computed in float32 or better (float64 over a float32 base) and rounded once to its
-    dtype. The merged graph prints as the captured one. (:func:`lorafx.merge_in_place` merges within ``gm``.)
+    dtype. The merged graph prints as the captured one. (:func:`lorafx.merge` does this and merges in place too.)
 
     Raises:
         MergeError: an adapter holds NaN or Inf; names the site.
@@ -155,7 +159,7 @@ def merged_weight(gm: CapturedModule, found: Sequence[Site]) -> Tensor:
                     f"site '{site.name}': {name} holds NaN or Inf, so it cannot be folded. Training diverged: go back "
                     "to an earlier adapter, or lower the learning rate"
                 )
-    _refuse_changed(gm, first)
+    refuse_changed(gm, first)
     weight = _own_or_base(gm, first.weight)
     wide = torch.float32 if weight.dtype.itemsize < 4 else torch.float64
     tensors = [t.detach().to(wide) for site in found for t in site.tensors(gm).values()]
@@ -195,18 +199,6 @@ def _own_or_base(gm: CapturedModule, name: str) -> Tensor:
         name = f"{FOLDED}.{name}"
     found: Tensor = get_path(gm, name)
     return found.detach()
-
-
-def _refuse_changed(gm: CapturedModule, site: Site) -> None:
-    weight = get_path(gm, site.weight)
-    known = gm.meta.get("samples", {}).get(site.weight)
-    if known is None or weight.is_meta or is_own(weight) or torch.equal(sample(weight), known):
-        return
-    raise MergeError(
-        f"site '{site.name}': '{site.weight}' was overwritten after apply, in the model that shares it with the "
-        "graph (by loading merged weights there?), so the adapter no longer fits it. Load merged weights into a "
-        "copy of the model; to go on with this graph, load the original weights again"
-    )
 
 
 def merged_state_dict(gm: CapturedModule) -> dict[str, Tensor]:

@@ -110,9 +110,12 @@ def _change(
     cuts = [cut for n, (kept, r) in changes.items() for cut in _cuts(gm, sites[n], kept, r)]
     states = {} if optimizer is None else _states(optimizer, cuts)
     new: dict[nn.Parameter, nn.Parameter] = {}
+    # A site without a rank has nothing that could train; when it has one again, it trains as its adapter does.
+    running = adapter.name in gm.meta.get("active", ())
     with torch.inference_mode(False):
         for cut in cuts:
-            parameter = nn.Parameter(cut.of(cut.old), requires_grad=cut.old.requires_grad and cut.r > 0)
+            trains = cut.old.requires_grad if cut.old.numel() else running
+            parameter = nn.Parameter(cut.of(cut.old), requires_grad=cut.r > 0 and trains)
             if cut.old.grad is not None and cut.r > 0:
                 parameter.grad = cut.of(cut.old.grad)
             mark_own(parameter)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import lorafx
 from conftest import Zoo, leaves, same
-from lorafx import AdapterError, LoraSpec, MatchError, MergeError
+from lorafx import AdapterError, LoraSpec, MatchError, MergeError, PassError
 from lorafx.demo.model import load_model
 from lorafx.graph import CapturedModule
 from lorafx.ir import Stage, adapters, format_graph, stage
@@ -280,11 +280,74 @@ def test_rows_are_refused_where_they_cannot_be_told_apart(several: tuple[nn.Modu
         lorafx.set_adapter_names(traced, ["default"])
 
 
-def test_a_batch_of_another_size_than_the_names_is_refused(several: tuple[nn.Module, CapturedModule]) -> None:
+@pytest.mark.parametrize("names", [["default"], ["default", "vera"], ["default"] * 6], ids=len)
+def test_a_batch_of_another_size_than_the_names_is_refused(
+    several: tuple[nn.Module, CapturedModule], names: list[str]
+) -> None:
     _, gm = several
-    lorafx.set_adapter_names(gm, ["default", "vera"])
-    with pytest.raises(RuntimeError, match="adapter_names has 2 names, and the batch another size"):
+    lorafx.set_adapter_names(gm, names)
+    with pytest.raises(AdapterError, match=f"adapter_names has {len(names)} names, and the batch 3 rows"):
         gm(IDS)
+
+
+def test_flattened_rows_of_another_batch_are_refused(zoo: Zoo) -> None:
+    """GPT-2's layers see batch times sequence rows, of which any number of names may be a divisor."""
+    family = FAMILIES["gpt2"]
+    gm = zoo.adapted(family, LoraSpec(r=2)).eval()
+    lorafx.set_adapter_names(gm, ["default"])
+    with pytest.raises(AdapterError, match="adapter_names has 1 names, and the batch 2 rows"):
+        gm(**family.inputs())
+
+
+ROUTE = ["default", None, "vera"]
+
+
+def test_what_else_is_done_leaves_the_rows_their_adapters(several: tuple[nn.Module, CapturedModule]) -> None:
+    _, gm = several
+    lorafx.set_adapter_names(gm, ROUTE)
+    before, text = gm(IDS), format_graph(gm)
+    lorafx.delete_adapter(gm, "small")
+    lorafx.add_adapter(gm, SPECS["small"], "new")
+    lorafx.rename_adapter(gm, "vera", "other")
+    with lorafx.disable_adapters(gm):
+        assert not torch.equal(gm(IDS)[0], before[0])
+    lorafx.rename_adapter(gm, "other", "vera")
+    assert torch.equal(gm(IDS), before)
+    assert format_graph(gm) == text
+    for call, error in (
+        (lambda: lorafx.set_adapter_names(gm, ["head", None, None]), AdapterError),
+        (lambda: lorafx.delete_adapter(gm, "vera"), AdapterError),
+        (lambda: lorafx.merge(gm, "dora", inplace=True), MergeError),
+        (lambda: lorafx.merge(gm), MergeError),
+    ):
+        with pytest.raises(error):
+            call()
+        assert torch.equal(gm(IDS), before)
+    assert_close("model", lorafx.merge(gm, ["dora"])(IDS), through(gm, "dora"))
+
+
+def test_rows_train_their_own_adapters(several: tuple[nn.Module, CapturedModule]) -> None:
+    _, gm = several
+    lorafx.set_adapter(gm, "dora")
+    lorafx.set_adapter_names(gm, ROUTE)
+    gm(IDS).square().sum().backward()
+    routed = {n: p.grad for n, p in gm.named_parameters() if p.grad is not None}
+    assert set(routed) == {n for name in ("default", "vera") for n in adapters(gm)[name].parameter_names}
+    for row, name in ((0, "default"), (2, "vera")):
+        lorafx.set_adapter(gm, name)
+        gm.zero_grad()
+        gm(IDS[row : row + 1]).square().sum().backward()
+        for parameter in adapters(gm)[name].parameter_names:
+            grad = gm.get_parameter(parameter).grad
+            assert grad is not None
+            assert_close("layer", routed[parameter], grad)
+
+
+def test_rows_without_an_adapter_are_not_those_of_a_merged_one(several: tuple[nn.Module, CapturedModule]) -> None:
+    _, gm = several
+    lorafx.merge(gm, "small", inplace=True)
+    with pytest.raises(AdapterError, match=r"small is merged in place, for all rows: call unmerge"):
+        lorafx.set_adapter_names(gm, ROUTE)
 
 
 def test_a_mixed_batch_compiles(several: tuple[nn.Module, CapturedModule]) -> None:
@@ -380,6 +443,12 @@ def merge_what_is_broken(gm: CapturedModule) -> None:
         (lambda gm: lorafx.set_adapter(gm, []), AdapterError, "disable_adapters"),
         (lambda gm: lorafx.add_adapter(gm, LoraSpec(), "dora"), AdapterError, "there is an adapter 'dora' already"),
         (lambda gm: lorafx.add_adapter(gm, LoraSpec(), "a.b"), AdapterError, "'a.b' cannot be an adapter's name"),
+        (
+            lambda gm: lorafx.add_adapter(gm, LoraSpec(), "train"),
+            AdapterError,
+            "modules have an attribute of that name",
+        ),
+        (lambda gm: lorafx.rename_adapter(gm, "vera", "eval"), AdapterError, "have an attribute of that name"),
         (lambda gm: lorafx.add_adapter(gm, LoraSpec(target_modules=["q"]), "x"), MatchError, "no such layer"),
         (lambda gm: lorafx.delete_adapter(gm, "x"), AdapterError, "there is no adapter 'x'"),
         (lambda gm: lorafx.rename_adapter(gm, "vera", "dora"), AdapterError, "there is an adapter 'dora' already"),
@@ -407,6 +476,98 @@ def test_errors_say_what_and_change_nothing(
         lorafx.unmerge(gm)
         lorafx.set_adapter(gm, "default")
     assert torch.equal(gm(IDS), before)
+
+
+def test_without_adapters_means_without_merged_ones(several: tuple[nn.Module, CapturedModule]) -> None:
+    model, gm = several
+    lorafx.set_adapter(gm, ["default", "vera"])
+    lorafx.merge(gm, "vera", inplace=True)
+    before = gm(IDS)
+    with lorafx.disable_adapters(gm) as bare:
+        assert torch.equal(bare(IDS), model(IDS))
+        for call in (
+            lambda: lorafx.set_adapter(gm, "dora"),
+            lambda: lorafx.rename_adapter(gm, "dora", "x"),
+            lambda: lorafx.unmerge(gm),
+            lambda: lorafx.add_adapter(gm, LoraSpec(), "x"),
+        ):
+            with pytest.raises(AdapterError, match="adapters are disabled"):
+                call()
+    assert torch.equal(gm(IDS), before)
+    lorafx.unmerge(gm)
+    assert set(gm.meta["active"]) == {"default", "vera"}
+
+
+def test_unmerging_activates_only_what_was_active(several: tuple[nn.Module, CapturedModule]) -> None:
+    _, gm = several
+    before = through(gm, "default")
+    lorafx.merge(gm, "vera", inplace=True)
+    lorafx.unmerge(gm)
+    assert gm.meta["active"] == ("default",)
+    assert torch.equal(gm(IDS), before)
+
+
+def test_adding_beside_a_merged_adapter(several: tuple[nn.Module, CapturedModule]) -> None:
+    """An adapter that cannot be active now may still be added; what is merged stays."""
+    _, gm = several
+    lorafx.set_adapter(gm, "head")
+    lorafx.merge(gm, inplace=True)
+    before = gm(IDS)
+    lorafx.add_adapter(gm, LoraSpec(variant="dora", target_modules=["up"], modules_to_save=["head"]), "more")
+    assert torch.equal(gm(IDS), before)
+    with pytest.raises(AdapterError, match="'more' cannot be active together with what is merged in place"):
+        lorafx.set_adapter(gm, "more")
+    lorafx.unmerge(gm)
+    lorafx.set_adapter(gm, "more")
+
+
+def test_a_failed_add_leaves_nothing(several: tuple[nn.Module, CapturedModule]) -> None:
+    _, gm = several
+    before, names = through(gm, "vera"), list(gm.state_dict())
+    with torch.no_grad():
+        kept = gm.get_parameter("down.weight").clone()
+        gm.get_parameter("down.weight").fill_(float("nan"))
+    with pytest.raises((MergeError, torch.linalg.LinAlgError)):
+        lorafx.add_adapter(gm, LoraSpec(r=2, init="pissa", target_modules=["up", "down"]), "new")
+    with torch.no_grad():
+        gm.get_parameter("down.weight").copy_(kept)
+    assert list(gm.state_dict()) == names
+    assert torch.equal(gm(IDS), before)
+
+
+def test_a_base_that_was_overwritten_takes_no_new_adapter(several: tuple[nn.Module, CapturedModule]) -> None:
+    model, gm = several
+    lorafx.set_adapter(gm, "default")
+    model.load_state_dict(lorafx.merged_state_dict(gm))
+    with pytest.raises(MergeError, match="was overwritten after apply"):
+        lorafx.add_adapter(gm, LoraSpec(r=2, target_modules=["up"]), "late")
+
+
+def test_loading_values_while_merged_is_refused(several: tuple[nn.Module, CapturedModule]) -> None:
+    _, gm = several
+    state = copy.deepcopy(gm.state_dict())
+    lorafx.merge(gm, "vera", inplace=True)
+    with pytest.raises(PassError, match=r"vera is merged in place.*unmerge"):
+        gm.load_state_dict(state, strict=False)
+    gm.load_state_dict(copy.deepcopy(gm.state_dict()))
+
+
+def test_what_was_merged_in_inference_mode_trains_afterwards(several: tuple[nn.Module, CapturedModule]) -> None:
+    _, gm = several
+    lorafx.set_adapter(gm, ["default", "vera"])
+    with torch.inference_mode():
+        lorafx.merge(gm, "vera", inplace=True)
+    gm(IDS).sum().backward()
+    assert gm.get_parameter("up.lora_B.default").grad is not None
+
+
+def test_vera_sites_of_one_adapter_share_one_projection() -> None:
+    specs = [
+        LoraSpec(variant="vera", target_modules=[n], options={"projection_prng_key": k})
+        for n, k in (("up", 1), ("down", 2))
+    ]
+    with pytest.raises(MatchError, match="share their projections, and these specs want different ones"):
+        lorafx.apply(Model(), specs, (IDS,))
 
 
 # renaming, deleting, copying

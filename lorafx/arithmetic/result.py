@@ -13,7 +13,7 @@ from lorafx.adapters import switch
 from lorafx.arithmetic.changes import PlainSite, refuse_unusable, trains_rows
 from lorafx.errors import AdapterError
 from lorafx.graph import CapturedModule, get_path, named_tensors
-from lorafx.ir import Adapter, base_modules
+from lorafx.ir import ROWS, Adapter, base_modules
 from lorafx.ops import PARAMETERS
 from lorafx.passes.activate import deactivate
 from lorafx.passes.insert import put_adapter
@@ -62,11 +62,11 @@ def put_plain(
     adapter = Adapter(into, specs, tuple(p.site for p in made), trained)
     tensors = {p.site.parameter_name(n): value for p in made for n, value in p.values.items()}
     tensors |= {adapter.own_name(name): value for name, value in whole.items()}
-    running, by_row = tuple(gm.meta.get("active", ())), gm.meta.get("by_row", False)
+    running, rows = tuple(gm.meta.get("active", ())), gm._buffers.get(ROWS)
     deactivate(gm)
     with torch.inference_mode(False):
         put_adapter(gm, adapter, tensors)
-    switch(gm, running, by_row)
+    switch(gm, running, rows)
 
 
 def _specs_of(adapters: Sequence[Adapter]) -> list[LoraSpec]:

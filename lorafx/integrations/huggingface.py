@@ -152,6 +152,7 @@ class LoraTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if (found := stage(self._adapted())) is not Stage.INSERTED:
             raise PassError(f"LoraTrainer: this graph is {found.value}; train what lorafx.apply(model, spec) returns")
+        find_adapter(self._adapted())  # refuses several active ones, of which a checkpoint could hold one
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise PassError(
                 "LoraTrainer: adapters of a sharded model cannot be saved; train without FSDP and DeepSpeed "
