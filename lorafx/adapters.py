@@ -346,6 +346,7 @@ def refuse_wrapped(gm: CapturedModule, names: Sequence[str]) -> None:
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not several or torch.distributed.get_world_size() == 1 or set(names) == set(gm.meta.get("active", ())):
         return
+    gc.collect()  # a wrapper that was deleted may be part of a cycle
     for held in gc.get_objects():
         if issubclass(type(held), DistributedDataParallel) and any(m is gm for m in held.module.modules()):
             raise AdapterError(

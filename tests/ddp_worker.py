@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 
 import lorafx
 from conftest import randomize
+from lorafx.errors import AdapterError
 from lorafx.integrations.huggingface import LoraTrainer
 from tolerances import error
 from zoo import FAMILIES
@@ -82,6 +83,19 @@ def main(directory: Path) -> None:
     both: list[Any] = [None, None]
     dist.all_gather_object(both, {n: p.detach() for n, p in gm.named_parameters() if p.requires_grad})
     found["processes_agree_after_a_step"] = all(torch.equal(both[0][n], both[1][n]) for n in both[0])
+
+    lorafx.add_adapter(gm, lorafx.LoraSpec(r=2), "other", seed=1)
+    try:
+        lorafx.set_adapter(gm, "other")
+    except AdapterError as refused:
+        found["switch_refused"] = str(refused)
+    del ddp
+    lorafx.set_adapter(gm, "other")
+    randomize(gm, 0.1)
+    rewrapped = DistributedDataParallel(gm.eval())
+    dist.all_gather_object(both, {n.removeprefix("module."): g for n, g in gradients(rewrapped, half).items()})
+    found["switched_parameters"] = sorted(both[0])
+    found["processes_agree_after_switching"] = all(torch.equal(both[0][n], both[1][n]) for n in both[0])
 
     inputs, labels = batch()
     rows = [{**{n: v[i] for n, v in inputs.items()}, "labels": labels[i]} for i in range(4)]

@@ -57,6 +57,14 @@ def test_processes_stay_together_with_recomputed_layers(found: dict[str, Any]) -
 
 
 @pytest.mark.xdist_group("ddp")
+def test_switching_below_a_wrapper_is_refused_and_after_it_right(found: dict[str, Any]) -> None:
+    assert "Delete the wrapper, switch, and wrap the graph again" in found["switch_refused"]
+    assert found["switched_parameters"]
+    assert all(name.endswith(".other") for name in found["switched_parameters"])
+    assert found["processes_agree_after_switching"]
+
+
+@pytest.mark.xdist_group("ddp")
 def test_the_trainer_runs_in_two_processes_and_saves_once(found: dict[str, Any], directory: Path) -> None:
     assert found["processes_agree_after_the_trainer"]
     saved = {path.name for path in (directory / "run" / "checkpoint-2").iterdir()}
