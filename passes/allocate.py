@@ -131,7 +131,8 @@ def allocate_ranks(
             gradient a weight in float32.
         max_rank: at most for one site; None: twice its rank by the spec. Never more than the weight's sides.
         min_rank: at least for each site; 0: a site may be left out.
-        loss_fn: ``loss_fn(outputs, batch)`` for ``"gradient"``; None: the outputs' ``loss``.
+        loss_fn: ``loss_fn(outputs, batch)`` for ``"gradient"``; None: the outputs' ``loss``. With it, a dict among
+            the batches may hold labels and the like that only the loss needs.
         example_inputs, dynamic_shapes: for a model, as in :func:`lorafx.apply`.
 
     Raises:

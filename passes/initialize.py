@@ -57,7 +57,8 @@ def initialize(
         adapter: which one; None: the one that is active.
         method: ``"eva"`` or ``"lora_ga"``, for all sites of variants that know it; None: where the specs say
             ``init="eva"`` or ``init="lora_ga"``.
-        loss_fn: ``loss_fn(outputs, batch)`` for LoRA-GA; None: the outputs' ``loss``.
+        loss_fn: ``loss_fn(outputs, batch)`` for LoRA-GA; None: the outputs' ``loss``. With it, a dict among the
+            batches may hold labels and the like that only the loss needs.
 
     Raises:
         AdapterError: there is no such adapter; it has no such sites, was trained, or is merged; the data

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Interpreter, Node
 
 from lorafx.errors import AdapterError
@@ -80,7 +80,8 @@ def sum_gradients(
     Takes memory for one gradient a weight. A weight that no loss depends on has none.
 
     Args:
-        loss_fn: None: the loss among the outputs.
+        loss_fn: None: the loss among the outputs. Otherwise a dict may hold what only the loss needs (labels that
+            the graph does not take); it is left out of the call.
 
     Raises:
         AdapterError: the outputs have no loss, and no ``loss_fn`` is given.
@@ -102,7 +103,7 @@ def sum_gradients(
             watch(name, rebind(bare, base, base.detach()).requires_grad_())
         for batch in batches:
             count += 1
-            outputs = _call(bare, batch)
+            outputs = _call(bare, batch, loss_fn is not None)
             loss = getattr(outputs, "loss", None) if loss_fn is None else loss_fn(outputs, batch)
             if not isinstance(loss, Tensor):
                 raise AdapterError(
@@ -158,9 +159,10 @@ class Directions:
         return shares + [0.0] * (count - len(shares))
 
 
-def _call(gm: nn.Module, batch: Batch) -> Any:
+def _call(gm: CapturedModule, batch: Batch, own_loss: bool) -> Any:
     if isinstance(batch, Mapping):
-        return gm(**batch)
+        taken = {a.name for a in gm.signature.arguments}
+        return gm(**{n: v for n, v in batch.items() if n in taken or not own_loss})
     return gm(batch) if isinstance(batch, Tensor) else gm(*batch)
 
 

@@ -335,3 +335,24 @@ def test_a_pattern_has_exact_names_and_ranks() -> None:
         with_ranks(PLAIN, {"layer.0": 3})
     with pytest.raises(SpecError, match=r"^rank_pattern\['\^0'\]=-1 is not allowed"):
         with_ranks(PLAIN, {"^0": -1})
+
+
+def test_a_batch_may_hold_labels_for_the_loss_alone() -> None:
+    model, x, target = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(6, 5), torch.randn(6, 3)
+
+    def loss(outputs: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        return nn.functional.mse_loss(outputs, batch["target"])
+
+    spec = LoraSpec(r=2, target_modules=["0", "2"])
+    given = allocate_ranks(
+        model, spec, [{"input": x, "target": target}], method="gradient", loss_fn=loss, example_inputs=(x,)
+    )
+    apart = allocate_ranks(
+        model,
+        spec,
+        [(x,)],
+        method="gradient",
+        loss_fn=lambda outputs, _: nn.functional.mse_loss(outputs, target),
+        example_inputs=(x,),
+    )
+    assert given.rank_pattern == apart.rank_pattern
