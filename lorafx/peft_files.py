@@ -140,7 +140,7 @@ _EMBEDDING: Mapping[str, _Form] = {"lora_A": ("lora_embedding_A", ()), "lora_B":
 
 def _forms(gm: CapturedModule, target: Target, site: Site) -> Mapping[str, _Form]:
     """The form of each parameter; one that is not listed is stored under its own name and as it is."""
-    if site.variant in ("adalora", "vera"):
+    if site.variant in SCALED:  # methods of their own in PEFT, with names of their own
         return {}
     if target.form == "parameter":
         return {**_LINEAR, **_of_parameter(gm, target, site)}
