@@ -110,7 +110,7 @@ def flag(where: str, value: Any) -> bool:
 
 
 def integer(where: str, value: Any) -> int:
-    """An integer."""
+    """An integer of either sign, and no bool."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise refusal(where, value, "expected an integer")
     return int(value)
@@ -124,7 +124,7 @@ def count(where: str, value: Any) -> int:
 
 
 def number(where: str, value: Any) -> float:
-    """A finite number."""
+    """A finite number of either sign, as a float."""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(float(value)):
         raise refusal(where, value, "expected a finite number")
     return float(value)

@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from lorafx.checks import did_you_mean
 from lorafx.errors import AdapterError, PassError, VerifyError
 from lorafx.graph import ROOT_MODE, CapturedModule, get_path, notes
-from lorafx.ops import ADAPTED, LAYERS, STORAGE, SWAPPED, adapted_weight
+from lorafx.ops import ADAPTED, ADAPTER_ARGUMENTS, LAYERS, STORAGE, SWAPPED, adapted_weight
 from lorafx.spec import LoraSpec
 from lorafx.variants import VARIANTS
 
@@ -320,7 +320,7 @@ def verify(gm: CapturedModule, expected: Stage) -> None:
 def _operator_and_tensors(node: Node, site: Site) -> tuple[Any, list[Any]]:
     """The operator that calls such a site, and the adapters' tensors that a node hands it."""
     if site.kind in ADAPTED:
-        return ADAPTED[site.kind], list(node.args[-6])  # type: ignore[arg-type]
+        return ADAPTED[site.kind], list(node.args[-ADAPTER_ARGUMENTS])  # type: ignore[arg-type]
     return adapted_weight, list(node.args[1])  # type: ignore[arg-type]
 
 
