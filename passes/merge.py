@@ -82,8 +82,9 @@ class Merge(Pass):
         values = folded_tensors(result) if self.fold else {}
         deactivate(result)
         nodes = layer_nodes(result)
-        for layer in {found[0].name: found[0] for found in layers.values() if found[0].apart}.values():
-            _write_apart(result, layer, nodes[layer.name], values.pop(layer.name))
+        for layer, (first, *_) in layers.items():
+            if first.apart:
+                _write_apart(result, first, nodes[layer], values.pop(first.name))
         for name, value in values.items():
             rebind(result, get_path(result, name), value)  # under every name: ties stay tied
         forget_folded(result)
