@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from lorafx.ir import (
     active_layers,
     adapters,
     find_adapter,
+    stage,
     verify,
 )
 from lorafx.passes.activate import activate, deactivate, own_tensors
@@ -35,6 +37,8 @@ from lorafx.passes.match import match
 from lorafx.passes.merge import folded_tensors, forget_folded, remove_adapter
 from lorafx.passes.merge import merge as merged
 from lorafx.spec import SpecLike, as_specs
+
+T = TypeVar("T")
 
 #: What PEFT calls no adapter in ``adapter_names``.
 BASE = "__base__"
@@ -54,8 +58,12 @@ class AdapterInfo:
 
 
 def list_adapters(gm: CapturedModule) -> tuple[AdapterInfo, ...]:
-    """The adapters of a graph, in the order in which they were added."""
-    running = gm.meta.get("active", ())
+    """The adapters of a graph, in the order in which they were added.
+
+    Raises:
+        PassError: it is no graph of lorafx's, as everything here does.
+    """
+    found, running = adapters(gm), gm.meta.get("active", ())
     return tuple(
         AdapterInfo(
             name=adapter.name,
@@ -68,7 +76,7 @@ def list_adapters(gm: CapturedModule) -> tuple[AdapterInfo, ...]:
                 p.numel() for p in {get_path(gm, n) for n in adapter.parameter_names} if isinstance(p, nn.Parameter)
             ),
         )
-        for adapter in adapters(gm).values()
+        for adapter in found.values()
     )
 
 
@@ -111,9 +119,10 @@ def add_adapter(
 def set_adapter(gm: CapturedModule, names: str | Sequence[str]) -> None:
     """Make these the active adapters, in place. Several are summed: each adds what it would add alone.
 
-    An adapter's update is always relative to the frozen model, whatever else is active, so that the order means
-    nothing; for DoRA that is ``(m / ||W + s B A||) (W + s B A) - W``. The parameters of the active adapters
-    require gradients, and those of no others. Wrap the graph in DistributedDataParallel afterwards.
+    An adapter's update is always relative to the frozen model, whatever else is active, and they are summed in the
+    order in which they were added, so that the order here means nothing; for DoRA it is
+    ``(m / ||W + s B A||) (W + s B A) - W``. The parameters of the active adapters require gradients, and those of no
+    others. Wrap the graph in DistributedDataParallel afterwards.
 
     Raises:
         AdapterError: there is no such adapter, one is named twice or merged in place, two have their own
@@ -145,14 +154,15 @@ def set_adapter_names(gm: CapturedModule, adapter_names: Sequence[str | None]) -
     _refuse_disabled(gm)
     if merged := gm.meta.get("merged"):
         raise AdapterError(f"{', '.join(merged)} is merged in place, for all rows: call unmerge(gm) first")
-    rows = [None if name == BASE else name for name in adapter_names]
+    rows = [None if name == BASE else name for name in _list(adapter_names)]
     if not rows:
         raise AdapterError("adapter_names is empty: give one name (or None) for each row of the batch")
-    chosen = tuple(dict.fromkeys(name for name in rows if name is not None))
+    found = {name: find_adapter(gm, name) for name in rows if name is not None}
+    chosen = tuple(name for name in adapters(gm) if name in found)
     running = gm.meta.get("active", ())
     same = gm.meta.get("by_row", False) and set(chosen) <= set(running)
     if not same:
-        check_rows(gm, [find_adapter(gm, name) for name in chosen])
+        check_rows(gm, [found[name] for name in chosen])
         refuse_wrapped(gm, chosen)
         running = chosen
     index = torch.tensor([-1 if name is None else running.index(name) for name in rows])
@@ -357,10 +367,16 @@ def refuse_wrapped(gm: CapturedModule, names: Sequence[str]) -> None:
 
 
 def _names(names: str | Sequence[str]) -> tuple[str, ...]:
-    chosen = (names,) if isinstance(names, str) else tuple(names)
+    chosen = (names,) if isinstance(names, str) else _list(names)
     if twice := [name for i, name in enumerate(chosen) if name in chosen[:i]]:
         raise AdapterError(f"adapter '{twice[0]}' is named twice; each counts once")
     return chosen
+
+
+def _list(names: Iterable[T]) -> tuple[T, ...]:
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise AdapterError(f"expected a list of adapters' names, got {names!r}")
+    return tuple(names)
 
 
 def check_new_name(gm: CapturedModule, name: str) -> None:
@@ -383,5 +399,6 @@ def _refuse_merged(gm: CapturedModule, name: str) -> None:
 
 
 def _refuse_disabled(gm: CapturedModule) -> None:
+    stage(gm)  # refuses what is no graph of lorafx's
     if gm.meta.get("disabled"):
         raise AdapterError("adapters are disabled (disable_adapters): leave the with block first")

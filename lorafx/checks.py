@@ -73,7 +73,8 @@ def refuse_unknown(where: str, given: Collection[Any], known: Collection[str]) -
     """Raise :class:`SpecError` listing every key of ``given`` that is not in ``known``, with near matches."""
     unknown = [f"{key!r}{did_you_mean(str(key), known)}" for key in given if key not in known]
     if unknown:
-        raise SpecError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+        listing = ", ".join(sorted(known)) or "none"
+        raise SpecError(f"{where}: unknown key {', '.join(unknown)}; known are {listing}.")
 
 
 def refusal(where: str, value: object, expected: str) -> SpecError:

@@ -220,9 +220,14 @@ def sites(gm: CapturedModule) -> tuple[Site, ...]:
 
 
 def active_layers(gm: CapturedModule) -> dict[str, list[Site]]:
-    """The sites that have nodes, by :attr:`Site.layer`: those of active adapters with a rank."""
+    """The sites that have nodes, by :attr:`Site.layer`: those of active adapters with a rank.
+
+    The sites of a layer are in the order in which their adapters were added, whatever the order of activation: the
+    same adapters then give the same sums, bit for bit.
+    """
+    running = gm.meta.get("active", ())
     layers: dict[str, list[Site]] = {}
-    for site in sites(gm):
+    for site in (site for adapter in adapters(gm).values() if adapter.name in running for site in adapter.sites):
         if site.r > 0:
             layers.setdefault(site.layer, []).append(site)
     return layers

@@ -7,17 +7,17 @@
         optimizer.zero_grad()
 
 Each rank of a site is a triplet of a value (``lora_E``) and two vectors (a row of ``lora_A``, a column of ``lora_B``).
-With the gradient g of step t, each element w of them has
+With the gradient g of step t, each element w of them has (the paper's importance-aware rank allocation)
 
-    I = |w g|                                   sensitivity                     (eq. 8)
-    S = beta1 S + (1 - beta1) I                 smoothed                        (eq. 9)
-    U = beta2 U + (1 - beta2) |I - S|           uncertainty                     (eq. 10)
-    s = S U                                     importance                      (eq. 11)
+    I = |w g|                                   sensitivity
+    S = beta1 S + (1 - beta1) I                 smoothed
+    U = beta2 U + (1 - beta2) |I - S|           uncertainty
+    s = S U                                     importance
 
 and a triplet the sum of its value's and its vectors' means (:func:`lorafx.variants.adalora.scores`). The budget of
 ranks falls from what the sites have, b0, to ``target_r`` times the number of sites, bT, over ``total_steps = T``:
 
-    b(t) = b0                                                   t <= tinit      (eq. 12)
+    b(t) = b0                                                   t <= tinit
            bT + (b0 - bT) (1 - (t - tinit) / (T - tfinal - tinit))^3
            bT                                                   t >= T - tfinal
 
@@ -171,7 +171,7 @@ class RankScheduler:
         """``orth_reg_weight`` times how far from orthogonal the factors are on average, to be added to the loss.
 
         ``mean over all P and Q of ||P^T P - I||`` and ``||Q Q^T - I||`` (Frobenius), as in PEFT; a scalar in
-        float32 or better. (Eq. 4 of the paper has squares.)
+        float32 or better. (The paper's has squares.)
         """
         sites = self._sites()
         device = next(iter(sites[0].parameters(self.gm).values())).device
@@ -257,7 +257,7 @@ class RankScheduler:
         return self.schedule.budget(step, first, self.schedule.target_r * len(self._first))
 
     def _observe(self) -> None:
-        """Update sensitivity and uncertainty of every element (eq. 8 to 10)."""
+        """Update sensitivity and uncertainty of every element."""
         parameters = {n: p for site in self._sites() if site.r for n, p in self._named(site).items()}
         gradients: dict[str, Tensor] = {}
         for name, parameter in parameters.items():
@@ -288,7 +288,7 @@ class RankScheduler:
         return scores({n: self._sensitivity[name] * self._uncertainty[name] for n, name in names.items()})
 
     def _allocate(self, budget: int) -> None:
-        """Keep the ``budget`` ranks with the highest scores; of equal ones the first (eq. 6)."""
+        """Keep the ``budget`` ranks with the highest scores; of equal ones the first."""
         sites = [site for site in self._sites() if site.r]
         if not sites:
             return

@@ -63,6 +63,10 @@ def save_adapter(
     ``adapter_config.json``, which nothing loads, and never the weights of one adapter under the scaling
     of another. With several processes, call it in one.
 
+    Two fields of a spec have no key in PEFT's config, so a file does not keep them: ``adapter_dtype``, which no number
+    depends on, and ``tied="untie"``. An adapter of a weight with another use is therefore read back by
+    ``apply(model, replace(LoraSpec.from_json(directory), tied="untie"))`` and :func:`load_adapter`.
+
     Args:
         gm: a graph from :func:`lorafx.apply`.
         directory: made if it does not exist.

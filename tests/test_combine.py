@@ -474,6 +474,7 @@ def call(**changed: Any) -> Callable[[CapturedModule], object]:
         (call(names=["lora", "lora"]), AdapterError, r"adapter 'lora' is named twice.*sum of its weights"),
         (call(names="lora"), AdapterError, r"takes a list of names"),
         (call(names=[], weights=[]), AdapterError, r"takes a list of names"),
+        (call(weights=1.0), AdapterError, r"takes a list of names and a list of weights, not 1\.0"),
         (call(weights=[1.0]), AdapterError, r"2 adapters and 1 weights"),
         (call(weights=[1.0, float("nan")]), SpecError, r"weights=nan is not allowed"),
         (call(into="vera"), AdapterError, r"there is an adapter 'vera' already"),

@@ -26,6 +26,7 @@ from lorafx.graph import CapturedModule
 from lorafx.inspection.plot import PlotError, grid, place
 from lorafx.inspection.report import SiteInspection, effective_rank
 from lorafx.ir import adapters
+from lorafx.passes.resize import resize
 from lorafx.spec import as_spec
 from tolerances import assert_close
 from zoo import FAMILIES
@@ -40,6 +41,7 @@ SPECS: dict[str, LoraSpec] = {
     "attention": LoraSpec(r=2, target_modules=["attn"]),
     "experts": LoraSpec(r=2, alpha=6, target_modules=["up"], target_parameters=["stack"]),
     "adalora": LoraSpec(r=3, variant="adalora", target_modules=["up", "down"], options={"total_step": 9}),
+    "adalora experts": LoraSpec(r=3, variant="adalora", target_modules=["conv"], target_parameters=["stack"]),
     "head": LoraSpec(r=2, target_modules=["up"], modules_to_save=["head"]),
     "dora": LoraSpec(r=2, variant="dora", target_modules=["conv", "up"]),
     "vera": LoraSpec(r=4, variant="vera", target_modules=["up", "down"]),
@@ -356,6 +358,31 @@ def test_numbers_that_are_none(tmp_path: Path) -> None:
     save_file(tensors, directory / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match=r"site 'up': lora_A holds NaN or Inf"):
         inspect_adapter(directory)
+
+
+def test_sites_whose_ranks_are_all_gone(tmp_path: Path) -> None:
+    """What a rank scheduler left nothing of is a change of zero, in graphs, files and pictures."""
+    gm = copy.deepcopy(graph())
+    spec = LoraSpec(r=3, variant="adalora", target_modules=["up", "conv"], target_parameters=["experts.stack"])
+    lorafx.add_adapter(gm, spec, "default")
+    lorafx.set_adapter(gm, "default")
+    kinds.fill(gm)
+    for gone in (["up", "experts.stack"], ["conv"]):
+        resize(gm, {name: [] for name in gone})
+        lorafx.save_adapter(gm, tmp_path / "adapter")
+        with_base = inspect_adapter(tmp_path / "adapter", base=kinds.build(), example_inputs=kinds.inputs())
+        for result in (inspect_adapter(gm), inspect_adapter(tmp_path / "adapter"), with_base):
+            sites = {s.site: s for s in result.sites}
+            assert sites.keys() == {"up", "conv", "experts.stack"}
+            assert (sites["up"].rank, sites["up"].norm, sites["up"].effective_rank) == (0, 0.0, 0.0)
+            assert sites["up"].singular_values == sites["experts.stack"].singular_values == ()
+            assert (sites["conv"].norm == 0.0) == (gone == ["conv"])
+            plot_inspection(result, tmp_path / "a.png")
+
+
+def test_a_directory_holds_one_adapter(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"adapter='other' means nothing here.*by base=model"):
+        inspect_adapter(saved("lora", tmp_path), "other")
 
 
 def test_graphs_that_cannot_be_inspected() -> None:

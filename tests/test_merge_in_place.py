@@ -104,6 +104,7 @@ def merge_what_is_broken(gm: CapturedModule) -> None:
         (lambda gm: lorafx.set_adapter(gm, "vere"), AdapterError, "there is no adapter 'vere' (did you mean 'vera'"),
         (lambda gm: lorafx.set_adapter(gm, ["vera", "vera"]), AdapterError, "adapter 'vera' is named twice"),
         (lambda gm: lorafx.set_adapter(gm, []), AdapterError, "disable_adapters"),
+        (lambda gm: lorafx.set_adapter(gm, None), AdapterError, "expected a list of adapters' names, got None"),
         (lambda gm: lorafx.add_adapter(gm, LoraSpec(), "dora"), AdapterError, "there is an adapter 'dora' already"),
         (lambda gm: lorafx.add_adapter(gm, LoraSpec(), "a.b"), AdapterError, "'a.b' cannot be an adapter's name"),
         (
@@ -159,6 +160,19 @@ def test_without_adapters_means_without_merged_ones(several: tuple[nn.Module, Ca
     assert torch.equal(gm(IDS), before)
     lorafx.unmerge(gm)
     assert set(gm.meta["active"]) == {"default", "vera"}
+
+
+def test_unmerging_in_parts_is_exact_too(several: tuple[nn.Module, CapturedModule]) -> None:
+    """The sums are those of before, whatever the order of activation is by then."""
+    _, gm = several
+    before, text = through(gm, "default", "small", "bias"), format_graph(gm)
+    for merged in (("small",), ("bias", "default"), ("bias",)):
+        for name in merged:
+            lorafx.merge(gm, name, inplace=True)
+        for name in merged:
+            lorafx.unmerge(gm, name)
+        assert format_graph(gm) == text
+        assert torch.equal(gm(IDS), before)
 
 
 def test_unmerging_activates_only_what_was_active(several: tuple[nn.Module, CapturedModule]) -> None:

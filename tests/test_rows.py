@@ -72,6 +72,8 @@ def test_rows_are_refused_where_they_cannot_be_told_apart(several: tuple[nn.Modu
         lorafx.set_adapter_names(gm, ["dora", "head", None])
     with pytest.raises(AdapterError, match=r"there is no adapter 'dorra'.*did you mean 'dora'"):
         lorafx.set_adapter_names(gm, ["dorra"])
+    with pytest.raises(AdapterError, match="expected a list of adapters' names, got 'dora'"):
+        lorafx.set_adapter_names(gm, "dora")
     with pytest.raises(AdapterError, match="adapter_names is empty"):
         lorafx.set_adapter_names(gm, [])
     assert torch.equal(gm(IDS), before)

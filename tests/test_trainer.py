@@ -194,6 +194,11 @@ def test_what_lora_trainer_cannot_train_or_load_is_refused(zoo: Zoo, tmp_path: P
         run(lorafx.merge(gm), tmp_path, LoraTrainer)
     with pytest.raises(PassError, match=r"^expected a graph made by lorafx\.apply, got Bert"):
         LoraTrainer(BERT.build(), arguments(tmp_path))
+    two = zoo.adapted(BERT, SPEC)
+    lorafx.add_adapter(two, SPEC, "other")
+    lorafx.set_adapter(two, ["default", "other"])
+    with pytest.raises(AdapterError, match=r"which adapter is meant\? Active: default, other"):
+        run(two, tmp_path, LoraTrainer)
     run(gm, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(AdapterError, match=r"adapter_config\.json"):
         run(gm, tmp_path, LoraTrainer).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

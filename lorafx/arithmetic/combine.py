@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import replace
 from functools import reduce
 from itertools import combinations
@@ -166,8 +166,9 @@ def convert(
 
 def _chosen(gm: CapturedModule, names: Sequence[str], weights: Sequence[float]) -> list[Adapter]:
     """The adapters to combine."""
-    if isinstance(names, str) or not names:
-        raise AdapterError(f"combine_adapters takes a list of names and a list of weights, not {names!r}")
+    for given in (names, weights):
+        if isinstance(given, str) or not isinstance(given, Sized) or len(given) == 0:
+            raise AdapterError(f"combine_adapters takes a list of names and a list of weights, not {given!r}")
     if len(names) != len(weights):
         raise AdapterError(f"there are {len(names)} adapters and {len(weights)} weights: give one weight for each")
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:

@@ -125,7 +125,7 @@ class Stored:
         rows = variant.name == "tokens"
         scaling = None if rows else self.spec.scaling_for(name) * site.factor
         if isinstance(change, str):
-            return SiteInspection(name, variant.name, _rank(site, variant), scaling, None, note=change)
+            return SiteInspection(name, variant.name, self._rank(site, variant), scaling, None, note=change)
         shape = (*change.left.shape[:-1], change.right.shape[-1])
         settings = SiteInspection(name, variant.name, change.left.shape[-1], scaling, shape)
         return measure(settings, change, _weight(base, name) if base else None)
@@ -144,6 +144,14 @@ class Stored:
             return f"{site.path} (parameter {len(names) - site.depth} of {len(names)})"
         return names[0] if names else site.path
 
+    def _rank(self, site: StoredSite, variant: Variant) -> int:
+        """The rank, of which rows that train whole have as many as there are."""
+        if len(ranks := {self.spec.rank_for(name) for name in self._parameters(site)}) == 1:
+            return ranks.pop()  # the tensors have it once for each expert
+        shapes = variant.shapes(_OUT, _IN, _RANK)
+        of_rank = (p for p in variant.parameters if shapes[p][0] == _RANK)
+        return len(site.tensors[next(of_rank, variant.parameters[0])])
+
     def _change(self, site: StoredSite) -> Factors | str:
         """What a site changes, in float64; or why the file does not say."""
         variant = self._variant(site)
@@ -155,12 +163,15 @@ class Stored:
             return f"{variant.name} is relative to the base's weights: give the base model"
         for parameter in variant.parameters:
             refuse_unusable(f"site '{site.path}': {parameter}", site.tensors[parameter])
-        tensors = {p: _as_matrix(site.tensors[p]).double() for p in variant.parameters}
         names = self._parameters(site)
+        tensors = {p: site.tensors[p].double() for p in variant.parameters}
+        if not names:
+            tensors = {p: _as_matrix(tensor) for p, tensor in tensors.items()}
         ranks = {self.spec.rank_for(name) for name in names or [site.path]}
         if names and len(ranks) > 1:
             return "its ranks differ by parameter, and the file does not say which one this is: give the base model"
-        if names and (experts := len(tensors["lora_A"]) // min(ranks)) > 1:
+        flat = names and tensors["lora_A"].dim() == 2  # AdaLoRA's have a dimension for the experts
+        if flat and (experts := len(tensors["lora_A"]) // max(1, *ranks)) > 1:
             tensors = _unstacked(tensors, experts)
         sizes = _sizes(site, variant, tensors)
         if _IN not in sizes:
@@ -189,15 +200,6 @@ def _sizes(site: StoredSite, variant: Variant, tensors: Mapping[str, Tensor]) ->
             )
         sizes.update(found)
     return sizes
-
-
-def _rank(site: StoredSite, variant: Variant) -> int:
-    """The rank, of which rows that train whole have as many as there are."""
-    shapes = variant.shapes(_OUT, _IN, _RANK)
-    for parameter in variant.parameters:
-        if shapes[parameter][0] == _RANK:
-            return len(site.tensors[parameter])
-    return len(site.tensors[variant.parameters[0]])
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

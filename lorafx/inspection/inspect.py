@@ -10,6 +10,7 @@ from torch import nn
 
 from lorafx.api import apply
 from lorafx.arithmetic.changes import find_change
+from lorafx.errors import AdapterError
 from lorafx.graph import CapturedModule, get_path, named_tensors
 from lorafx.inspection.files import Stored
 from lorafx.inspection.report import Inspection, SiteInspection, measure, trained_whole
@@ -33,7 +34,7 @@ def inspect_adapter(
 
     Args:
         source: a graph, or a directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
-        adapter: of a graph, which one; None: the one that is active.
+        adapter: of a graph, which one; None: the one that is active. A directory holds one.
         base: for a directory, the model that the adapter was trained on; gives the shares, too.
         example_inputs: for ``base``, as for :func:`lorafx.apply`, if it has to be captured.
 
@@ -43,11 +44,16 @@ def inspect_adapter(
 
     Raises:
         AdapterError: there is no such adapter or directory, a file is damaged, the adapter holds NaN or Inf, or is
-            none of ``base``.
+            none of ``base``; ``adapter`` is given for a directory.
         SpecError, CaptureError, MatchError: as :func:`lorafx.apply`.
     """
     if isinstance(source, CapturedModule):
         return _of_graph(source, adapter)
+    if adapter is not None:
+        raise AdapterError(
+            f"{os.fspath(source)}: a directory holds one adapter, so adapter={adapter!r} means nothing here; leave it "
+            "out (the model that it was trained on goes in by base=model)"
+        )
     directory = Path(source)
     stored = Stored.read(directory)
     if base is None or not stored.needs_base():

@@ -138,9 +138,10 @@ def _draw_spectra(axes: Any, sites: Sequence[SiteInspection]) -> None:
         values = np.full((len(groups[kind]), longest), np.nan)
         for i, site in enumerate(groups[kind]):
             values[i, : len(site.singular_values)] = site.singular_values
-        values[values <= 1e-7 * np.nanmax(values)] = np.nan  # rounding, which a logarithmic axis would show at length
-        if np.isnan(values).all():
+        largest = max((v for s in groups[kind] for v in s.singular_values), default=0.0)
+        if largest == 0.0:
             continue
+        values[values <= 1e-7 * largest] = np.nan  # rounding, which a logarithmic axis would show at length
         values = values[:, ~np.isnan(values).all(axis=0)]
         index = np.arange(1, values.shape[1] + 1)
         effective = float(np.median([s.effective_rank or 0.0 for s in groups[kind]]))
@@ -155,5 +156,5 @@ def _draw_spectra(axes: Any, sites: Sequence[SiteInspection]) -> None:
     left = f"; the {len(colors)} strongest of {len(groups)} kinds" if len(groups) > len(colors) else ""
     axes.set_title(f"Singular values: median over the layers, and their range{left}", loc="left", fontsize=10)
     axes.grid(alpha=0.3)
-    if colors:
+    if axes.lines:
         axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)

@@ -104,7 +104,7 @@ def measure(settings: SiteInspection, matrix: Matrix, base: Tensor | None) -> Si
     """The numbers of a change ``matrix``, filled in; ``base`` is the weight that it changes, if it has data."""
     values = singular_values(matrix)
     size = norm(matrix)
-    several = values.reshape(-1, values.shape[-1])
+    several = values if values.dim() > 1 else values.unsqueeze(0)  # a row for each matrix of a stack
     whole = None if base is None or base.is_meta else norm(base.detach())
     return dataclasses.replace(
         settings,

@@ -1,4 +1,4 @@
-"""AdaLoRA: a singular value decomposition that is trained, and whose rank shrinks (arXiv 2303.10512, eq. 3)."""
+"""AdaLoRA: a singular value decomposition that is trained, and whose rank shrinks (arXiv 2303.10512)."""
 
 from __future__ import annotations
 
@@ -64,7 +64,10 @@ class AdaLora(Variant):
 
 @dataclass(frozen=True)
 class Schedule:
-    """When how many ranks are left, of all sites together (arXiv 2303.10512, eq. 12); steps count from 1.
+    """When how many ranks are left, of all sites together; steps count from 1.
+
+    This is the global budget scheduler of arXiv 2303.10512 as the authors' code and PEFT have it. (The paper's formula
+    subtracts ``tfinal`` from the steps of the descent too, which would start it above the first budget.)
 
     ``total_steps`` is T, ``target_r`` the mean rank at the end; the first ``tinit`` steps take none, the last
     ``tfinal`` train what is left, and in between ranks are chosen every ``deltaT`` steps. ``beta1`` and ``beta2``
@@ -90,7 +93,7 @@ class Schedule:
         return step == self.last or (self.tinit < step < self.last and step % self.deltaT == 0)
 
     def budget(self, step: int, first: int, target: int) -> int:
-        """How many of ``first`` ranks are left (eq. 12)."""
+        """How many of ``first`` ranks are left: a cubic descent to ``target``."""
         if step <= self.tinit:
             return first
         if step >= self.last:
@@ -103,8 +106,8 @@ def scores(importance: Mapping[str, Tensor]) -> Tensor:
     """The score of each rank of a site, ``[r]``, from the importance of each element of its parameters.
 
     A rank is a triplet, of a value and its two vectors, and has ``S = s(E) + mean of s(Q's row) + mean of s(P's
-    column)`` (arXiv 2303.10512, eq. 7). The ranks of a stack of experts, which they give up together, have the mean
-    over the experts.
+    column)``, the importance of a triplet in arXiv 2303.10512. The ranks of a stack of experts, which they give up
+    together, have the mean over the experts.
     """
     vectors = importance["lora_A"].mean(-1) + importance["lora_B"].mean(-2)
     triplets = importance["lora_E"].squeeze(-1) + vectors
@@ -114,8 +117,8 @@ def scores(importance: Mapping[str, Tensor]) -> Tensor:
 def orthogonality(parameters: Mapping[str, Tensor]) -> Tensor:
     """How far from orthogonal the two factors are: ``||Q Q^T - I|| + ||P^T P - I||``, in float32 or better.
 
-    Frobenius norms, as in the authors' code and PEFT; eq. 4 of arXiv 2303.10512 has their squares. Of a stack, the
-    mean.
+    Frobenius norms, as in the authors' code and PEFT; the regularizer ``R(P, Q)`` of arXiv 2303.10512 has their
+    squares. Of a stack, the mean.
     """
     a, b = (parameters[n].to(torch.promote_types(parameters[n].dtype, torch.float32)) for n in ("lora_A", "lora_B"))
     identity = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
