@@ -179,7 +179,7 @@ def disable_adapters(gm: CapturedModule) -> Iterator[CapturedModule]:
     """The model without any adapter inside the ``with``, also without those merged in place; then all is as before.
 
     Raises:
-        AdapterError: inside it, from the other functions here.
+        AdapterError: inside it, from the functions here that change adapters.
     """
     _refuse_disabled(gm)
     running, rows = gm.meta.get("active", ()), gm._buffers.get(ROWS)
