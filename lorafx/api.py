@@ -13,6 +13,7 @@ from lorafx.graph import CapturedModule, get_path
 from lorafx.ir import Stage, format_graph, stage
 from lorafx.passes.capture import capture
 from lorafx.passes.example import ExampleInputs
+from lorafx.passes.lower import lower
 from lorafx.passes.insert import Insert, trained_base
 from lorafx.passes.match import match, warn_of_frozen_heads
 from lorafx.passes.plan import Plan, make_plan
@@ -27,6 +28,7 @@ def apply(
     dynamic_shapes: Mapping[str, Any] | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
+    backend: str = "auto",
 ) -> CapturedModule:
     """Capture a model as a graph and insert adapters into it.
 
@@ -38,6 +40,7 @@ def apply(
             Hugging Face model's are synthesised; other models are traced symbolically.
         dynamic_shapes: see :func:`lorafx.passes.capture.capture`.
         seed, generator: make the initial values reproducible (one of them; None uses torch's global state).
+        backend: what computes the adapted layers, as for :func:`lorafx.passes.lower.lower`.
 
     Returns:
         A ``torch.fx.GraphModule`` whose outputs equal the model's bit for bit, in which only adapter
@@ -55,7 +58,9 @@ def apply(
     choices = match(gm, specs)
     warn_of_frozen_heads(gm, choices)
     with torch.inference_mode(False):
-        return Insert(choices, specs, generator)(gm).gm
+        Insert(choices, specs, generator)(gm)
+    lower(gm, backend)
+    return gm
 
 
 def plan(

@@ -36,6 +36,10 @@ class VerifyError(PassError):
     """A graph breaks the rules of its stage: see :func:`lorafx.ir.verify`."""
 
 
+class LoweringError(LorafxError):
+    """No provider of that name, or it cannot serve a layer: see :func:`lorafx.explain`."""
+
+
 class MergeError(LorafxError):
     """An adapter cannot be folded into the weights (for instance: it holds NaN or Inf)."""
 

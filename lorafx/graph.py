@@ -95,12 +95,20 @@ class CapturedModule(GraphModule):
         return codegen.signature
 
     def recompile(self) -> Any:
-        """Regenerate ``forward`` after an edit of the graph."""
-        code = super().recompile()
-        if (choice := getattr(self, "meta", {}).get("checkpointing")) is not None:
-            flat, self._graph = self._graph, self._checkpointed(choice)
-            super().recompile()
-            self._graph, self._code = flat, code.src
+        """Regenerate ``forward`` after an edit of the graph.
+
+        What runs is derived from the graph: lowered (:mod:`lorafx.passes.lower`), then with layers that run again in
+        backward (:mod:`lorafx.checkpointing`). The graph itself stays the one that passes work on.
+        """
+        flat, meta = self._graph, getattr(self, "meta", {})
+        if (lowering := meta.get("lowering")) is not None:
+            self._graph = lowering.derive(self, flat)
+        if (choice := meta.get("checkpointing")) is not None:
+            self._graph = self._checkpointed(choice)
+        try:
+            code = super().recompile()
+        finally:
+            self._graph = flat
         if isinstance(self.graph._codegen, SignatureCodeGen):
             self._call, self._out_spec = Call(self.signature), self.signature.out_spec
             type(self).forward.__signature__ = self.signature.python_signature()  # type: ignore[attr-defined]

@@ -41,7 +41,9 @@ def find_operands(node: Node) -> Operands | None:
     kind = _KINDS.get(node.target) if node.op == "call_function" else None
     if kind is None:
         return None
-    layer, given = LAYERS[kind], _arguments(node)
+    layer, given = LAYERS[kind], arguments_of(node)
+    if given is None:
+        return None
     x, weight = given[layer.x], given[layer.weight]
     bias = None if layer.bias is None else given[layer.bias]
     source = weight
@@ -49,8 +51,6 @@ def find_operands(node: Node) -> Operands | None:
         source = source.args[0]
     if not isinstance(x, Node) or not isinstance(source, Node) or source.op != "get_attr":
         return None
-    if any(node.kwargs.get(a.name, a.default_value) != a.default_value for a in _options(node)):
-        return None  # addmm with a factor
     return Operands(kind, x, weight, bias if isinstance(bias, Node) else None, source)
 
 
@@ -74,6 +74,13 @@ def call_layer(node: Node) -> None:
     node.args = arguments[: call["positional"]]
     node.kwargs = {n: arguments[named[n]] if n in named else options[n] for n in call["named"]}
     unannotate(node, "call")
+
+
+def arguments_of(node: Node) -> tuple[Any, ...] | None:
+    """All positional arguments of a layer's call; None where it has options that no twin has (addmm with a factor)."""
+    if any(node.kwargs.get(a.name, a.default_value) != a.default_value for a in _options(node)):
+        return None
+    return _arguments(node)
 
 
 def _arguments(node: Node) -> tuple[Any, ...]:

@@ -1,11 +1,13 @@
 """Shared by the tests: the zoo, captured once a session; and ``--update-golden``.
 
-Run with ``--dist loadgroup`` under xdist: the tests of one family then share a worker and its captures.
+Run with ``--dist loadgroup`` under xdist: the tests of one family, and otherwise of one file, then share a worker
+and its captures.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.config
 from torch import Tensor, nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils import _pytree as pytree
 
 from lorafx.api import captured
@@ -33,6 +37,8 @@ GOLDEN = Path(__file__).parent / "golden"
 def pytest_configure(config: pytest.Config) -> None:
     # Most models here are freshly initialised on purpose; the tests of the warning ask for it.
     config.addinivalue_line("filterwarnings", "ignore:.*looks freshly initialised:UserWarning")
+    # It pays from about ten layers on; captures of these models are a third faster without.
+    torch._dynamo.config.fake_tensor_cache_enabled = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,6 +52,33 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             chosen = [f for f in FAMILIES.values() if plain or f.task != "plain"]
             marked = [pytest.param(f, marks=pytest.mark.xdist_group(f.name), id=f.name) for f in chosen]
             metafunc.parametrize(fixture, marked)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: a quarter of a million objects that no garbage collection need look at."""
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_registry() -> Iterator[None]:
+    """torch parses the source of all its ONNX operators at each export, which is half its time: here once."""
+    build = cache(ONNXRegistry.from_torchlib)
+
+    def from_torchlib(opset_version: int) -> ONNXRegistry:
+        registry = copy.copy(build(opset_version))
+        registry.functions = {target: [*found] for target, found in registry.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+        yield
 
 
 @pytest.fixture(autouse=True)

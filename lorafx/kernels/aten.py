@@ -1,0 +1,128 @@
+"""The provider that needs nothing but torch: library products, in the order that reads the least.
+
+Products with a narrow side run at the speed of memory, and library routines reach it only for some layouts:
+with ``right`` turned to ``[k, R]``, with ``left`` to ``[R, n]``, and ``x^T s`` rather than ``s^T x``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lorafx.kernels.base import Call, Dropout, GradUp, Provider
+
+#: Random numbers are 16 bits an element, so that p is exact to 2^-16; one int64 has those of four elements.
+_LEVELS = 1 << 16
+_LOWEST = torch.iinfo(torch.int64).min
+
+
+class Aten(Provider):
+    """Any device and floating dtype."""
+
+    name: ClassVar[str] = "torch"
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def rejects(self, call: Call) -> str | None:
+        return None
+
+    def random(self, x: Tensor, dropout: Dropout) -> Tensor:
+        """The masks' random numbers themselves, one set an adapter that drops: int64 ``[adapters, M, k / 4]``."""
+        count = sum(p > 0.0 for p in dropout.p)
+        numbers = torch.empty(count, x.shape[0], (x.shape[1] + 3) // 4, dtype=torch.int64, device=x.device)
+        return numbers.random_(_LOWEST, None)  # type: ignore[arg-type]
+
+    def down(self, x: Tensor, right: Tensor, dropout: Dropout, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if seed is None:
+            return torch.mm(x, _turned(right, x.dtype)), None
+        kept = _kept(seed, x, dropout)
+        parts = [
+            torch.mm(dropped, _turned(part, x.dtype))
+            for dropped, part in zip(_dropped(x, dropout, kept), right.split(dropout.ranks), strict=True)
+        ]
+        return torch.cat(parts, 1), kept
+
+    def up(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None
+    ) -> Tensor:
+        base = F.linear(x, weight, bias)
+        if gain is not None:  # in this form a gain of 1 changes no bit
+            base = base + (gain - 1).to(x.dtype) * (base if bias is None else base - bias)
+        return torch.addmm(base, s, _turned(left, x.dtype))
+
+    def grad_up(
+        self, dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
+    ) -> GradUp:
+        return GradUp(
+            ds=torch.mm(dy, left.to(dy.dtype)),
+            dleft=torch.mm(dy.t(), s),
+            base=dy if gain is None else dy * gain.to(dy.dtype),
+            total=_sum(dy) if needs_total else None,
+            dot=None if y is None else _sum(dy * y),
+        )
+
+    def grad_down(
+        self,
+        bases: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        ds: Tensor,
+        right: Tensor,
+        x: Tensor,
+        dropout: Dropout,
+        kept: Tensor | None,
+        needs_x: bool,
+    ) -> tuple[Tensor | None, Tensor]:
+        right = right.to(x.dtype)
+        columns, parts = ds.split(dropout.ranks, 1), right.split(dropout.ranks)
+        if kept is None:
+            dright = torch.mm(x.t(), ds).t()
+        else:
+            dropped = _dropped(x, dropout, kept)
+            dright = torch.cat([torch.mm(d.t(), c).t() for d, c in zip(dropped, columns, strict=True)])
+        if not needs_x:
+            return None, dright
+        dx = sum_of_products(bases, weights)
+        if kept is None:
+            return torch.addmm(dx, ds, right), dright
+        low = [torch.mm(c, p) for c, p in zip(columns, parts, strict=True)]
+        for dropped in _dropped(low, dropout, kept):
+            dx = dx + dropped
+        return dx, dright
+
+
+def sum_of_products(bases: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """``sum_i base_i [M, n_i] W_i [n_i, k]``, each product added to the sum as it is made."""
+    first, *rest = zip(bases, weights, strict=True)
+    dx = torch.mm(*first)
+    for base, weight in rest:
+        dx.addmm_(base, weight)
+    return dx
+
+
+def _turned(small: Tensor, dtype: torch.dtype) -> Tensor:
+    return small.to(dtype).t().contiguous()
+
+
+def _sum(values: Tensor) -> Tensor:
+    return values.sum(0, dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def _kept(numbers: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
+    """One mask an adapter that drops, bool ``[adapters, M, k]``."""
+    bits = numbers.view(torch.int16)[..., : x.shape[1]]
+    least = [round(p * _LEVELS) - _LEVELS // 2 for p in dropout.p if p > 0.0]
+    return torch.stack([part >= low for part, low in zip(bits.unbind(), least, strict=True)])
+
+
+def _dropped(x: Tensor | Sequence[Tensor], dropout: Dropout, kept: Tensor) -> list[Tensor]:
+    """``x`` (or one tensor for each adapter) through each adapter's dropout."""
+    masks = iter(kept.unbind())
+    each = [x] * len(dropout.p) if isinstance(x, Tensor) else x
+    return [
+        part if p == 0.0 else part * next(masks) * (1.0 / (1.0 - p)) for part, p in zip(each, dropout.p, strict=True)
+    ]

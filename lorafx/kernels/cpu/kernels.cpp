@@ -1,0 +1,500 @@
+// Low-rank products beside a large matrix product, for row-major float32 and bfloat16, accumulated in float32.
+//
+//   narrow   s = D(x) right^T             [M, K] -> [M, R]     reads x once, makes D's masks
+//   expand   y += (gain - 1) * (y - bias) + D(s right)         reads and writes y once
+//   outer    g = s^T D(x)                 [R, K]               reads x once
+//   grad_up  narrow and outer of one dy, its sums, and gain * dy, from one read
+//
+// Rows are shared out to the threads in blocks; sums over rows are kept per thread and added in thread order, so that
+// two runs with as many threads are equal to the bit. Needs nothing but a C++17 compiler with vector extensions and
+// OpenMP; bfloat16 uses the processor's dot products where it has them.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <omp.h>
+#include <vector>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t LANES = 16;  // floats a vector
+constexpr int64_t ROWS = 8;    // rows of a register tile
+constexpr int64_t BLOCK = 64;  // rows that are worked on together: they stay in the second-level cache
+constexpr int64_t DEPTH = 256; // columns of x that are copied together: they stay in the first-level cache
+
+typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+typedef uint32_t uvec __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(4), may_alias));
+typedef uint16_t hvec __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2), may_alias));
+struct bf16 {
+  uint16_t bits;
+};
+
+inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+inline float widen(float v) { return v; }
+inline float widen(bf16 v) {
+  const uint32_t bits = uint32_t(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, sizeof f);
+  return f;
+}
+inline void round_to(float &out, float v) { out = v; }
+inline void round_to(bf16 &out, float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u)
+    out.bits = uint16_t((bits >> 16) | 0x40u);  // NaN stays NaN
+  else
+    out.bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);  // to nearest even
+}
+inline vec load(const float *p) { return *reinterpret_cast<const vec *>(p); }
+inline vec load(const bf16 *p) {
+  const uvec wide = __builtin_convertvector(*reinterpret_cast<const hvec *>(p), uvec) << 16;
+  return reinterpret_cast<const vec &>(wide);
+}
+inline void store(float *p, vec v) { *reinterpret_cast<vec *>(p) = v; }
+inline void store(bf16 *p, vec v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh(__m512(v));
+  std::memcpy(p, &h, sizeof h);
+#else
+  for (int64_t l = 0; l < LANES; ++l) round_to(p[l], v[l]);
+#endif
+}
+template <typename T> inline vec load(const T *p, int64_t n) {
+  if (n >= LANES) return load(p);
+  vec v = {};
+  for (int64_t l = 0; l < n; ++l) v[l] = widen(p[l]);
+  return v;
+}
+template <typename T> inline void store(T *p, vec v, int64_t n) {
+  if (n >= LANES) return store(p, v);
+  for (int64_t l = 0; l < n; ++l) round_to(p[l], v[l]);
+}
+inline vec keep(vec v, uint16_t mask) {
+#if defined(__AVX512F__)
+  return vec(_mm512_maskz_mov_ps(mask, __m512(v)));
+#else
+  for (int64_t l = 0; l < LANES; ++l) v[l] = (mask >> l) & 1 ? v[l] : 0.0f;
+  return v;
+#endif
+}
+
+// ---- dropout ------------------------------------------------------------------------------------------------------
+
+// Philox-4x32 (Salmon et al. 2011) for 16 counters at once, with the 7 rounds that its authors found to pass BigCrush.
+struct Philox {
+  uvec word[4];
+  static void product(uvec a, uint32_t m, uvec &high, uvec &low) {
+#if defined(__AVX512F__)
+    const __m512i x = __m512i(a), f = _mm512_set1_epi32(int(m));
+    const __m512i even = _mm512_mul_epu32(x, f), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), f);
+    low = uvec(_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)));
+    high = uvec(_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd));
+#else
+    for (int64_t l = 0; l < LANES; ++l) {
+      const uint64_t p = uint64_t(a[l]) * m;
+      high[l] = uint32_t(p >> 32);
+      low[l] = uint32_t(p);
+    }
+#endif
+  }
+  Philox(uvec c0, uint32_t c1, uint32_t c2, uint64_t seed) {
+    uvec c[4] = {c0, uvec{} + c1, uvec{} + c2, uvec{}};
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 7; ++round) {
+      uvec h0, l0, h1, l1;
+      product(c[0], 0xD2511F53u, h0, l0);
+      product(c[2], 0xCD9E8D57u, h1, l1);
+      c[0] = h1 ^ c[1] ^ k0;
+      c[1] = l1;
+      c[2] = h0 ^ c[3] ^ k1;
+      c[3] = l0;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    std::copy(c, c + 4, word);
+  }
+};
+
+inline uint16_t at_least(uvec v, uint32_t threshold) {
+#if defined(__AVX512F__)
+  return _mm512_cmpge_epu32_mask(__m512i(v), _mm512_set1_epi32(int(threshold)));
+#else
+  uint16_t bits = 0;
+  for (int64_t l = 0; l < LANES; ++l) bits |= uint16_t(v[l] >= threshold) << l;
+  return bits;
+#endif
+}
+
+// One bit an element, set where it is kept: 16 random bits each, so that p is exact to 2^-16.
+void draw_row(uint16_t *bits, int64_t chunks, int64_t row, int64_t adapter, uint64_t seed, float p) {
+  const uint32_t threshold = uint32_t(p * 65536.0f + 0.5f);
+  uvec lane;
+  for (int64_t l = 0; l < LANES; ++l) lane[l] = uint32_t(l);
+  for (int64_t i = 0; i < chunks; i += 8) {
+    const Philox random(lane + uint32_t(i / 8 * LANES), uint32_t(row), uint32_t(adapter), seed);
+    for (int64_t j = 0; j < std::min<int64_t>(8, chunks - i); ++j) {
+      const uvec word = random.word[j / 2];
+      bits[i + j] = at_least(j % 2 ? word >> 16 : word & 0xffffu, threshold);
+    }
+  }
+}
+
+// ---- operands -----------------------------------------------------------------------------------------------------
+
+// What the inner loops multiply: one float, or two neighbouring bfloat16 in 32 bits.
+template <typename T> struct Operand;
+template <> struct Operand<float> {
+  using type = float;
+  static constexpr int64_t width = 1;
+  static vec multiply(vec sum, vec left, vec right) { return sum + left * right; }
+  static vec spread(float v) { return vec{} + v; }
+};
+#if defined(__AVX512BF16__)
+template <> struct Operand<bf16> {
+  using type = uint32_t;
+  static constexpr int64_t width = 2;
+  static vec multiply(vec sum, vec left, vec right) {
+    return vec(_mm512_dpbf16_ps(__m512(sum), __m512bh(left), __m512bh(right)));
+  }
+  static vec spread(uint32_t v) { return vec(_mm512_castsi512_ps(_mm512_set1_epi32(int(v)))); }
+};
+#else
+template <> struct Operand<bf16> : Operand<float> {};
+#endif
+
+// Two neighbours as one operand, or the first of them.
+inline void put(float &out, float a, float) { out = a; }
+inline void put(float &out, bf16 a, bf16) { out = widen(a); }
+inline void put(uint32_t &out, bf16 a, bf16 b) { out = uint32_t(a.bits) | uint32_t(b.bits) << 16; }
+
+// A matrix [depth, n] as operands [depth / width, up(n, LANES)]; element (i, j) is at source[i * rows + j * columns].
+template <typename T> struct Packed {
+  using O = typename Operand<T>::type;
+  static constexpr int64_t W = Operand<T>::width;
+  int64_t depth, n;
+  std::vector<O> values;
+  Packed(int64_t depth_, int64_t n_) : depth(up(depth_, W) / W), n(up(n_, LANES)), values(size_t(depth * n)) {}
+  void fill(const T *source, int64_t rows, int64_t columns, int64_t given, int64_t width) {
+    for (int64_t d = 0; d < depth; ++d)
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t i = d * W;
+        put(values[size_t(d * n + j)], source[i * rows + j * columns],
+            i + 1 < given ? source[(i + 1) * rows + j * columns] : T{});
+      }
+  }
+  const O *row(int64_t d) const { return values.data() + d * n; }
+};
+
+// Rows of s, [count, r] to operands [count, up(r) / width].
+template <typename T>
+void gather(typename Operand<T>::type *out, const T *s, int64_t stride, int64_t count, int64_t r, int64_t depth) {
+  constexpr int64_t W = Operand<T>::width;
+  for (int64_t m = 0; m < count; ++m)
+    for (int64_t d = 0; d < depth; ++d) {
+      const T *p = s + m * stride + d * W;
+      put(out[m * depth + d], p[0], W == 2 && d * W + 1 < r ? p[1] : T{});
+    }
+}
+
+// ---- the three products, on a block of rows -----------------------------------------------------------------------
+
+// sums[ROWS, n] += x[ROWS, depth] packed, x as operands
+template <typename T, int VECTORS, typename O>
+inline void narrow_tile(const O *x, int64_t stride, const O *packed, int64_t n, int64_t depth, float *sums, int64_t ld) {
+  vec sum[ROWS][VECTORS];
+  for (int64_t m = 0; m < ROWS; ++m)
+    for (int v = 0; v < VECTORS; ++v) sum[m][v] = load(sums + m * ld + v * LANES);
+  for (int64_t d = 0; d < depth; ++d) {
+    vec right[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) right[v] = *reinterpret_cast<const vec *>(packed + d * n + v * LANES);
+    for (int64_t m = 0; m < ROWS; ++m) {
+      const vec left = Operand<T>::spread(x[m * stride + d]);
+      for (int v = 0; v < VECTORS; ++v) sum[m][v] = Operand<T>::multiply(sum[m][v], left, right[v]);
+    }
+  }
+  for (int64_t m = 0; m < ROWS; ++m)
+    for (int v = 0; v < VECTORS; ++v) store(sums + m * ld + v * LANES, sum[m][v]);
+}
+
+template <typename T> inline vec row_chunk(const T *x, int64_t k, int64_t rest, const uint16_t *bits) {
+  const vec v = load(x + k, rest);
+  return bits ? keep(v, bits[k / LANES]) : v;
+}
+
+inline void put_chunk(float *out, const float *x, int64_t k, int64_t rest, const uint16_t *bits) {
+  store(out, row_chunk(x, k, rest, bits));
+}
+inline void put_chunk(float *out, const bf16 *x, int64_t k, int64_t rest, const uint16_t *bits) {
+  store(out, row_chunk(x, k, rest, bits));
+}
+inline void put_chunk(uint32_t *out, const bf16 *x, int64_t k, int64_t rest, const uint16_t *bits) {
+  store(reinterpret_cast<bf16 *>(out), row_chunk(x, k, rest, bits));  // exact: the values are bfloat16
+}
+
+// s[count, r] = scale * (kept x)[count, K] packed
+template <typename T>
+void narrow_block(const T *x, int64_t ldx, int64_t count, int64_t K, const Packed<T> &packed, const uint16_t *bits,
+                  int64_t chunks, float scale, T *s, int64_t lds, int64_t r) {
+  using O = typename Operand<T>::type;
+  constexpr int64_t W = Operand<T>::width;
+  alignas(64) O tile[ROWS * DEPTH];
+  std::vector<float> sums(size_t(ROWS * packed.n));
+  for (int64_t m = 0; m < count; m += ROWS) {
+    const int64_t rows = std::min(ROWS, count - m);
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int64_t k = 0; k < K; k += DEPTH) {
+      const int64_t depth = std::min(DEPTH, K - k), stride = DEPTH / W;
+      for (int64_t i = 0; i < ROWS; ++i) {
+        O *to = tile + i * stride;
+        if (i >= rows) {
+          std::fill(to, to + stride, O(0));
+          continue;
+        }
+        const T *from = x + (m + i) * ldx;
+        const uint16_t *mask = bits ? bits + (m + i) * chunks : nullptr;
+        for (int64_t j = 0; j < depth; j += LANES) put_chunk(to + j / W, from, k + j, K - k - j, mask);
+      }
+      const int64_t steps = up(depth, W) / W;
+      const O *right = packed.row(k / W);
+      int64_t n = 0;
+      for (; n + 3 * LANES <= packed.n; n += 3 * LANES)
+        narrow_tile<T, 3>(tile, stride, right + n, packed.n, steps, sums.data() + n, packed.n);
+      for (; n + 2 * LANES <= packed.n; n += 2 * LANES)
+        narrow_tile<T, 2>(tile, stride, right + n, packed.n, steps, sums.data() + n, packed.n);
+      for (; n < packed.n; n += LANES)
+        narrow_tile<T, 1>(tile, stride, right + n, packed.n, steps, sums.data() + n, packed.n);
+    }
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < r; j += LANES) store(s + (m + i) * lds + j, load(&sums[size_t(i * packed.n + j)]) * scale, r - j);
+  }
+}
+
+// y[ROWS, VECTORS * LANES] += (gain - 1) * (y - bias) + scale * kept (s packed): exactly y where the gain is 1 and s packed 0
+template <typename T, int VECTORS, typename O>
+inline void expand_tile(T *y, int64_t ldy, int64_t rows, int64_t n, int64_t rest, const O *s, const Packed<T> &packed,
+                        const uint16_t *bits, int64_t chunks, float scale, const float *gain, const float *bias) {
+  vec sum[ROWS][VECTORS] = {};
+  for (int64_t d = 0; d < packed.depth; ++d) {
+    vec right[VECTORS];
+    for (int v = 0; v < VECTORS; ++v) right[v] = *reinterpret_cast<const vec *>(packed.row(d) + n + v * LANES);
+    for (int64_t m = 0; m < ROWS; ++m) {
+      const vec left = Operand<T>::spread(s[m * packed.depth + d]);
+      for (int v = 0; v < VECTORS; ++v) sum[m][v] = Operand<T>::multiply(sum[m][v], left, right[v]);
+    }
+  }
+  for (int64_t m = 0; m < rows; ++m)
+    for (int v = 0; v < VECTORS; ++v) {
+      const int64_t at = n + v * LANES, left = rest - v * LANES;
+      T *p = y + m * ldy + at;
+      vec value = load(p, left), low = sum[m][v];
+      if (bits) low = keep(low, bits[m * chunks + at / LANES]) * scale;
+      if (gain) {
+        const vec plain = bias ? value - load(bias + at, left) : value;
+        value += (load(gain + at, left) - 1.0f) * plain;
+      }
+      value += low;
+      store(p, value, left);
+    }
+}
+
+template <typename T>
+void expand_block(T *y, int64_t ldy, int64_t count, int64_t N, const T *s, int64_t lds, int64_t r,
+                  const Packed<T> &packed, const uint16_t *bits, int64_t chunks, float scale, const float *gain,
+                  const float *bias) {
+  using O = typename Operand<T>::type;
+  std::vector<O> rows_of_s(size_t(ROWS * packed.depth));
+  for (int64_t m = 0; m < count; m += ROWS) {
+    const int64_t rows = std::min(ROWS, count - m);
+    if (rows < ROWS) std::fill(rows_of_s.begin(), rows_of_s.end(), O(0));
+    gather<T>(rows_of_s.data(), s + m * lds, lds, rows, r, packed.depth);
+    const uint16_t *mask = bits ? bits + m * chunks : nullptr;
+    T *to = y + m * ldy;
+    int64_t n = 0;
+    for (; n + 2 * LANES <= N; n += 2 * LANES)
+      expand_tile<T, 2>(to, ldy, rows, n, N - n, rows_of_s.data(), packed, mask, chunks, scale, gain, bias);
+    for (; n < N; n += LANES)
+      expand_tile<T, 1>(to, ldy, rows, n, N - n, rows_of_s.data(), packed, mask, chunks, scale, gain, bias);
+  }
+}
+
+// g[RANKS, LANES] += s[count, RANKS]^T (kept x)[count, LANES]; s is transposed in pairs of rows as operands
+template <typename T, int64_t RANKS>
+inline void outer_tile(const T *x, int64_t ldx, int64_t count, int64_t k, int64_t rest, const uint16_t *bits,
+                       int64_t chunks, const typename Operand<T>::type *s, int64_t width, float *g, int64_t ldg) {
+  constexpr int64_t W = Operand<T>::width;
+  vec sum[RANKS] = {};
+  for (int64_t m = 0; m < count; m += W) {
+    vec right;
+    const uint16_t *mask = bits ? bits + m * chunks : nullptr;
+    if constexpr (W == 1) {
+      right = row_chunk(x + m * ldx, k, rest, mask);
+    } else {
+      const T *row = x + m * ldx;
+      const uvec a = uvec(row_chunk(row, k, rest, mask));
+      const uvec b = m + 1 < count ? uvec(row_chunk(row + ldx, k, rest, mask ? mask + chunks : nullptr)) : uvec{};
+      right = vec(a >> 16 | b);
+    }
+    for (int64_t r = 0; r < RANKS; ++r)
+      sum[r] = Operand<T>::multiply(sum[r], Operand<T>::spread(s[m / W * width + r]), right);
+  }
+  for (int64_t r = 0; r < RANKS; ++r) store(g + r * ldg + k, load(g + r * ldg + k) + sum[r]);
+}
+
+// s[count, r] as operands [count / width, up(r, 8)]
+template <typename T>
+void transpose_pairs(typename Operand<T>::type *out, const T *s, int64_t lds, int64_t count, int64_t r, int64_t width) {
+  constexpr int64_t W = Operand<T>::width;
+  for (int64_t m = 0; m < count; m += W)
+    for (int64_t j = 0; j < width; ++j)
+      put(out[m / W * width + j], j < r ? s[m * lds + j] : T{}, W == 2 && j < r && m + 1 < count ? s[(m + 1) * lds + j] : T{});
+}
+
+// g[up(r, 8), up(K)] += s^T (kept x)
+template <typename T>
+void outer_block(const T *x, int64_t ldx, int64_t count, int64_t K, const uint16_t *bits, int64_t chunks, const T *s,
+                 int64_t lds, int64_t r, float *g, int64_t ldg) {
+  using O = typename Operand<T>::type;
+  const int64_t width = up(r, 8);
+  std::vector<O> turned(size_t(up(count, 2) * width));
+  transpose_pairs<T>(turned.data(), s, lds, count, r, width);
+  for (int64_t k = 0; k < K; k += LANES) {
+    int64_t j = 0;
+    for (; j + 16 <= width; j += 16)
+      outer_tile<T, 16>(x, ldx, count, k, K - k, bits, chunks, turned.data() + j, width, g + j * ldg, ldg);
+    for (; j < width; j += 8)
+      outer_tile<T, 8>(x, ldx, count, k, K - k, bits, chunks, turned.data() + j, width, g + j * ldg, ldg);
+  }
+}
+
+// Sums of each thread, [threads, size], added up in thread order.
+struct PerThread {
+  int64_t size;
+  int threads;
+  std::vector<float> values;
+  PerThread(int64_t size_, int threads_) : size(size_), threads(threads_), values(size_t(size_ * threads_)) {}
+  float *mine() { return values.data() + omp_get_thread_num() * size; }
+  float total(int64_t i) const {
+    float sum = 0.0f;
+    for (int t = 0; t < threads; ++t) sum += values[size_t(t * size + i)];
+    return sum;
+  }
+};
+
+template <typename F> void over_blocks(int64_t M, int threads, const F &work) {
+  const int64_t blocks = (M + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t b = 0; b < blocks; ++b) work(b * BLOCK, std::min(BLOCK, M - b * BLOCK));
+}
+
+template <typename T>
+void narrow(const T *x, int64_t ldx, int64_t M, int64_t K, const T *right, int64_t r, T *s, int64_t lds, uint16_t *bits,
+            float p, int64_t adapter, uint64_t seed, int threads) {
+  const int64_t chunks = (K + LANES - 1) / LANES;
+  Packed<T> packed(K, r);
+  packed.fill(right, 1, K, K, r);
+  over_blocks(M, threads, [&](int64_t m, int64_t count) {
+    uint16_t *mask = bits ? bits + m * chunks : nullptr;
+    if (bits)
+      for (int64_t i = 0; i < count; ++i) draw_row(mask + i * chunks, chunks, m + i, adapter, seed, p);
+    narrow_block(x + m * ldx, ldx, count, K, packed, mask, chunks, bits ? 1.0f / (1.0f - p) : 1.0f, s + m * lds, lds, r);
+  });
+}
+
+template <typename T>
+void expand(T *y, int64_t ldy, int64_t M, int64_t N, const T *s, int64_t lds, int64_t r, const T *right, int64_t rows,
+            int64_t columns, const uint16_t *bits, float p, const float *gain, const float *bias, int threads) {
+  const int64_t chunks = (N + LANES - 1) / LANES;
+  Packed<T> packed(r, N);
+  packed.fill(right, rows, columns, r, N);
+  over_blocks(M, threads, [&](int64_t m, int64_t count) {
+    expand_block(y + m * ldy, ldy, count, N, s + m * lds, lds, r, packed, bits ? bits + m * chunks : nullptr, chunks,
+                 1.0f / (1.0f - p), gain, bias);
+  });
+}
+
+template <typename T>
+void outer(const T *x, int64_t ldx, int64_t M, int64_t K, const uint16_t *bits, float p, const T *s, int64_t lds, int64_t r,
+           float *g, int threads) {
+  const int64_t chunks = (K + LANES - 1) / LANES, ldg = up(K, LANES);
+  PerThread sums(up(r, 8) * ldg, threads);
+  over_blocks(M, threads, [&](int64_t m, int64_t count) {
+    outer_block(x + m * ldx, ldx, count, K, bits ? bits + m * chunks : nullptr, chunks, s + m * lds, lds, r, sums.mine(),
+                ldg);
+  });
+  const float scale = bits ? 1.0f / (1.0f - p) : 1.0f;
+  for (int64_t j = 0; j < r; ++j)
+    for (int64_t k = 0; k < K; ++k) g[j * K + k] = scale * sums.total(j * ldg + k);
+}
+
+// base may be dy itself
+template <typename T>
+void scale_and_sum(const T *dy, const T *y, int64_t ld, int64_t ldy, int64_t count, int64_t N, const float *gain, T *base,
+                   float *total, float *dot) {
+  for (int64_t n = 0; n < N; n += LANES) {
+    const int64_t rest = N - n;
+    vec sum = {}, product = {};
+    const vec factor = gain ? load(gain + n, rest) : vec{};
+    for (int64_t m = 0; m < count; ++m) {
+      const vec d = load(dy + m * ld + n, rest);
+      sum += d;
+      if (y) product += d * load(y + m * ldy + n, rest);
+      if (gain) store(base + m * N + n, d * factor, rest);
+    }
+    if (total) store(total + n, load(total + n) + sum);
+    if (dot) store(dot + n, load(dot + n) + product);
+  }
+}
+
+template <typename T>
+void grad_up(const T *dy, int64_t ld, int64_t M, int64_t N, const T *left, int64_t r, const T *s, int64_t lds, T *ds,
+             int64_t ldds, float *dleft, const float *gain, T *base, const T *y, int64_t ldy, float *total, float *dot,
+             int threads) {
+  const int64_t ldg = up(N, LANES), width = up(r, 8);
+  Packed<T> packed(N, r);
+  packed.fill(left, r, 1, N, r);
+  PerThread sums((width + 2) * ldg, threads);
+  over_blocks(M, threads, [&](int64_t m, int64_t count) {
+    const T *rows = dy + m * ld;
+    float *g = sums.mine();
+    narrow_block(rows, ld, count, N, packed, nullptr, 0, 1.0f, ds + m * ldds, ldds, r);
+    outer_block<T>(rows, ld, count, N, nullptr, 0, s + m * lds, lds, r, g, ldg);
+    if (gain || total || dot)
+      scale_and_sum(rows, y ? y + m * ldy : nullptr, ld, ldy, count, N, gain, base ? base + m * N : nullptr,
+                    total ? g + width * ldg : nullptr, dot ? g + (width + 1) * ldg : nullptr);
+  });
+  for (int64_t n = 0; n < N; ++n) {
+    for (int64_t j = 0; j < r; ++j) dleft[n * r + j] = sums.total(j * ldg + n);
+    if (total) total[n] = sums.total(width * ldg + n);
+    if (dot) dot[n] = sums.total((width + 1) * ldg + n);
+  }
+}
+
+}  // namespace
+
+#define EXPORT(NAME, T)                                                                                                \
+  extern "C" void narrow_##NAME(const T *x, int64_t ldx, int64_t M, int64_t K, const T *right, int64_t r, T *s,        \
+                                int64_t lds, uint16_t *bits, float p, int64_t adapter, uint64_t seed, int threads) {   \
+    narrow(x, ldx, M, K, right, r, s, lds, bits, p, adapter, seed, threads);                                           \
+  }                                                                                                                    \
+  extern "C" void expand_##NAME(T *y, int64_t ldy, int64_t M, int64_t N, const T *s, int64_t lds, int64_t r,           \
+                                const T *right, int64_t rows, int64_t columns, const uint16_t *bits, float p,          \
+                                const float *gain, const float *bias, int threads) {                                   \
+    expand(y, ldy, M, N, s, lds, r, right, rows, columns, bits, p, gain, bias, threads);                               \
+  }                                                                                                                    \
+  extern "C" void outer_##NAME(const T *x, int64_t ldx, int64_t M, int64_t K, const uint16_t *bits, float p,           \
+                               const T *s, int64_t lds, int64_t r, float *g, int threads) {                            \
+    outer(x, ldx, M, K, bits, p, s, lds, r, g, threads);                                                               \
+  }                                                                                                                    \
+  extern "C" void grad_up_##NAME(const T *dy, int64_t ld, int64_t M, int64_t N, const T *left, int64_t r, const T *s,  \
+                                 int64_t lds, T *ds, int64_t ldds, float *dleft, const float *gain, T *base,           \
+                                 const T *y, int64_t ldy, float *total, float *dot, int threads) {                     \
+    grad_up(dy, ld, M, N, left, r, s, lds, ds, ldds, dleft, gain, base, y, ldy, total, dot, threads);                  \
+  }
+EXPORT(float32, float)
+EXPORT(bfloat16, bf16)

@@ -1,0 +1,195 @@
+"""The gradient of a group of adapted linear layers, over any provider's four functions (:mod:`.base`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lorafx.kernels.base import Dropout, GradUp, Provider
+from lorafx.kernels.recipe import recompute
+
+#: Below this, the gradient of a gain is not taken from the layer's output, of which its share is too small.
+_SMALL_GAIN = 1 / 16
+
+
+@dataclass(frozen=True)
+class Group:
+    """What of a group is no tensor: ``counts`` of adapters of each sibling, the adapters' ``dropout``."""
+
+    provider: Provider
+    counts: tuple[int, ...]
+    dropout: Dropout
+    recipe: str = ""
+
+    @property
+    def siblings(self) -> int:
+        """Layers that read the same input."""
+        return len(self.counts)
+
+    @property
+    def adapters(self) -> list[slice]:
+        """The adapters of each sibling."""
+        return _slices(self.counts)
+
+    @property
+    def columns(self) -> list[slice]:
+        """The columns of ``s`` of each sibling."""
+        return _slices([sum(self.dropout.ranks[mine]) for mine in self.adapters])
+
+
+@dataclass
+class Operands:
+    """The tensors of a group, or one thing for each: of the siblings ``W``, ``b``, ``gain``; of the adapters the factors."""
+
+    weights: list[Any]
+    biases: list[Any]
+    gains: list[Any]
+    lefts: list[Any]
+    rights: list[Any]
+
+    @classmethod
+    def unflatten(cls, group: Group, values: Sequence[Any]) -> Operands:
+        """From the order in which the function takes them."""
+        n, count = group.siblings, sum(group.counts)
+        ends = accumulate((n, n, n, count, count), initial=0)
+        return cls(*(list(values[a:b]) for a, b in pairwise(ends)))
+
+    @classmethod
+    def nothing(cls, group: Group) -> Operands:
+        """None for each."""
+        return cls.unflatten(group, [None] * (3 * group.siblings + 2 * sum(group.counts)))
+
+    def flatten(self) -> tuple[Any, ...]:
+        """The inverse of :meth:`unflatten`."""
+        return (*self.weights, *self.biases, *self.gains, *self.lefts, *self.rights)
+
+    def left(self, mine: slice) -> Tensor:
+        """``[n, R_i]`` of the adapters of one sibling."""
+        parts = self.lefts[mine]
+        found: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return found
+
+
+class LowRankLinear(torch.autograd.Function):
+    """``y_i = gain_i * (x W_i^T) + s_i left_i^T + b_i``, with gradients for all that is handed over.
+
+    Inputs after the group: ``x [..., k]``; how many and which tensors ``x`` can be computed from again; then the
+    operands, :class:`Operands` flattened. ``W_i`` is ``[n_i, k]``, ``b_i`` and ``gain_i`` are ``[n_i]`` or None, an adapter's
+    ``left`` is ``[n_i, r]`` and its ``right`` ``[r, k]``. Kept for backward are ``s``, and ``x`` or what it comes from.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, group: Group, x: Tensor, sources: int, *tensors: Any) -> tuple[Tensor, ...]:
+        operands = Operands.unflatten(group, tensors[sources:])
+        rows = x.reshape(-1, x.shape[-1])
+        seed = group.provider.random(rows, group.dropout) if group.dropout.drops else None
+        s, kept = group.provider.down(rows, torch.cat(operands.rights), group.dropout, seed)
+        outputs = []
+        for i, (mine, columns) in enumerate(zip(group.adapters, group.columns, strict=True)):
+            weight, bias, gain = operands.weights[i], operands.biases[i], operands.gains[i]
+            if group.counts[i] == 0:
+                outputs.append(F.linear(rows, weight, bias))
+            else:
+                outputs.append(group.provider.up(rows, weight, bias, s[:, columns], operands.left(mine), gain))
+        if any(ctx.needs_input_grad):
+            needs = Operands.unflatten(group, ctx.needs_input_grad[3 + sources :])
+            ys = [y for y, needed in zip(outputs, needs.gains, strict=True) if needed]
+            again = tensors[:sources] if group.recipe else (x,)
+            ctx.save_for_backward(*again, s, kept, *tensors[sources:], *ys)
+            ctx.group, ctx.sources, ctx.shape = group, sources, x.shape
+            ctx.set_materialize_grads(False)
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
+        group: Group = ctx.group
+        kept_sources = ctx.sources if group.recipe else 1
+        again, (s, kept, *rest) = ctx.saved_tensors[:kept_sources], ctx.saved_tensors[kept_sources:]
+        x = recompute(group.recipe, again) if group.recipe else again[0]
+        x = x.reshape(-1, ctx.shape[-1])
+        size = 3 * group.siblings + 2 * sum(group.counts)
+        operands, ys = Operands.unflatten(group, rest[:size]), iter(rest[size:])
+        needs = Operands.unflatten(group, ctx.needs_input_grad[3 + ctx.sources :])
+        grads = Operands.nothing(group)
+
+        ds = torch.empty_like(s)
+        pairs = []
+        for i, (mine, columns) in enumerate(zip(group.adapters, group.columns, strict=True)):
+            y, dy = next(ys) if needs.gains[i] else None, dys[i]
+            if dy is None:  # nothing reads this sibling's output
+                ds[:, columns] = 0
+                continue
+            dy = dy.reshape(-1, dy.shape[-1])
+            base, total = dy, None
+            if group.counts[i] > 0:
+                left, gain = operands.left(mine), operands.gains[i]
+                y = None if y is None else y.reshape(-1, y.shape[-1])
+                up = group.provider.grad_up(dy, s[:, columns], left, gain, y, needs.biases[i] or y is not None)
+                ds[:, columns] = up.ds
+                base, total = up.base, up.total
+                ranks = group.dropout.ranks[mine]
+                grads.lefts[mine] = _like(up.dleft.split(ranks, 1), operands.lefts[mine])
+                if y is not None:
+                    grads.gains[i] = grad_gain(up, x, operands.weights[i], operands.biases[i], left, gain, dy)
+            elif needs.biases[i]:
+                total = dy.sum(0)
+            if needs.biases[i]:
+                (grads.biases[i],) = _like([total], [operands.biases[i]])
+            if needs.weights[i]:
+                grads.weights[i] = torch.mm(base.t(), x)
+            pairs.append((base, operands.weights[i]))
+        right = torch.cat(operands.rights)
+        bases, weights = [b for b, _ in pairs], [w for _, w in pairs]
+        dx, dright = group.provider.grad_down(
+            bases, weights, ds, right, x, group.dropout, kept, ctx.needs_input_grad[1]
+        )
+        grads.rights = _like(dright.split(group.dropout.ranks), operands.rights)
+        dx = None if dx is None else dx.view(ctx.shape)
+        return (None, dx, None, *[None] * ctx.sources, *grads.flatten())
+
+
+def grad_gain(
+    up: GradUp, x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, gain: Tensor, dy: Tensor
+) -> Tensor:
+    """``sum_M dy * (x W^T)``, without that product where the output tells it: ``gain * x W^T = y - s left^T - b``."""
+    assert up.dot is not None
+    low = (up.dleft * left).sum(1)
+    rest = up.dot - low
+    if bias is not None:
+        rest = rest - bias * up.total
+    return exact_where_small(rest, gain, dy, x, weight).to(gain.dtype)
+
+
+@torch.library.custom_op("lorafx::exact_where_small", mutates_args=())
+def exact_where_small(rest: Tensor, gain: Tensor, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``rest / gain``; for rows whose gain is small, or 0, by the product of those rows instead.
+
+    An operator, since which rows these are is known only when it runs.
+    """
+    small = gain.abs() < _SMALL_GAIN
+    found = rest / torch.where(small, 1.0, gain)
+    if bool(small.any()):
+        exact = (dy[:, small] * F.linear(x, weight[small])).sum(0, dtype=rest.dtype)
+        found[small] = exact
+    return found
+
+
+@exact_where_small.register_fake
+def _exact_fake(rest: Tensor, gain: Tensor, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return rest.new_empty(rest.shape)
+
+
+def _like(grads: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True)]
+
+
+def _slices(sizes: Sequence[int]) -> list[slice]:
+    return [slice(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]

@@ -1,0 +1,100 @@
+"""The operator that lowering puts in the place of the twins of ``linear`` that read the same input.
+
+    q, k = lorafx.grouped(x, [wq, wk], [bq, bk], [aq, Bq, ak, Bk], ["lora", "lora"], ...)
+
+It means what its twins mean (:mod:`lorafx.ops`), one after the other; a layer without adapters may be among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lorafx.kernels.base import Call, Dropout
+from lorafx.kernels.function import Group, LowRankLinear, Operands
+from lorafx.kernels.providers import provider
+from lorafx.ops import LAYERS, define_op, updates
+from lorafx.variants.base import Update, full_precision
+
+#: ``kinds``, ``weights``, ``biases``, ``counts`` (of adapters) and ``training`` have one entry a sibling; ``variants``,
+#: ``scaling`` and ``dropout`` one an adapter; ``tensors`` are as in a twin. From ``sources`` and ``recipe`` backward
+#: computes ``x`` again, instead of keeping it (:mod:`.recipe`).
+_SCHEMA = (
+    "(Tensor x, str[] kinds, Tensor[] weights, Tensor?[] biases, int[] counts, bool[] training, Tensor[] tensors, "
+    "str[] variants, float[] scaling, float[] dropout, str provider, Tensor[] sources, str recipe) -> Tensor[]"
+)
+
+
+@dataclass(frozen=True)
+class _Sibling:
+    """One layer: its weight as ``[out, in]``, and what all of its adapters together make of it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    gain: Tensor | None
+    lefts: list[Tensor]
+    rights: list[Tensor]
+
+
+def _sibling(weight: Tensor, bias: Tensor | None, changes: Sequence[Update]) -> _Sibling:
+    """Each update is relative to the frozen layer: the gains' excesses over 1 add up, and scale no bias."""
+    gains = [u.gain for u in changes if u.gain is not None]
+    lefts = [u.left if u.gain is None else u.gain.unsqueeze(-1) * u.left for u in changes]
+    gain = gains[0] if len(gains) == 1 else 1 + torch.stack([g - 1 for g in gains]).sum(0) if gains else None
+    for shift in (u.shift for u in changes):
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+    return _Sibling(weight, bias, gain, lefts, [u.right for u in changes])
+
+
+def grouped_reference(
+    x: Tensor,
+    kinds: Sequence[str],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    counts: Sequence[int],
+    training: Sequence[bool],
+    tensors: Sequence[Tensor],
+    variants: Sequence[str],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+    provider_name: str,
+    sources: Sequence[Tensor],
+    recipe: str,
+) -> list[Tensor]:
+    """See the module; under autocast in its dtype, as ``linear`` is."""
+    device = x.device.type
+    remaining, start = iter(tensors), 0
+    siblings, p = [], []
+    for kind, stored, bias, count, trains in zip(kinds, weights, biases, counts, training, strict=True):
+        mine = slice(start, start + count)
+        start += count
+        weight = LAYERS[kind].storage.matrix(stored)
+        changes = list(updates(weight, remaining, variants[mine], scaling[mine]))
+        siblings.append(_sibling(weight, bias, changes))
+        p += [chance if trains else 0.0 for chance in dropout[mine]]
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, recipe = x.to(dtype), ""  # the recipe would give the input before the cast
+    rights = [right for s in siblings for right in s.rights]
+    ranks = tuple(right.shape[0] for right in rights)
+    chosen = provider(provider_name)
+    call = Call(x.device, x.dtype, x.shape[-1], tuple(s.weight.shape[0] for s in siblings), sum(ranks))
+    if chosen.rejects(call) is not None:
+        chosen = provider("torch")
+    group = Group(chosen, tuple(counts), Dropout(ranks, tuple(p)), recipe)
+    operands = Operands(
+        [s.weight.to(x.dtype) for s in siblings],
+        [None if s.bias is None else s.bias.to(x.dtype) for s in siblings],
+        [s.gain for s in siblings],
+        [left for s in siblings for left in s.lefts],
+        rights,
+    )
+    with full_precision(x):
+        return list(LowRankLinear.apply(group, x, len(sources), *sources, *operands.flatten()))  # type: ignore[no-untyped-call]
+
+
+grouped = define_op("grouped", _SCHEMA, grouped_reference)

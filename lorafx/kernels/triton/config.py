@@ -1,0 +1,137 @@
+"""How a kernel is tiled: defaults from the shape alone, and on request the fastest of a few, measured once a class.
+
+No table of devices: a default is the largest tile that the shape fills and the device's shared memory holds. With
+``LORAFX_AUTOTUNE=1`` the first call of each shape class times the candidates and keeps the fastest; M counts to the
+next power of two. Which tile is used decides the order of summation, so tuning is off unless it is asked for, and
+under ``torch.use_deterministic_algorithms`` it is off in any case.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+from lorafx.kernels.triton.tiles import interpreted
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A tiling: ``rows`` and ``columns`` of the output, ``depth`` of a step of the sum, warps, stages of the pipeline.
+
+    ``library``: the large product is the vendor's GEMM, and the kernel only adds the rest to it.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    library: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the launch takes beside the block sizes."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def gemm_configs(m: int, n: int, itemsize: int, shared: int) -> list[Config]:
+    """For a product ``[m, n]`` of two large matrices: the default first, then what else is worth timing."""
+    depth = 128 // itemsize  # 128 bytes a row: one line of the cache
+    if m <= 64:
+        tiles = [(32, 64, 4), (16, 128, 4), (64, 64, 4), (16, 64, 4)]
+    elif n <= 64:
+        tiles = [(128, 64, 4), (64, 64, 4), (64, 32, 4)]
+    else:
+        tiles = [(128, 128, 8), (128, 64, 4), (64, 128, 4), (128, 256, 8), (64, 64, 4)]
+    found = [
+        Config(rows, columns, depth, warps, _stages(depth * (rows + columns) * itemsize, shared))
+        for rows, columns, warps in tiles
+    ]
+    if itemsize == 4:  # a vendor's float32 GEMM keeps PyTorch's precision settings to the letter: the default
+        return [replace(found[0], library=True), *found]
+    return [*found, replace(found[0], library=True)]
+
+
+def skinny_configs(rows: int, itemsize: int, ranks: int, shared: int) -> list[Config]:
+    """For :mod:`down`: many rows, few columns, a long sum."""
+    depth = 128 // itemsize
+    heights = [16, 32] if rows <= 256 else [64, 32, 128]
+    return [Config(h, ranks, depth, 4, _stages(depth * (h + ranks) * itemsize, shared)) for h in heights]
+
+
+def stream_configs(columns: int, itemsize: int, ranks: int, shared: int) -> list[Config]:
+    """For sums over M of a large matrix times ``ranks`` columns: blocks of ``depth`` rows of it are streamed."""
+    widths = [64] if columns <= 64 else [128] if columns <= 128 or ranks > 32 else [256, 128]
+    found = []
+    for width in widths:
+        for depth in (32, 64):
+            stages = _stages(depth * (width + ranks) * itemsize + width * ranks * itemsize, shared)
+            found.append(Config(ranks, width, depth, 4 if width <= 128 else 8, stages))
+    return found
+
+
+def _stages(bytes_per_stage: int, shared: int) -> int:
+    """As many stages as fit, leaving a third for what the epilogue stages; 2 to 4."""
+    return max(2, min(4, (2 * shared // 3) // bytes_per_stage))
+
+
+def power_class(size: int) -> int:
+    """``size``, rounded up to a power of two."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def splits(tiles: int, steps: int, processors: int) -> int:
+    """In how many parts to divide a sum of ``steps`` steps, so that with ``tiles`` outputs every processor has work."""
+    return max(1, min(processors // max(tiles, 1), steps))
+
+
+_CHOSEN: dict[Hashable, Config] = {}
+
+
+def choose(key: Hashable, candidates: Sequence[Config], run: Callable[[Config], T]) -> T:
+    """``run(config)`` with the configuration for ``key``: the first that fits the device, or the fastest if tuning.
+
+    Raises:
+        OutOfResources: if none of the candidates fits.
+    """
+    known = _CHOSEN.get(key)
+    if known is not None:
+        return run(known)
+    if _tunes() and len(candidates) > 1:
+        timed = list(_timed(candidates, run))
+        if timed:
+            known = _CHOSEN[key] = min(timed, key=lambda pair: pair[0])[1]
+            return run(known)
+    for config in candidates[:-1]:
+        try:
+            result = run(config)
+        except OutOfResources:
+            continue
+        _CHOSEN[key] = config
+        return result
+    return run(candidates[-1])
+
+
+def _tunes() -> bool:
+    return (
+        os.environ.get("LORAFX_AUTOTUNE") == "1"
+        and not interpreted()
+        and not torch.are_deterministic_algorithms_enabled()
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _timed(candidates: Sequence[Config], run: Callable[[Config], T]) -> Iterator[tuple[float, Config]]:
+    for config in candidates:
+        try:
+            yield triton.testing.do_bench(lambda config=config: run(config), warmup=5, rep=20), config
+        except OutOfResources:
+            continue

@@ -1,0 +1,197 @@
+"""``dx = sum_i (gain_i dy_i) W_i + D(ds right)`` in one kernel, and ``dright = ds^T D(x)``, the masks drawn again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from lorafx.kernels.triton.config import (
+    Config,
+    choose,
+    gemm_configs,
+    power_class,
+    splits,
+    stream_configs,
+)
+from lorafx.kernels.triton.device import device_of, precision
+from lorafx.kernels.triton.dropout import Plan, keep, kept_share
+from lorafx.kernels.triton.reduce import Sums
+from lorafx.kernels.triton.tiles import (
+    GROUP_ROWS,
+    cdiv,
+    dot_dtype,
+    jit,
+    launch,
+    on_device,
+    rank_block,
+    tile_order,
+)
+
+
+@jit
+def dx_kernel(
+    bases: tl.tensor, weights: tl.tensor, ds: tl.tensor, right: tl.tensor, seed: tl.tensor, dx: tl.tensor,
+    M: tl.tensor, K: tl.tensor, widths: tl.tensor, base_strides: tl.tensor, weight_strides: tl.tensor,
+    stride_sm: tl.tensor, stride_sr: tl.tensor, stride_rr: tl.tensor, stride_rk: tl.tensor,
+    STARTS: tl.constexpr, DROPS: tl.constexpr, BASE_GIVEN: tl.constexpr, EVEN_N: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
+    """One tile of ``dx [M, K]``, contiguous; with ``BASE_GIVEN`` that is where the sum over siblings is already.
+
+    ``bases[i] [M, widths[i]]`` and ``weights[i] [widths[i], K]``; a pair of strides each.
+    """
+    tile_m, tile_k = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_column = tile_k * BLOCK_K
+    columns = first_column + tl.arange(0, BLOCK_K)
+    far_rows, far_columns = rows.to(tl.int64), columns.to(tl.int64)
+    if seed is not None:
+        key = tl.load(seed)
+    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    for g in tl.static_range(len(DROPS)):
+        low = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+        for block in tl.static_range(RANK_BLOCKS):
+            if STARTS[g] + block * BLOCK_R < STARTS[g + 1]:
+                ranks = STARTS[g] + block * BLOCK_R + tl.arange(0, BLOCK_R)
+                mine = ranks < STARTS[g + 1]
+                at_ds = ds + far_rows[:, None] * stride_sm + ranks[None, :] * stride_sr
+                at_right = right + ranks[:, None] * stride_rr + far_columns[None, :] * stride_rk
+                a = tl.load(at_ds, mask=(rows[:, None] < M) & mine[None, :], other=0.0)
+                b = tl.load(at_right, mask=mine[:, None] & (columns[None, :] < K), other=0.0)
+                low = tl.dot(a.to(DOT), b.to(ds.dtype.element_ty).to(DOT), low, input_precision=PRECISION)
+        if DROPS[g] > 0:
+            share: tl.constexpr = 65536.0 / (65536 - DROPS[g]) if DROPS[g] < 65536 else 0.0
+            low = tl.where(keep(key, g, rows, first_column, BLOCK_K, DROPS[g]), low * share, 0.0)
+        acc += low
+    at_dx = dx + far_rows[:, None] * K + columns[None, :]
+    valid = (rows[:, None] < M) & (columns[None, :] < K)
+    if BASE_GIVEN:
+        acc += tl.load(at_dx, mask=valid, other=0.0).to(tl.float32)
+    else:
+        for i in tl.static_range(len(bases)):
+            depth = tl.arange(0, BLOCK_N)
+            at_base = bases[i] + far_rows[:, None] * base_strides[i][0] + depth[None, :] * base_strides[i][1]
+            at_w = weights[i] + depth[:, None] * weight_strides[i][0] + far_columns[None, :] * weight_strides[i][1]
+            for first in range(0, widths[i], BLOCK_N):
+                if EVEN_N:
+                    a = tl.load(at_base, mask=rows[:, None] < M, other=0.0)
+                    b = tl.load(at_w, mask=columns[None, :] < K, other=0.0)
+                else:
+                    more = widths[i] - first
+                    a = tl.load(at_base, mask=(rows[:, None] < M) & (depth[None, :] < more), other=0.0)
+                    b = tl.load(at_w, mask=(depth[:, None] < more) & (columns[None, :] < K), other=0.0)
+                acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+                at_base += BLOCK_N * base_strides[i][1]
+                at_w += BLOCK_N * weight_strides[i][0]
+    tl.store(at_dx, acc.to(dx.dtype.element_ty), mask=valid)
+
+
+def grad_x(
+    bases: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor, right: Tensor, plan: Plan, seed: Tensor | None
+) -> Tensor:
+    """``dx [M, k]`` from ``bases[i] [M, n_i]``, ``weights[i] [n_i, k]``, ``ds [M, R]`` and ``right [R, k]``."""
+    m, k, dtype = ds.shape[0], right.shape[1], bases[0].dtype
+    part = device_of(ds.device)
+    widths = tuple(b.shape[1] for b in bases)
+
+    def run(config: Config) -> Tensor:
+        if config.library:
+            dx = bases[0] @ weights[0]
+            for base, weight in zip(bases[1:], weights[1:], strict=True):
+                dx.addmm_(base, weight)
+        else:
+            dx = torch.empty(m, k, dtype=dtype, device=ds.device)
+        launch(dx_kernel, (cdiv(m, config.rows) * cdiv(k, config.columns),),
+            tuple(bases), tuple(weights), ds, right, seed, dx, m, k, widths,
+            tuple(b.stride() for b in bases), tuple(w.stride() for w in weights), *ds.stride(), *right.stride(),
+            plan.starts, plan.drops, config.library, all(n % config.depth == 0 for n in widths),
+            cdiv(plan.widest, rank_block(plan.widest)), config.rows, config.columns, config.depth,
+            rank_block(plan.widest), GROUP_ROWS,
+            dot_dtype(dtype), precision(dtype, part), **config.options,
+        )  # fmt: skip
+        return dx
+
+    if m == 0 or k == 0:
+        return torch.empty(m, k, dtype=dtype, device=ds.device)
+    key = ("grad_x", part, dtype, right.dtype, power_class(m), k, widths, plan)
+    with on_device(ds):
+        return choose(key, gemm_configs(m, k, dtype.itemsize, part.shared), run)
+
+
+@jit
+def dright_kernel(
+    ds: tl.tensor, x: tl.tensor, seed: tl.tensor, dright: tl.tensor,
+    M: tl.tensor, K: tl.tensor, R: tl.tensor, CHUNK: tl.tensor,
+    stride_sm: tl.tensor, stride_sr: tl.tensor, stride_xm: tl.tensor, stride_xk: tl.tensor,
+    STARTS: tl.constexpr, DROPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
+    """Programs: blocks of ranks (innermost, so that they share the read of ``x``), strips of columns, parts of M.
+
+    ``dright [parts, R, K]``, contiguous. The groups of columns of ``ds`` are told apart as in ``down_kernel``.
+    """
+    ranks = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_column = tl.program_id(1) * BLOCK_K
+    columns = first_column + tl.arange(0, BLOCK_K)
+    part = tl.program_id(2)
+    begin = part * CHUNK
+    rows = begin + tl.arange(0, BLOCK_M)
+    at_x = x + rows[:, None].to(tl.int64) * stride_xm + columns[None, :].to(tl.int64) * stride_xk
+    at_ds = ds + rows[None, :].to(tl.int64) * stride_sm + ranks[:, None] * stride_sr
+    if seed is not None:
+        key = tl.load(seed)
+    acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    end = min(begin + CHUNK, M)
+    for first in range(begin, end, BLOCK_M):
+        more = M - (first - begin)
+        tile = tl.load(at_x, mask=(rows[:, None] < more) & (columns[None, :] < K), other=0.0)
+        grad = tl.load(at_ds, mask=(ranks[:, None] < R) & (rows[None, :] < more), other=0.0).to(DOT)
+        for g in tl.static_range(len(DROPS)):
+            seen = tile
+            if DROPS[g] > 0:
+                seen = tl.where(keep(key, g, rows + (first - begin), first_column, BLOCK_K, DROPS[g]), tile, 0.0)
+            sums = tl.dot(grad, seen.to(DOT), acc, input_precision=PRECISION)
+            if len(DROPS) > 1:
+                sums = tl.where(((ranks >= STARTS[g]) & (ranks < STARTS[g + 1]))[:, None], sums, acc)
+            acc = sums
+        at_x += BLOCK_M * stride_xm
+        at_ds += BLOCK_M * stride_sm
+    acc *= kept_share(STARTS, DROPS, ranks)[:, None]
+    at_dright = dright + (part * R + ranks[:, None]).to(tl.int64) * K + columns[None, :]
+    tl.store(at_dright, acc.to(dright.dtype.element_ty), mask=(ranks[:, None] < R) & (columns[None, :] < K))
+
+
+def parts(m: int, k: int, r: int, config: Config, processors: int) -> tuple[int, int]:
+    """Parts of M, and the rows of a part (whole blocks; at least eight of them if there are)."""
+    steps = cdiv(m, config.depth)
+    tiles = cdiv(k, config.columns) * cdiv(r, config.rows)
+    chunk = cdiv(steps, splits(tiles, cdiv(steps, 8), processors)) * config.depth
+    return cdiv(m, chunk), chunk
+
+
+def grad_right(ds: Tensor, x: Tensor, plan: Plan, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``dright [R, k]`` in ``dtype``, contiguous, from ``ds [M, R]`` and ``x [M, k]``."""
+    (m, k), r = x.shape, ds.shape[1]
+    part = device_of(x.device)
+    dright = torch.empty(r, k, dtype=dtype, device=x.device)
+    if m == 0 or r == 0:
+        return dright.zero_()
+
+    def run(config: Config) -> Tensor:
+        split, chunk = parts(m, k, r, config, part.processors)
+        sums = Sums()
+        launch(dright_kernel, (cdiv(r, config.rows), cdiv(k, config.columns), split),
+            ds, x, seed, sums.target(dright, split), m, k, r, chunk, *ds.stride(), *x.stride(),
+            plan.starts, plan.drops, config.depth, config.columns, config.rows,
+            dot_dtype(x.dtype), precision(x.dtype, part), **config.options,
+        )  # fmt: skip
+        sums.finish()
+        return dright
+
+    key = ("grad_right", part, x.dtype, dtype, power_class(m), k, r, plan)
+    with on_device(x):
+        return choose(key, stream_configs(k, x.dtype.itemsize, rank_block(r), part.shared), run)

@@ -1,0 +1,90 @@
+"""The provider: which calls it serves, and its four functions on the kernels of this package.
+
+Triton is imported by the first call, not by this module: asking why the provider is unavailable costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lorafx.kernels.base import Call, Dropout, GradUp, Provider
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class TritonProvider(Provider):
+    """Fused kernels in Triton, for CUDA devices (and AMD's, which PyTorch calls by that name too).
+
+    ``s`` and ``ds`` are in x's dtype. Masks are drawn anew in backward from the seed, which is all that
+    :meth:`down` hands on. The large products are Triton's for half types, and for float32 the vendor's GEMM with
+    the rest added in one pass over its output (``Config.library``); under ``LORAFX_AUTOTUNE=1`` whichever is
+    the faster of the two. The same inputs give the same bits.
+    """
+
+    name: ClassVar[str] = "triton"
+
+    def unavailable(self) -> str | None:
+        """Without Triton, or without a GPU. (Triton's interpreter, ``TRITON_INTERPRET=1``, is for tests.)"""
+        if find_spec("triton") is None:
+            return "Triton is not installed"
+        if not torch.cuda.is_available() and not _interpreted():
+            return "there is no CUDA device"
+        return None
+
+    def rejects(self, call: Call) -> str | None:
+        """It serves float32, bfloat16 and float16 on CUDA, one adapter a batch."""
+        if call.device.type != "cuda" and not (_interpreted() and call.device.type == "cpu"):
+            return f"it runs on CUDA devices, not on {call.device.type}"
+        if call.dtype not in DTYPES:
+            return f"it computes in float32, bfloat16 and float16, not in {str(call.dtype).removeprefix('torch.')}"
+        if call.by_row:
+            return "it has no kernels for rows of a batch with adapters of their own"
+        if call.r == 0:
+            return "there are no ranks"
+        return None
+
+    def down(self, x: Tensor, right: Tensor, dropout: Dropout, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``s`` by one kernel (two where the sum over k is split), and the seed: all that the masks depend on."""
+        from lorafx.kernels.triton.down import down
+        from lorafx.kernels.triton.dropout import plan
+
+        kept = seed.to(x.device) if seed is not None and dropout.drops else None
+        return down(x, right, plan(dropout), kept), kept
+
+    def up(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None
+    ) -> Tensor:
+        """One kernel."""
+        from lorafx.kernels.triton.up import up
+
+        return up(x, weight, bias, s, left, gain)
+
+    def grad_up(
+        self, dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
+    ) -> GradUp:
+        """One kernel, and one that adds up its parts."""
+        from lorafx.kernels.triton.grad_up import grad_up
+
+        return grad_up(dy, s, left, gain, y, needs_total)
+
+    def grad_down(
+        self, bases: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor, right: Tensor, x: Tensor,
+        dropout: Dropout, kept: Tensor | None, needs_x: bool,
+    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
+        """One kernel for ``dx``; for ``dright`` one, and one that adds up its parts."""
+        from lorafx.kernels.triton.dropout import plan
+        from lorafx.kernels.triton.grad_down import grad_right, grad_x
+
+        columns = plan(dropout)
+        dx = grad_x(bases, weights, ds, right, columns, kept) if needs_x else None
+        return dx, grad_right(ds, x, columns, kept, right.dtype)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,94 @@
+"""``y = gain * (x W^T) + s left^T + b``: the low-rank term in the GEMM's accumulator, the rest in its epilogue."""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from lorafx.kernels.triton.config import Config, choose, gemm_configs, power_class
+from lorafx.kernels.triton.device import device_of, precision
+from lorafx.kernels.triton.tiles import (
+    GROUP_ROWS,
+    cdiv,
+    dot_dtype,
+    jit,
+    launch,
+    on_device,
+    rank_block,
+    tile_order,
+)
+
+
+@jit
+def up_kernel(
+    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, s: tl.tensor, left: tl.tensor, gain: tl.tensor, y: tl.tensor,
+    M: tl.tensor, N: tl.tensor, K: tl.tensor, R: tl.tensor,
+    stride_xm: tl.tensor, stride_xk: tl.tensor, stride_wn: tl.tensor, stride_wk: tl.tensor,
+    stride_sm: tl.tensor, stride_sr: tl.tensor, stride_ln: tl.tensor, stride_lr: tl.tensor,
+    BASE_GIVEN: tl.constexpr, EVEN_K: tl.constexpr, RANK_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+) -> None:  # fmt: skip
+    """One tile of ``y [M, N]``, contiguous; with ``BASE_GIVEN`` that is where ``x W^T`` is already."""
+    tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    far_rows, far_columns = rows.to(tl.int64), columns.to(tl.int64)
+    at_y = y + far_rows[:, None] * N + columns[None, :]
+    valid = (rows[:, None] < M) & (columns[None, :] < N)
+    if BASE_GIVEN:
+        acc = tl.load(at_y, mask=valid, other=0.0).to(tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        depth = tl.arange(0, BLOCK_K)
+        at_x = x + far_rows[:, None] * stride_xm + depth[None, :] * stride_xk
+        at_w = weight + far_columns[None, :] * stride_wn + depth[:, None] * stride_wk
+        for first in range(0, K, BLOCK_K):
+            if EVEN_K:
+                a = tl.load(at_x, mask=rows[:, None] < M, other=0.0)
+                b = tl.load(at_w, mask=columns[None, :] < N, other=0.0)
+            else:
+                a = tl.load(at_x, mask=(rows[:, None] < M) & (depth[None, :] < K - first), other=0.0)
+                b = tl.load(at_w, mask=(columns[None, :] < N) & (depth[:, None] < K - first), other=0.0)
+            acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
+            at_x += BLOCK_K * stride_xk
+            at_w += BLOCK_K * stride_wk
+    if gain is not None:
+        acc *= tl.load(gain + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    for block in tl.static_range(RANK_BLOCKS):
+        ranks = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        at_s = s + far_rows[:, None] * stride_sm + ranks[None, :] * stride_sr
+        at_left = left + far_columns[None, :] * stride_ln + ranks[:, None] * stride_lr
+        low = tl.load(at_s, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0)
+        factor = tl.load(at_left, mask=(columns[None, :] < N) & (ranks[:, None] < R), other=0.0)
+        acc = tl.dot(low.to(DOT), factor.to(s.dtype.element_ty).to(DOT), acc, input_precision=PRECISION)
+    if bias is not None:
+        acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(at_y, acc.to(y.dtype.element_ty), mask=valid)
+
+
+def up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None) -> Tensor:
+    """``y [M, n]`` in x's dtype, contiguous; ``x [M, k]``, ``weight [n, k]``, ``s [M, R]``, ``left [n, R]``."""
+    (m, k), n, r = x.shape, weight.shape[0], s.shape[1]
+    part = device_of(x.device)
+    bias, gain = (None if v is None else v.contiguous() for v in (bias, gain))
+
+    def run(config: Config) -> Tensor:
+        y = x @ weight.mT if config.library else torch.empty(m, n, dtype=x.dtype, device=x.device)
+        block_r = rank_block(r)
+        grid = (cdiv(m, config.rows) * cdiv(n, config.columns),)
+        launch(up_kernel, grid,
+            x, weight, bias, s, left, gain, y, m, n, k, r,
+            *x.stride(), *weight.stride(), *s.stride(), *left.stride(),
+            config.library, k % config.depth == 0, cdiv(r, block_r),
+            config.rows, config.columns, config.depth, block_r, GROUP_ROWS,
+            dot_dtype(x.dtype), precision(x.dtype, part), **config.options,
+        )  # fmt: skip
+        return y
+
+    if m == 0 or n == 0:
+        return torch.empty(m, n, dtype=x.dtype, device=x.device)
+    key = ("up", part, x.dtype, left.dtype, power_class(m), n, k, r, x.stride(1) == 1, weight.stride(1) == 1)
+    with on_device(x):
+        return choose(key, gemm_configs(m, n, x.dtype.itemsize, part.shared), run)

@@ -1,0 +1,112 @@
+"""Group: the calls that read the same value, which one operator can serve together.
+
+    q = lorafx.linear(x, <q.weight>, ...)
+    k = aten.linear(x, <k.weight>, <k.bias>)        ->        (q, k, v)
+    v = lorafx.linear(x, <v.weight>, ...)
+
+One read of ``x`` then makes all of their low-rank inputs, and one pass writes its gradient. A call without adapters
+joins those that have some, since the gradient of ``x`` is a sum over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch._ops import OpOverload
+from torch.fx import Graph, Node
+
+from lorafx.graph import by_mode
+from lorafx.ops import ADAPTED, ADAPTER_ARGUMENTS, LAYERS
+from lorafx.passes.layers import arguments_of
+
+#: The kinds that are a product with a matrix.
+KINDS = ("linear", "addmm")
+
+_TWINS = {ADAPTED[kind]: kind for kind in KINDS}
+_LAYERS = {LAYERS[kind].target: kind for kind in KINDS}
+
+
+@dataclass(frozen=True)
+class Member:
+    """One call of a group: its own arguments, and those of its adapters (None: it has none)."""
+
+    node: Node
+    kind: str
+    arguments: tuple[object, ...]
+    adapters: tuple[object, ...] | None
+
+    @property
+    def x(self) -> Node:
+        """What it reads."""
+        x = self.arguments[LAYERS[self.kind].x]
+        assert isinstance(x, Node)
+        return x
+
+    @property
+    def weight(self) -> Node:
+        """The weight as stored, perhaps through casts."""
+        weight = self.arguments[LAYERS[self.kind].weight]
+        assert isinstance(weight, Node)
+        return weight
+
+    @property
+    def bias(self) -> object:
+        """A node or None."""
+        place = LAYERS[self.kind].bias
+        return None if place is None else self.arguments[place]
+
+
+def find_groups(graph: Graph) -> list[list[Member]]:
+    """The groups of a graph with adapted calls, in order; each has at least one call with adapters.
+
+    A group is one stretch of the graph in which nothing is written in place, so that its calls may all run where
+    the first one does.
+    """
+    groups: list[list[Member]] = []
+    current: dict[Node, list[Member]] = {}
+    for node in graph.nodes:
+        if _writes(node):
+            current = {}
+        elif (member := _member(node)) is not None:
+            if member.x not in current:
+                current[member.x] = []
+                groups.append(current[member.x])
+            current[member.x].append(member)
+    return [group for group in groups if any(m.adapters is not None for m in group)]
+
+
+def _member(node: Node) -> Member | None:
+    if node.op != "call_function":
+        return None
+    if (kind := _TWINS.get(node.target)) is not None:
+        own, adapters = node.args[:-ADAPTER_ARGUMENTS], node.args[-ADAPTER_ARGUMENTS:]
+        if adapters[-1] is not None:  # by row
+            return None
+        found = Member(node, kind, own, adapters)
+    elif (kind := _LAYERS.get(node.target)) is not None and (own := arguments_of(node)) is not None:
+        found = Member(node, kind, own, None)
+    else:
+        return None
+    operands = [n for n in node.all_input_nodes if n is not found.arguments[LAYERS[kind].x]]
+    return found if all(map(is_fixed, operands)) else None
+
+
+def is_fixed(node: Node) -> bool:
+    """Whether a node depends on no input: a tensor of the graph's, a mode, or something made of these alone."""
+    if node.op == "get_attr":
+        return True
+    pure = node.target is by_mode or (isinstance(node.target, OpOverload) and not node.target._schema.is_mutable)
+    return node.op == "call_function" and pure and all(map(is_fixed, node.all_input_nodes))
+
+
+def fixed_inputs(node: Node) -> Iterator[Node]:
+    """The fixed nodes that a call needs, each after what it needs itself."""
+    for source in node.all_input_nodes:
+        if is_fixed(source):
+            yield from fixed_inputs(source)
+            yield source
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable

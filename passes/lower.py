@@ -1,0 +1,177 @@
+"""Lower: exchange the calls of adapted linear layers for faster operators that mean the same.
+
+    q = lorafx.linear(x, wq, bq, [a, b], ["lora"], [s], [p], train_q, None)
+    k = aten.linear(x, wk, bk)
+    ->
+    group = lorafx.grouped(x, ["linear", "linear"], [wq, wk], [bq, bk], [1, 0], [train_q, False], [a, b], ["lora"],
+                           [s], [p], "cpu", [h], "<x from h>")
+    q = group[0]
+    k = group[1]
+
+The graph that passes work on stays as it is: only what a call executes is derived, whenever the graph is compiled. So
+adapters can be switched, merged and exported without knowing of it, and nothing has to be undone.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from lorafx.checks import did_you_mean
+from lorafx.errors import LoweringError
+from lorafx.graph import CapturedModule, annotate, get_path, notes
+from lorafx.ir import layer_nodes, active_layers
+from lorafx.kernels.base import Call
+from lorafx.kernels.grouped import grouped
+from lorafx.kernels.providers import PROVIDERS, provider
+from lorafx.ops import ADAPTED, STORAGE
+from lorafx.passes.group import KINDS, Member, find_groups, fixed_inputs
+from lorafx.passes.recompute import Kept, trained_nodes
+
+#: What calls a site where nothing else does.
+REFERENCE = "reference"
+
+BACKENDS = ("auto", REFERENCE, *PROVIDERS)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Who serves one group of calls, and why those that are liked better do not."""
+
+    members: tuple[Member, ...]
+    provider: str
+    declined: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How a graph is lowered: kept in ``gm.meta["lowering"]``, and applied whenever the graph is compiled."""
+
+    backend: str = "auto"
+
+    def derive(self, gm: CapturedModule, graph: Graph) -> Graph:
+        """The graph that runs; ``graph`` itself, which stays as it is, where there is nothing to lower."""
+        if self.backend == REFERENCE or not any(n.target in _TWINS for n in graph.nodes):
+            return graph
+        derived = copy.deepcopy(graph)
+        decisions = decide(gm, derived, self.backend)
+        kept = Kept(derived, trained_nodes(gm, derived))
+        for decision in decisions:
+            if decision.provider != REFERENCE:
+                _rewrite(derived, decision, kept)
+        for node in list(derived.find_nodes(op="get_attr")):
+            if not node.users:
+                derived.erase_node(node)
+        return derived
+
+
+_TWINS = frozenset(ADAPTED[kind] for kind in KINDS)
+
+
+def lower(gm: CapturedModule, backend: str = "auto") -> None:
+    """Choose what computes the adapted layers of a graph, in place. ``apply`` lowers by ``"auto"`` already.
+
+    Args:
+        gm: a graph from :func:`lorafx.apply`.
+        backend: ``"auto"``, for each group of layers the best provider that serves it; ``"reference"``, plain torch
+            as autograd sees it, which ``torch.func`` and double backward need; or a provider by name: ``"triton"``,
+            ``"cpu"``, ``"torch"``.
+
+    Raises:
+        LoweringError: there is no such backend; or the provider named is not available or declines a group of
+            linear layers. Nothing is changed.
+    """
+    if backend not in BACKENDS:
+        raise LoweringError(f"there is no backend {backend!r}{did_you_mean(backend, BACKENDS)}; choose one of {BACKENDS}")
+    if backend in PROVIDERS:
+        for decision in decide(gm, gm.graph, backend):
+            if reason := decision.declined.get(backend):
+                first = _site(decision.members[0].node)
+                raise LoweringError(f"backend '{backend}' cannot serve '{first}': {reason}. Choose 'auto'")
+    gm.meta["lowering"] = Lowering(backend)
+    gm.recompile()
+
+
+def decide(gm: CapturedModule, graph: Graph, backend: str) -> list[Decision]:
+    """Who serves each group of a graph. With a provider by name, what it declines is left to the reference."""
+    names = tuple(PROVIDERS) if backend == "auto" else (backend,)
+    return [_decide(gm, group, names) for group in find_groups(graph)]
+
+
+def _decide(gm: CapturedModule, group: Sequence[Member], names: Sequence[str]) -> Decision:
+    call = _call(gm, group)
+    declined: dict[str, str] = {}
+    for name in names:
+        found = provider(name)
+        reason = found.rejects(call) or found.unavailable()
+        if reason is None:
+            return Decision(tuple(group), name, declined)
+        declined[name] = reason
+    return Decision(tuple(group), REFERENCE, declined)
+
+
+def _call(gm: CapturedModule, group: Sequence[Member]) -> Call:
+    """What is known of a group: sizes from the weights, the dtype from the input where the capture tells it."""
+    weights = [_weight(gm, member) for member in group]
+    x = group[0].x.meta.get("val")
+    tensors = [get_path(gm, n.target) for m in group if m.adapters is not None for n in m.adapters[0]]
+    return Call(
+        weights[0].device,
+        x.dtype if isinstance(x, Tensor) else weights[0].dtype,
+        weights[0].shape[1],
+        tuple(w.shape[0] for w in weights),
+        sum(t.shape[0] for t in tensors if t.dim() == 2 and t.shape[1] == weights[0].shape[1]),
+    )
+
+
+def _weight(gm: CapturedModule, member: Member) -> Tensor:
+    source = member.weight
+    while source.op != "get_attr":
+        source = source.all_input_nodes[0]
+    found: Tensor = get_path(gm, str(source.target))
+    return STORAGE[member.kind].matrix(found)
+
+
+def _rewrite(graph: Graph, decision: Decision, kept: Kept) -> None:
+    members = decision.members
+    first = members[0].node
+    needed = dict.fromkeys(chain.from_iterable(fixed_inputs(m.node) for m in members))
+    for node in needed:
+        first.prepend(node)
+    adapters = [m.adapters for m in members if m.adapters is not None]
+    tensors, variants, scaling, dropout = ([v for a in adapters for v in a[i]] for i in range(4))  # type: ignore[attr-defined]
+    sources, recipe = kept.recipe(members[0].x)
+    with graph.inserting_before(first):
+        group = graph.call_function(
+            grouped,
+            (
+                members[0].x,
+                [m.kind for m in members],
+                [m.weight for m in members],
+                [m.bias for m in members],
+                [0 if m.adapters is None else len(m.adapters[1]) for m in members],  # type: ignore[arg-type]
+                [False if m.adapters is None else m.adapters[4] for m in members],
+                tensors,
+                variants,
+                scaling,
+                dropout,
+                decision.provider,
+                sources,
+                recipe,
+            ),
+        )
+    if scope := notes(first).get("scope"):
+        annotate(group, scope=scope)
+    for index, member in enumerate(members):
+        node = member.node
+        node.target, node.args, node.kwargs = operator.getitem, (group, index), {}
+    for member in reversed(members):
+        group.append(member.node)
