@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.config
+from _pytest.nodeid import coerce_node_id
 from torch import Tensor, nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.utils import _pytree as pytree
@@ -54,11 +55,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(fixture, marked)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let the groups take effect, of which a file without marks is one.
+
+    xdist 3.8 writes them where pytest 9.2 no longer looks (https://github.com/pytest-dev/pytest-xdist/issues/1386).
+    """
+    if config.getoption("loadgroup", False):
+        for item in items:
+            mark = item.get_closest_marker("xdist_group")
+            item._id = coerce_node_id(f"{item.nodeid}@{mark.args[0] if mark else item.path.stem}")
 
 
 def pytest_collection_finish() -> None:
