@@ -17,6 +17,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
+from lorafx.kernels.triton.device import Device
 from lorafx.kernels.triton.tiles import interpreted
 
 T = TypeVar("T")
@@ -42,45 +43,49 @@ class Config:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def gemm_configs(m: int, n: int, itemsize: int, shared: int) -> list[Config]:
+def gemm_configs(m: int, n: int, itemsize: int, device: Device, aligned: bool) -> list[Config]:
     """For a product ``[m, n]`` of two large matrices: the default first, then what else is worth timing."""
     depth = 128 // itemsize  # 128 bytes a row: one line of the cache
-    if m <= 64:
-        tiles = [(32, 64, 4), (16, 128, 4), (64, 64, 4), (16, 64, 4)]
-    elif n <= 64:
-        tiles = [(128, 64, 4), (64, 64, 4), (64, 32, 4)]
+    if not aligned:  # elements are loaded one by one, each with an address in a register
+        found = [Config(64, 64, 32, 4, 2), Config(32, 64, 32, 4, 2)]
     else:
-        tiles = [(128, 128, 8), (128, 64, 4), (64, 128, 4), (128, 256, 8), (64, 64, 4)]
-    found = [
-        Config(rows, columns, depth, warps, _stages(depth * (rows + columns) * itemsize, shared))
-        for rows, columns, warps in tiles
-    ]
-    if itemsize == 4:  # a vendor's float32 GEMM keeps PyTorch's precision settings to the letter: the default
-        return [replace(found[0], library=True), *found]
-    return [*found, replace(found[0], library=True)]
+        if m <= 64:
+            tiles = [(32, 64, 4), (16, 128, 4), (64, 64, 4), (16, 64, 4)]
+        elif n <= 64:
+            tiles = [(128, 64, 4), (64, 64, 4), (64, 32, 4)]
+        else:
+            tiles = [(128, 128, 8), (128, 64, 4), (64, 128, 4), (128, 256, 8), (64, 64, 4)]
+        found = [
+            Config(rows, columns, depth, warps, _stages(depth * (rows + columns) * itemsize, device))
+            for rows, columns, warps in tiles
+        ]
+    library = replace(found[0], library=True)
+    # A vendor's float32 GEMM keeps PyTorch's precision settings to the letter: there it is the default.
+    return [library, *found] if itemsize == 4 else [*found, library]
 
 
-def skinny_configs(rows: int, itemsize: int, ranks: int, shared: int) -> list[Config]:
+def skinny_configs(rows: int, itemsize: int, ranks: int, device: Device, aligned: bool) -> list[Config]:
     """For :mod:`down`: many rows, few columns, a long sum."""
-    depth = 128 // itemsize
-    heights = [16, 32] if rows <= 256 else [64, 32, 128]
-    return [Config(h, ranks, depth, 4, _stages(depth * (h + ranks) * itemsize, shared)) for h in heights]
+    heights = [16, 32] if rows <= 256 else [64, 32] if aligned else [32]
+    depth = 64 if aligned else 32
+    return [Config(h, ranks, depth, 4, _stages(depth * (h + ranks) * itemsize, device)) for h in heights]
 
 
-def stream_configs(columns: int, itemsize: int, ranks: int, shared: int) -> list[Config]:
+def stream_configs(columns: int, itemsize: int, ranks: int, device: Device, aligned: bool) -> list[Config]:
     """For sums over M of a large matrix times ``ranks`` columns: blocks of ``depth`` rows of it are streamed."""
+    if not aligned:
+        return [Config(ranks, 64, 32, 4, 2)]
     widths = [64] if columns <= 64 else [128] if columns <= 128 or ranks > 32 else [256, 128]
-    found = []
-    for width in widths:
-        for depth in (32, 64):
-            stages = _stages(depth * (width + ranks) * itemsize + width * ranks * itemsize, shared)
-            found.append(Config(ranks, width, depth, 4 if width <= 128 else 8, stages))
-    return found
+    return [
+        Config(ranks, width, depth, 4 if width <= 128 else 8, _stages(depth * (width + ranks) * itemsize, device))
+        for width in widths
+        for depth in (32, 64)
+    ]
 
 
-def _stages(bytes_per_stage: int, shared: int) -> int:
+def _stages(bytes_per_stage: int, device: Device) -> int:
     """As many stages as fit, leaving a third for what the epilogue stages; 2 to 4."""
-    return max(2, min(4, (2 * shared // 3) // bytes_per_stage))
+    return max(2, min(4, (2 * device.shared // 3) // bytes_per_stage))
 
 
 def power_class(size: int) -> int:

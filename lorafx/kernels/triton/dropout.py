@@ -16,46 +16,77 @@ import triton.language as tl
 from torch import Tensor
 
 from lorafx.kernels.base import Dropout
-from lorafx.kernels.triton.tiles import cdiv, jit, launch, on_device
+from lorafx.kernels.triton.tiles import MAX_RANKS, cdiv, jit, launch, on_device, rank_block
 
-#: Elements that one draw of Philox serves: neighbours in a row.
-PER_DRAW = 8
+#: Columns of ``s``, padded, that one launch takes at most; more are taken by several, each with its read of ``x``.
+MAX_COLUMNS = 192
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Columns of ``s`` by what they see of ``x``, as the kernels take it.
+    """Columns of ``s`` in pieces, each of one adapter (or of neighbours without dropout) and at most ``MAX_RANKS`` wide.
 
-    ``starts`` has the first column of each group and after them the number of columns, ``drops`` the threshold of
-    each group of 2^16. Neighbours without dropout are one group: they see the same.
+    Piece ``i`` is columns ``starts[i]`` to ``stops[i]``, in a block of ``widths[i]``; its mask is that of
+    ``branches[i]`` (the adapter's number) with the threshold ``drops[i]``, of 2^16.
     """
 
     starts: tuple[int, ...]
+    stops: tuple[int, ...]
+    widths: tuple[int, ...]
+    branches: tuple[int, ...]
     drops: tuple[int, ...]
 
     @property
-    def widest(self) -> int:
-        """Columns of the widest group."""
-        return max(b - a for a, b in zip(self.starts, self.starts[1:], strict=False))
+    def padded(self) -> int:
+        """The widths of all blocks together."""
+        return sum(self.widths)
+
+    def packs(self, limit: int) -> list[Plan]:
+        """Plans of at most ``limit`` padded columns (or one piece) each: what one launch can hold in registers."""
+        found: list[list[int]] = []
+        for i, width in enumerate(self.widths):
+            if not found or sum(self.widths[j] for j in found[-1]) + width > limit:
+                found.append([])
+            found[-1].append(i)
+        return [Plan(*(tuple(column[i] for i in pack) for column in self.columns)) for pack in found]
+
+    @property
+    def columns(self) -> tuple[tuple[int, ...], ...]:
+        """As the kernels take it."""
+        return self.starts, self.stops, self.widths, self.branches, self.drops
 
 
 @lru_cache(maxsize=1024)
 def plan(dropout: Dropout) -> Plan:
-    """The groups of columns that ``dropout`` makes."""
-    starts, drops, at = [0], [], 0
-    for ranks, p in zip(dropout.ranks, dropout.p, strict=True):
-        drop, at = round(p * 65536), at + ranks
-        if drops and drops[-1] == drop == 0:
-            starts[-1] = at
+    """The pieces that ``dropout`` makes of the columns."""
+    groups: list[tuple[int, int, int, int]] = []  # start, stop, branch, drop
+    at = 0
+    for branch, (ranks, p) in enumerate(zip(dropout.ranks, dropout.p, strict=True)):
+        drop = round(p * 65536)
+        if groups and groups[-1][3] == drop == 0:
+            groups[-1] = (groups[-1][0], at + ranks, groups[-1][2], 0)
         else:
-            starts.append(at)
-            drops.append(drop)
-    return Plan(tuple(starts), tuple(drops))
+            groups.append((at, at + ranks, branch, drop))
+        at += ranks
+    pieces = [
+        (first, min(first + MAX_RANKS, stop), branch, drop)
+        for start, stop, branch, drop in groups
+        for first in range(start, stop, MAX_RANKS)
+    ]
+    starts, stops, branches, drops = (tuple(c) for c in zip(*pieces, strict=True)) if pieces else ((),) * 4
+    return Plan(starts, stops, tuple(rank_block(b - a) for a, b in zip(starts, stops, strict=True)), branches, drops)
+
+
+@lru_cache(maxsize=1024)
+def table(plan: Plan, device: torch.device) -> Tensor:
+    """The pieces of ``plan`` as int32 ``[pieces, 4]`` on ``device``: start, stop, branch, drop."""
+    columns = (plan.starts, plan.stops, plan.branches, plan.drops)
+    return torch.tensor(columns, dtype=torch.int32).mT.contiguous().to(device)
 
 
 @jit
 def keep(
-    seed: tl.tensor, branch: tl.constexpr, rows: tl.tensor, first: tl.tensor, WIDTH: tl.constexpr, DROP: tl.constexpr
+    seed: tl.tensor, branch: tl.tensor, rows: tl.tensor, first: tl.tensor, WIDTH: tl.constexpr, drop: tl.tensor
 ) -> tl.tensor:
     """Which elements are kept, ``[rows, WIDTH]``, of the columns from ``first`` on (a multiple of 8)."""
     draws = (first // 8 + tl.arange(0, WIDTH // 8)).to(tl.uint32)
@@ -63,17 +94,16 @@ def keep(
     a, b, c, d = tl.philox(seed, zero + draws[None, :], zero + rows[:, None].to(tl.uint32), zero + branch, zero, 7)
     words = tl.join(tl.join(a, c), tl.join(b, d))
     bits = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(bits, [bits.shape[0], WIDTH]) >= DROP
+    return tl.reshape(bits, [bits.shape[0], WIDTH]) >= drop
 
 
 @jit
-def kept_share(starts: tl.constexpr, drops: tl.constexpr, columns: tl.tensor) -> tl.tensor:
-    """What each of the columns of ``s`` is multiplied with for its dropout."""
-    scale = tl.full([columns.shape[0]], 0.0, tl.float32)
-    for g in tl.static_range(len(drops)):
-        mine = (columns >= starts[g]) & (columns < starts[g + 1])
-        scale = tl.where(mine, 65536.0 / (65536 - drops[g]) if drops[g] < 65536 else 0.0, scale)
-    return scale
+def share(DROP: tl.constexpr) -> tl.tensor:
+    """What is kept is multiplied with this."""
+    if DROP < 65536:
+        return 65536.0 / (65536 - DROP)
+    else:  # noqa: RET505 - a value of compile time needs both branches
+        return 0.0
 
 
 @jit
@@ -91,7 +121,7 @@ def mask_kernel(
 
 
 def mask(seed: Tensor, branch: int, p: float, shape: tuple[int, int]) -> Tensor:
-    """The mask ``[M, k]`` (bool: what is kept) that the kernels apply to the input of group ``branch`` of a plan.
+    """The mask ``[M, k]`` (bool: what is kept) that the kernels apply to the input of adapter ``branch``.
 
     For tests and for looking at: no kernel reads it.
     """

@@ -17,17 +17,18 @@ from lorafx.kernels.triton.config import (
     stream_configs,
 )
 from lorafx.kernels.triton.device import device_of, precision
-from lorafx.kernels.triton.dropout import Plan, keep, kept_share
+from lorafx.kernels.triton.dropout import MAX_COLUMNS, Plan, keep, share, table
 from lorafx.kernels.triton.reduce import Sums
 from lorafx.kernels.triton.tiles import (
     GROUP_ROWS,
     cdiv,
     dot_dtype,
+    is_aligned,
     jit,
     launch,
     on_device,
-    rank_block,
     tile_order,
+    zeros,
 )
 
 
@@ -36,13 +37,14 @@ def dx_kernel(
     bases: tl.tensor, weights: tl.tensor, ds: tl.tensor, right: tl.tensor, seed: tl.tensor, dx: tl.tensor,
     M: tl.tensor, K: tl.tensor, widths: tl.tensor, base_strides: tl.tensor, weight_strides: tl.tensor,
     stride_sm: tl.tensor, stride_sr: tl.tensor, stride_rr: tl.tensor, stride_rk: tl.tensor,
-    STARTS: tl.constexpr, DROPS: tl.constexpr, BASE_GIVEN: tl.constexpr, EVEN_N: tl.constexpr,
-    RANK_BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    pieces: tl.tensor, PIECES: tl.tensor, BLOCK_R: tl.constexpr, BASE_GIVEN: tl.constexpr, EVEN_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     """One tile of ``dx [M, K]``, contiguous; with ``BASE_GIVEN`` that is where the sum over siblings is already.
 
-    ``bases[i] [M, widths[i]]`` and ``weights[i] [widths[i], K]``; a pair of strides each.
+    ``bases[i] [M, widths[i]]`` and ``weights[i] [widths[i], K]``; a pair of strides each. ``pieces`` is the table of
+    the plan's pieces (:func:`~lorafx.kernels.triton.dropout.table`).
     """
     tile_m, tile_k = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -52,21 +54,23 @@ def dx_kernel(
     if seed is not None:
         key = tl.load(seed)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for g in tl.static_range(len(DROPS)):
-        low = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-        for block in tl.static_range(RANK_BLOCKS):
-            if STARTS[g] + block * BLOCK_R < STARTS[g + 1]:
-                ranks = STARTS[g] + block * BLOCK_R + tl.arange(0, BLOCK_R)
-                mine = ranks < STARTS[g + 1]
-                at_ds = ds + far_rows[:, None] * stride_sm + ranks[None, :] * stride_sr
-                at_right = right + ranks[:, None] * stride_rr + far_columns[None, :] * stride_rk
-                a = tl.load(at_ds, mask=(rows[:, None] < M) & mine[None, :], other=0.0)
-                b = tl.load(at_right, mask=mine[:, None] & (columns[None, :] < K), other=0.0)
-                low = tl.dot(a.to(DOT), b.to(ds.dtype.element_ty).to(DOT), low, input_precision=PRECISION)
-        if DROPS[g] > 0:
-            share: tl.constexpr = 65536.0 / (65536 - DROPS[g]) if DROPS[g] < 65536 else 0.0
-            low = tl.where(keep(key, g, rows, first_column, BLOCK_K, DROPS[g]), low * share, 0.0)
-        acc += low
+    for piece in tl.range(0, PIECES, num_stages=1):  # a loop, not unrolled: one piece's registers at a time
+        ranks = tl.load(pieces + 4 * piece) + tl.arange(0, BLOCK_R)
+        mine = ranks < tl.load(pieces + 4 * piece + 1)
+        at_ds = ds + far_rows[:, None] * stride_sm + ranks[None, :] * stride_sr
+        at_right = right + ranks[:, None] * stride_rr + far_columns[None, :] * stride_rk
+        grad = tl.load(at_ds, mask=(rows[:, None] < M) & mine[None, :], other=0.0)
+        factor = tl.load(at_right, mask=mine[:, None] & (columns[None, :] < K), other=0.0).to(grad.dtype)
+        if seed is None:
+            acc = tl.dot(grad.to(DOT), factor.to(DOT), acc, input_precision=PRECISION)
+        else:
+            low = tl.dot(grad.to(DOT), factor.to(DOT), input_precision=PRECISION)
+            drop = tl.load(pieces + 4 * piece + 3)
+            low *= tl.where(drop < 65536, 65536.0 / tl.maximum(65536 - drop, 1).to(tl.float32), 0.0)
+            if drop > 0:
+                kept = keep(key, tl.load(pieces + 4 * piece + 2), rows, first_column, BLOCK_K, drop)
+                low = tl.where(kept, low, 0.0)
+            acc += low
     at_dx = dx + far_rows[:, None] * K + columns[None, :]
     valid = (rows[:, None] < M) & (columns[None, :] < K)
     if BASE_GIVEN:
@@ -95,7 +99,7 @@ def grad_x(
 ) -> Tensor:
     """``dx [M, k]`` from ``bases[i] [M, n_i]``, ``weights[i] [n_i, k]``, ``ds [M, R]`` and ``right [R, k]``."""
     m, k, dtype = ds.shape[0], right.shape[1], bases[0].dtype
-    part = device_of(ds.device)
+    device = device_of(ds.device)
     widths = tuple(b.shape[1] for b in bases)
 
     def run(config: Config) -> Tensor:
@@ -105,21 +109,23 @@ def grad_x(
                 dx.addmm_(base, weight)
         else:
             dx = torch.empty(m, k, dtype=dtype, device=ds.device)
-        launch(dx_kernel, (cdiv(m, config.rows) * cdiv(k, config.columns),),
+        launch(
+            dx_kernel, (cdiv(m, config.rows) * cdiv(k, config.columns),),
             tuple(bases), tuple(weights), ds, right, seed, dx, m, k, widths,
             tuple(b.stride() for b in bases), tuple(w.stride() for w in weights), *ds.stride(), *right.stride(),
-            plan.starts, plan.drops, config.library, all(n % config.depth == 0 for n in widths),
-            cdiv(plan.widest, rank_block(plan.widest)), config.rows, config.columns, config.depth,
-            rank_block(plan.widest), GROUP_ROWS,
-            dot_dtype(dtype), precision(dtype, part), **config.options,
+            table(plan, ds.device), len(plan.drops), max(plan.widths), config.library,
+            all(n % config.depth == 0 for n in widths),
+            config.rows, config.columns, config.depth, GROUP_ROWS,
+            dot_dtype(dtype), precision(dtype, device), **config.options,
         )  # fmt: skip
         return dx
 
     if m == 0 or k == 0:
         return torch.empty(m, k, dtype=dtype, device=ds.device)
-    key = ("grad_x", part, dtype, right.dtype, power_class(m), k, widths, plan)
+    aligned = is_aligned(*bases, *weights)
+    key = ("grad_x", device, dtype, right.dtype, power_class(m), k, widths, plan, aligned)
     with on_device(ds):
-        return choose(key, gemm_configs(m, k, dtype.itemsize, part.shared), run)
+        return choose(key, gemm_configs(m, k, dtype.itemsize, device, aligned), run)
 
 
 @jit
@@ -127,71 +133,79 @@ def dright_kernel(
     ds: tl.tensor, x: tl.tensor, seed: tl.tensor, dright: tl.tensor,
     M: tl.tensor, K: tl.tensor, R: tl.tensor, CHUNK: tl.tensor,
     stride_sm: tl.tensor, stride_sr: tl.tensor, stride_xm: tl.tensor, stride_xk: tl.tensor,
-    STARTS: tl.constexpr, DROPS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    STARTS: tl.constexpr, STOPS: tl.constexpr, WIDTHS: tl.constexpr, BRANCHES: tl.constexpr, DROPS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Programs: blocks of ranks (innermost, so that they share the read of ``x``), strips of columns, parts of M.
+    """Programs: strips of columns, parts of M. Each tile of ``x`` is read once, and masked for each piece.
 
-    ``dright [parts, R, K]``, contiguous. The groups of columns of ``ds`` are told apart as in ``down_kernel``.
+    ``dright`` is ``[parts, R, K]``, contiguous.
     """
-    ranks = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    first_column = tl.program_id(1) * BLOCK_K
+    first_column = tl.program_id(0) * BLOCK_K
     columns = first_column + tl.arange(0, BLOCK_K)
-    part = tl.program_id(2)
+    part = tl.program_id(1)
     begin = part * CHUNK
     rows = begin + tl.arange(0, BLOCK_M)
     at_x = x + rows[:, None].to(tl.int64) * stride_xm + columns[None, :].to(tl.int64) * stride_xk
-    at_ds = ds + rows[None, :].to(tl.int64) * stride_sm + ranks[:, None] * stride_sr
+    at_ds = ds + rows[None, :].to(tl.int64) * stride_sm
     if seed is not None:
         key = tl.load(seed)
-    acc = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
+    accs = ()
+    for i in tl.static_range(len(DROPS)):
+        accs = accs + (zeros(WIDTHS[i], BLOCK_K),)  # noqa: RUF005 - Triton has no unpacking
     end = min(begin + CHUNK, M)
     for first in range(begin, end, BLOCK_M):
         more = M - (first - begin)
         tile = tl.load(at_x, mask=(rows[:, None] < more) & (columns[None, :] < K), other=0.0)
-        grad = tl.load(at_ds, mask=(ranks[:, None] < R) & (rows[None, :] < more), other=0.0).to(DOT)
-        for g in tl.static_range(len(DROPS)):
+        sums = ()
+        for i in tl.static_range(len(DROPS)):
+            ranks = STARTS[i] + tl.arange(0, WIDTHS[i])
+            inside = (ranks[:, None] < STOPS[i]) & (rows[None, :] < more)
+            grad = tl.load(at_ds + ranks[:, None] * stride_sr, mask=inside, other=0.0)
             seen = tile
-            if DROPS[g] > 0:
-                seen = tl.where(keep(key, g, rows + (first - begin), first_column, BLOCK_K, DROPS[g]), tile, 0.0)
-            sums = tl.dot(grad, seen.to(DOT), acc, input_precision=PRECISION)
-            if len(DROPS) > 1:
-                sums = tl.where(((ranks >= STARTS[g]) & (ranks < STARTS[g + 1]))[:, None], sums, acc)
-            acc = sums
+            if DROPS[i] > 0:
+                kept = keep(key, BRANCHES[i], rows + (first - begin), first_column, BLOCK_K, DROPS[i])
+                seen = tl.where(kept, tile, 0.0)
+            sums = sums + (tl.dot(grad.to(DOT), seen.to(DOT), accs[i], input_precision=PRECISION),)  # noqa: RUF005
+        accs = sums
         at_x += BLOCK_M * stride_xm
         at_ds += BLOCK_M * stride_sm
-    acc *= kept_share(STARTS, DROPS, ranks)[:, None]
-    at_dright = dright + (part * R + ranks[:, None]).to(tl.int64) * K + columns[None, :]
-    tl.store(at_dright, acc.to(dright.dtype.element_ty), mask=(ranks[:, None] < R) & (columns[None, :] < K))
+    for i in tl.static_range(len(DROPS)):
+        ranks = STARTS[i] + tl.arange(0, WIDTHS[i])
+        at_dright = dright + (part * R + ranks[:, None]).to(tl.int64) * K + columns[None, :]
+        total = (accs[i] * share(DROPS[i])).to(dright.dtype.element_ty)
+        tl.store(at_dright, total, mask=(ranks[:, None] < STOPS[i]) & (columns[None, :] < K))
 
 
-def parts(m: int, k: int, r: int, config: Config, processors: int) -> tuple[int, int]:
+def parts(m: int, k: int, config: Config, processors: int) -> tuple[int, int]:
     """Parts of M, and the rows of a part (whole blocks; at least eight of them if there are)."""
     steps = cdiv(m, config.depth)
-    tiles = cdiv(k, config.columns) * cdiv(r, config.rows)
-    chunk = cdiv(steps, splits(tiles, cdiv(steps, 8), processors)) * config.depth
+    chunk = cdiv(steps, splits(cdiv(k, config.columns), cdiv(steps, 8), processors)) * config.depth
     return cdiv(m, chunk), chunk
 
 
 def grad_right(ds: Tensor, x: Tensor, plan: Plan, seed: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``dright [R, k]`` in ``dtype``, contiguous, from ``ds [M, R]`` and ``x [M, k]``."""
     (m, k), r = x.shape, ds.shape[1]
-    part = device_of(x.device)
     dright = torch.empty(r, k, dtype=dtype, device=x.device)
     if m == 0 or r == 0:
         return dright.zero_()
+    device = device_of(x.device)
+    aligned = is_aligned(x, ds)
 
     def run(config: Config) -> Tensor:
-        split, chunk = parts(m, k, r, config, part.processors)
+        split, chunk = parts(m, k, config, device.processors)
         sums = Sums()
-        launch(dright_kernel, (cdiv(r, config.rows), cdiv(k, config.columns), split),
-            ds, x, seed, sums.target(dright, split), m, k, r, chunk, *ds.stride(), *x.stride(),
-            plan.starts, plan.drops, config.depth, config.columns, config.rows,
-            dot_dtype(x.dtype), precision(x.dtype, part), **config.options,
-        )  # fmt: skip
+        out = sums.target(dright, split)
+        for pack in plan.packs(MAX_COLUMNS):
+            launch(
+                dright_kernel, (cdiv(k, config.columns), split),
+                ds, x, seed, out, m, k, r, chunk, *ds.stride(), *x.stride(), *pack.columns,
+                config.depth, config.columns, dot_dtype(x.dtype), precision(x.dtype, device), **config.options,
+            )  # fmt: skip
         sums.finish()
         return dright
 
-    key = ("grad_right", part, x.dtype, dtype, power_class(m), k, r, plan)
+    columns = min(plan.padded, MAX_COLUMNS)
+    key = ("grad_right", device, x.dtype, dtype, power_class(m), k, r, plan, aligned)
     with on_device(x):
-        return choose(key, stream_configs(k, x.dtype.itemsize, rank_block(r), part.shared), run)
+        return choose(key, stream_configs(k, x.dtype.itemsize, columns, device, aligned), run)

@@ -14,7 +14,7 @@ from lorafx.kernels.base import GradUp
 from lorafx.kernels.triton.config import Config, choose, power_class, splits, stream_configs
 from lorafx.kernels.triton.device import device_of, precision
 from lorafx.kernels.triton.reduce import Sums
-from lorafx.kernels.triton.tiles import cdiv, dot_dtype, jit, launch, on_device, rank_block
+from lorafx.kernels.triton.tiles import cdiv, dot_dtype, is_aligned, jit, launch, on_device, rank_block
 
 
 @jit
@@ -97,13 +97,13 @@ def grad_up(
     dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
 ) -> GradUp:  # fmt: skip
     """See :meth:`Provider.grad_up`. ``ds [M, R]`` in dy's dtype, ``dleft [n, R]`` in left's, sums in float32."""
-    (m, n), r, device = dy.shape, s.shape[1], dy.device
-    part = device_of(device)
-    ds = torch.empty(m, r, dtype=dy.dtype, device=device)
-    dleft = torch.empty(n, r, dtype=left.dtype, device=device)
-    base = dy if gain is None else torch.empty(m, n, dtype=dy.dtype, device=device)
-    total = torch.empty(n, dtype=torch.float32, device=device) if needs_total else None
-    dot = None if y is None else torch.empty(n, dtype=torch.float32, device=device)
+    (m, n), r = dy.shape, s.shape[1]
+    device, aligned = device_of(dy.device), is_aligned(dy)
+    ds = torch.empty(m, r, dtype=dy.dtype, device=dy.device)
+    dleft = torch.empty(n, r, dtype=left.dtype, device=dy.device)
+    base = dy if gain is None else torch.empty(m, n, dtype=dy.dtype, device=dy.device)
+    total = torch.empty(n, dtype=torch.float32, device=dy.device) if needs_total else None
+    dot = None if y is None else torch.empty(n, dtype=torch.float32, device=dy.device)
     found = GradUp(ds, dleft, base, total, dot)
     if m == 0 or n == 0:
         for sum_over_nothing in (ds, dleft, total, dot):
@@ -113,17 +113,17 @@ def grad_up(
     gain = None if gain is None else gain.contiguous()
 
     def run(config: Config) -> GradUp:
-        strips, split, chunk = parts(m, n, r, config, part.processors)
+        strips, split, chunk = parts(m, n, r, config, device.processors)
         sums = Sums()
         launch(grad_up_kernel, (cdiv(r, config.rows), strips, split),
             dy, y, s, left, gain, sums.target(ds, strips), sums.target(dleft, split), base,
             None if total is None else sums.target(total, split), None if dot is None else sums.target(dot, split),
             m, n, r, chunk, *dy.stride(), *(dy if y is None else y).stride(), *s.stride(), *left.stride(),
-            config.depth, config.columns, config.rows, dot_dtype(dy.dtype), precision(dy.dtype, part), **config.options,
+            config.depth, config.columns, config.rows, dot_dtype(dy.dtype), precision(dy.dtype, device), **config.options,
         )  # fmt: skip
         sums.finish()
         return found
 
-    key = ("grad_up", part, dy.dtype, left.dtype, power_class(m), n, r, gain is None, y is None, needs_total)
+    key = ("grad_up", device, dy.dtype, left.dtype, power_class(m), n, r, gain is None, y is None, needs_total, aligned)
     with on_device(dy):
-        return choose(key, stream_configs(n, dy.dtype.itemsize, rank_block(r), part.shared), run)
+        return choose(key, stream_configs(n, dy.dtype.itemsize, rank_block(r), device, aligned), run)

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lorafx.kernels.triton.config import Config, choose
-from lorafx.kernels.triton.device import device_of, precision
-from lorafx.kernels.triton.tiles import cdiv, dot_dtype, jit, launch, on_device, rank_block
+from lorafx.kernels.triton.device import Device, device_of, precision
+from lorafx.kernels.triton.tiles import cdiv, dot_dtype, is_aligned, jit, launch, on_device, rank_block
 
 
 @dataclass(frozen=True)
@@ -82,27 +82,31 @@ def row_gain(weight: Tensor, right: Tensor, left: Tensor, squares: Tensor, magni
     A row of zeros has the magnitude itself as its gain. Factors of one half type are multiplied exactly, wider ones
     in float32; the sum is of float32 products, added to ``squares`` in float64.
     """  # fmt: skip
-    (n, k), r, device = weight.shape, right.shape[0], weight.device
-    norm, gain = (torch.empty(n, dtype=torch.float32, device=device) for _ in range(2))
-    found = RowGain(norm, gain, torch.empty(n, r, dtype=left.dtype, device=device))
-    part = device_of(device)
+    (n, k), r = weight.shape, right.shape[0]
+    norm, gain = (torch.empty(n, dtype=torch.float32, device=weight.device) for _ in range(2))
+    found = RowGain(norm, gain, torch.empty(n, r, dtype=left.dtype, device=weight.device))
+    device, aligned = device_of(weight.device), is_aligned(weight, right)
     factors = torch.promote_types(left.dtype, right.dtype)
 
     def run(config: Config) -> RowGain:
         launch(row_gain_kernel, (cdiv(n, config.rows),),
             weight, right, left, squares.contiguous(), magnitude.contiguous(), norm, gain, found.left, n, k, r,
             *weight.stride(), *right.stride(), *left.stride(), cdiv(r, rank_block(r)), config.rows, config.columns,
-            rank_block(r), dot_dtype(factors), precision(factors, part, exact=True), **config.options,
+            rank_block(r), dot_dtype(factors), precision(factors, device, exact=True), **config.options,
         )  # fmt: skip
         return found
 
     if n == 0:
         return found
     with on_device(weight):
-        return choose(("row_gain", part, weight.dtype, factors, n, k, r), row_gain_configs(part.shared), run)
+        return choose(
+            ("row_gain", device, weight.dtype, factors, n, k, r, aligned), row_gain_configs(device, aligned), run
+        )
 
 
-def row_gain_configs(shared: int) -> list[Config]:
+def row_gain_configs(device: Device, aligned: bool) -> list[Config]:
     """Few rows a program, so that there are as many programs as processors; W goes through in wide blocks."""
-    stages = 3 if shared >= 96 * 1024 else 2
+    if not aligned:
+        return [Config(16, 64, 16, 4, 2)]
+    stages = 3 if device.shared >= 96 * 1024 else 2
     return [Config(32, 128, 16, 4, stages), Config(16, 128, 16, 4, stages), Config(32, 64, 16, 4, stages)]

@@ -42,6 +42,15 @@ def rank_block(ranks: int) -> int:
     return min(MAX_RANKS, max(MIN_RANKS, 1 << max(ranks - 1, 0).bit_length()))
 
 
+def is_aligned(*tensors: Tensor) -> bool:
+    """Whether rows can be read 16 bytes at a time: Triton then builds another, leaner kernel, with larger tiles."""
+    return all(
+        t.data_ptr() % 16 == 0
+        and all(n % 16 == 0 if step == 1 else step % 16 == 0 for n, step in zip(t.shape, t.stride(), strict=True))
+        for t in tensors
+    )
+
+
 def dot_dtype(dtype: torch.dtype) -> Any:
     """In what the operands of a dot product are given: as stored, but the interpreter's bfloat16 is wrong."""
     return tl.float32 if interpreted() and dtype is torch.bfloat16 else _TRITON_DTYPES[dtype]
@@ -83,3 +92,9 @@ def tile_order(pid: tl.tensor, tiles_m: tl.tensor, tiles_n: tl.tensor, GROUP: tl
     group = pid // per_group
     height = min(tiles_m - group * GROUP, GROUP)
     return group * GROUP + (pid % per_group) % height, (pid % per_group) // height
+
+
+@jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr) -> tl.tensor:
+    """An accumulator."""
+    return tl.zeros([ROWS, COLUMNS], tl.float32)

@@ -12,6 +12,7 @@ from lorafx.kernels.triton.tiles import (
     GROUP_ROWS,
     cdiv,
     dot_dtype,
+    is_aligned,
     jit,
     launch,
     on_device,
@@ -71,7 +72,7 @@ def up_kernel(
 def up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None) -> Tensor:
     """``y [M, n]`` in x's dtype, contiguous; ``x [M, k]``, ``weight [n, k]``, ``s [M, R]``, ``left [n, R]``."""
     (m, k), n, r = x.shape, weight.shape[0], s.shape[1]
-    part = device_of(x.device)
+    device = device_of(x.device)
     bias, gain = (None if v is None else v.contiguous() for v in (bias, gain))
 
     def run(config: Config) -> Tensor:
@@ -83,12 +84,13 @@ def up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, 
             *x.stride(), *weight.stride(), *s.stride(), *left.stride(),
             config.library, k % config.depth == 0, cdiv(r, block_r),
             config.rows, config.columns, config.depth, block_r, GROUP_ROWS,
-            dot_dtype(x.dtype), precision(x.dtype, part), **config.options,
+            dot_dtype(x.dtype), precision(x.dtype, device), **config.options,
         )  # fmt: skip
         return y
 
     if m == 0 or n == 0:
         return torch.empty(m, n, dtype=x.dtype, device=x.device)
-    key = ("up", part, x.dtype, left.dtype, power_class(m), n, k, r, x.stride(1) == 1, weight.stride(1) == 1)
+    aligned = is_aligned(x, weight)
+    key = ("up", device, x.dtype, left.dtype, power_class(m), n, k, r, aligned)
     with on_device(x):
-        return choose(key, gemm_configs(m, n, x.dtype.itemsize, part.shared), run)
+        return choose(key, gemm_configs(m, n, x.dtype.itemsize, device, aligned), run)
