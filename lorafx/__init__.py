@@ -32,6 +32,7 @@ from lorafx.errors import (
     FrozenHeadWarning,
     InputError,
     LorafxError,
+    LoweringError,
     MatchError,
     MergeError,
     ParityError,
@@ -46,7 +47,9 @@ from lorafx.inspection.plot import plot_inspection
 from lorafx.inspection.report import Inspection
 from lorafx.ir import Site, sites
 from lorafx.passes.allocate import Allocation, allocate_ranks, with_ranks
+from lorafx.passes.explain import Explanation, explain
 from lorafx.passes.initialize import initialize
+from lorafx.passes.lower import lower
 from lorafx.passes.merge import merged_state_dict, unadapted
 from lorafx.passes.plan import Plan
 from lorafx.rank_scheduler import RankScheduler
@@ -62,6 +65,7 @@ __all__ = [
     "CaptureError",
     "ExportError",
     "ExportReport",
+    "Explanation",
     "Extraction",
     "FactorReport",
     "FixedDimensionWarning",
@@ -70,6 +74,7 @@ __all__ = [
     "Inspection",
     "LoraSpec",
     "LorafxError",
+    "LoweringError",
     "MatchError",
     "MergeError",
     "ParityError",
@@ -87,6 +92,7 @@ __all__ = [
     "convert",
     "delete_adapter",
     "disable_adapters",
+    "explain",
     "export_base",
     "extract_adapter",
     "initialize",
@@ -94,6 +100,7 @@ __all__ = [
     "list_adapters",
     "load_adapter",
     "load_checkpoint",
+    "lower",
     "merge",
     "merge_and_export",
     "merged_state_dict",

@@ -70,7 +70,7 @@ def checkpointed(graph: Graph, scopes: Mapping[Node, str], mode: str, choice: Ch
     """
     fixed = [n for n in graph.nodes if n.op in ("placeholder", "get_attr") or _is_switch(n)]
     fixed.sort(key=lambda n: n.op != "placeholder")  # neither depends on anything computed
-    layers = dict.fromkeys(filter(None, map(_layer, scopes.values())))
+    layers = dict.fromkeys(filter(None, map(layer_of, scopes.values())))
     chosen = frozenset(list(layers)[:: choice.every_n_layers])
     derived = Graph()
     derived.set_codegen(graph._codegen)
@@ -109,7 +109,8 @@ def _is_switch(node: Node) -> bool:
     )
 
 
-def _layer(scope: str) -> str:
+def layer_of(scope: str) -> str:
+    """The numbered layer that a module path lies in (``""``: in none)."""
     found = _LAYER.match(scope)
     return found.group() if found else ""
 
@@ -119,7 +120,7 @@ def _runs(graph: Graph, scopes: Mapping[Node, str], fixed: frozenset[Node]) -> S
     labelled, layer = [], ""
     for node in graph.nodes:
         if node not in fixed:
-            layer = _layer(scopes[node]) if node in scopes else layer
+            layer = layer_of(scopes[node]) if node in scopes else layer
             labelled.append((layer if node.op != "output" else "", node))
     return [(name, tuple(n for _, n in run)) for name, run in groupby(labelled, key=lambda pair: pair[0])]
 

@@ -105,10 +105,15 @@ class CapturedModule(GraphModule):
             self._graph = lowering.derive(self, flat)
         if (choice := meta.get("checkpointing")) is not None:
             self._graph = self._checkpointed(choice)
+        ran = self._graph
         try:
             code = super().recompile()
         finally:
             self._graph = flat
+        if ran is not flat:  # torch.compile looks up the nodes of the graph by the lines of the code
+            index = {node.name: i for i, node in enumerate(flat.nodes)}
+            lines = [index.get(node.name) for node in ran.nodes]
+            self._lineno_map = {line: None if i is None else lines[i] for line, i in self._lineno_map.items()}
         if isinstance(self.graph._codegen, SignatureCodeGen):
             self._call, self._out_spec = Call(self.signature), self.signature.out_spec
             type(self).forward.__signature__ = self.signature.python_signature()  # type: ignore[attr-defined]

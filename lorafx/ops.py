@@ -28,7 +28,8 @@ from lorafx.variants import VARIANTS
 from lorafx.variants.base import Update
 
 aten = torch.ops.aten
-_LIBRARY: Any = torch.library.Library("lorafx", "FRAGMENT")  # type: ignore[no-untyped-call]
+#: Where every operator of lorafx is registered.
+LIBRARY: Any = torch.library.Library("lorafx", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 #: What follows a layer's own arguments. ``tensors`` are those of all adapters, one adapter after the other, each in
 #: the order of its variant's ``parameters`` and ``shared``; the other lists have one entry an adapter.
@@ -39,8 +40,8 @@ ADAPTER_ARGUMENTS = 6
 
 def define_op(name: str, schema: str, reference: Callable[..., Tensor]) -> OpOverload:
     """Register ``lorafx::name`` with ``schema`` (``(Tensor x, ...) -> Tensor``) and its reference."""
-    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
     overload: OpOverload = getattr(torch.ops.lorafx, name).default
     return overload
 

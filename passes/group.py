@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from lorafx.graph import by_mode
+from lorafx.checkpointing import layer_of
+from lorafx.graph import by_mode, notes
 from lorafx.ops import ADAPTED, ADAPTER_ARGUMENTS, LAYERS
 from lorafx.passes.layers import arguments_of
 
@@ -61,18 +62,19 @@ def find_groups(graph: Graph) -> list[list[Member]]:
     """The groups of a graph with adapted calls, in order; each has at least one call with adapters.
 
     A group is one stretch of the graph in which nothing is written in place, so that its calls may all run where
-    the first one does.
+    the first one does; and lies in one layer of the model, which activation checkpointing runs again as a whole.
     """
     groups: list[list[Member]] = []
-    current: dict[Node, list[Member]] = {}
+    current: dict[tuple[Node, str], list[Member]] = {}
     for node in graph.nodes:
         if _writes(node):
             current = {}
         elif (member := _member(node)) is not None:
-            if member.x not in current:
-                current[member.x] = []
-                groups.append(current[member.x])
-            current[member.x].append(member)
+            key = (member.x, layer_of(notes(node).get("scope", "")))
+            if key not in current:
+                current[key] = []
+                groups.append(current[key])
+            current[key].append(member)
     return [group for group in groups if any(m.adapters is not None for m in group)]
 
 

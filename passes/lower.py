@@ -19,21 +19,19 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from lorafx.checks import did_you_mean
 from lorafx.errors import LoweringError
 from lorafx.graph import CapturedModule, annotate, get_path, notes
-from lorafx.ir import layer_nodes, active_layers
+from lorafx.ir import stage
 from lorafx.kernels.base import Call
 from lorafx.kernels.grouped import grouped
 from lorafx.kernels.providers import PROVIDERS, provider
-from lorafx.ops import ADAPTED, STORAGE
-from lorafx.passes.group import KINDS, Member, find_groups, fixed_inputs
+from lorafx.ops import STORAGE
+from lorafx.passes.group import Member, find_groups, fixed_inputs
 from lorafx.passes.recompute import Kept, trained_nodes
 
 #: What calls a site where nothing else does.
@@ -59,7 +57,7 @@ class Lowering:
 
     def derive(self, gm: CapturedModule, graph: Graph) -> Graph:
         """The graph that runs; ``graph`` itself, which stays as it is, where there is nothing to lower."""
-        if self.backend == REFERENCE or not any(n.target in _TWINS for n in graph.nodes):
+        if not decide(gm, graph, self.backend):
             return graph
         derived = copy.deepcopy(graph)
         decisions = decide(gm, derived, self.backend)
@@ -71,9 +69,6 @@ class Lowering:
             if not node.users:
                 derived.erase_node(node)
         return derived
-
-
-_TWINS = frozenset(ADAPTED[kind] for kind in KINDS)
 
 
 def lower(gm: CapturedModule, backend: str = "auto") -> None:
@@ -92,16 +87,26 @@ def lower(gm: CapturedModule, backend: str = "auto") -> None:
     if backend not in BACKENDS:
         raise LoweringError(f"there is no backend {backend!r}{did_you_mean(backend, BACKENDS)}; choose one of {BACKENDS}")
     if backend in PROVIDERS:
+        stage(gm)
         for decision in decide(gm, gm.graph, backend):
             if reason := decision.declined.get(backend):
-                first = _site(decision.members[0].node)
-                raise LoweringError(f"backend '{backend}' cannot serve '{first}': {reason}. Choose 'auto'")
+                layers = [layer for m in decision.members for layer in notes(m.node).get("layers", ())]
+                raise LoweringError(f"backend '{backend}' cannot serve '{layers[0]}': {reason}. Choose 'auto'")
     gm.meta["lowering"] = Lowering(backend)
     gm.recompile()
 
 
+def backend_of(gm: CapturedModule) -> str:
+    """How a graph was asked to be lowered."""
+    stage(gm)  # refuses what is no graph of lorafx's
+    lowering: Lowering | None = gm.meta.get("lowering")
+    return REFERENCE if lowering is None else lowering.backend
+
+
 def decide(gm: CapturedModule, graph: Graph, backend: str) -> list[Decision]:
     """Who serves each group of a graph. With a provider by name, what it declines is left to the reference."""
+    if backend == REFERENCE:
+        return []
     names = tuple(PROVIDERS) if backend == "auto" else (backend,)
     return [_decide(gm, group, names) for group in find_groups(graph)]
 
@@ -145,7 +150,8 @@ def _rewrite(graph: Graph, decision: Decision, kept: Kept) -> None:
     first = members[0].node
     needed = dict.fromkeys(chain.from_iterable(fixed_inputs(m.node) for m in members))
     for node in needed:
-        first.prepend(node)
+        if first < node:  # another group may need it before
+            first.prepend(node)
     adapters = [m.adapters for m in members if m.adapters is not None]
     tensors, variants, scaling, dropout = ([v for a in adapters for v in a[i]] for i in range(4))  # type: ignore[attr-defined]
     sources, recipe = kept.recipe(members[0].x)

@@ -53,7 +53,7 @@ class Aten(Provider):
         base = F.linear(x, weight, bias)
         if gain is not None:  # in this form a gain of 1 changes no bit
             base = base + (gain - 1).to(x.dtype) * (base if bias is None else base - bias)
-        return torch.addmm(base, s, _turned(left, x.dtype))
+        return base.addmm_(s, _turned(left, x.dtype))
 
     def grad_up(
         self, dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
@@ -88,10 +88,10 @@ class Aten(Provider):
             return None, dright
         dx = sum_of_products(bases, weights)
         if kept is None:
-            return torch.addmm(dx, ds, right), dright
+            return dx.addmm_(ds, right), dright
         low = [torch.mm(c, p) for c, p in zip(columns, parts, strict=True)]
         for dropped in _dropped(low, dropout, kept):
-            dx = dx + dropped
+            dx += dropped
         return dx, dright
 
 

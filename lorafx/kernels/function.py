@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lorafx.kernels.base import Dropout, GradUp, Provider
 from lorafx.kernels.recipe import recompute
+from lorafx.ops import LIBRARY
 
 #: Below this, the gradient of a gain is not taken from the layer's output, of which its share is too small.
 _SMALL_GAIN = 1 / 16
@@ -111,8 +112,8 @@ class LowRankLinear(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         group: Group = ctx.group
-        kept_sources = ctx.sources if group.recipe else 1
-        again, (s, kept, *rest) = ctx.saved_tensors[:kept_sources], ctx.saved_tensors[kept_sources:]
+        saved, ends = ctx.saved_tensors, ctx.sources if group.recipe else 1
+        again, (s, kept, *rest) = saved[:ends], saved[ends:]
         x = recompute(group.recipe, again) if group.recipe else again[0]
         x = x.reshape(-1, ctx.shape[-1])
         size = 3 * group.siblings + 2 * sum(group.counts)
@@ -168,8 +169,7 @@ def grad_gain(
     return exact_where_small(rest, gain, dy, x, weight).to(gain.dtype)
 
 
-@torch.library.custom_op("lorafx::exact_where_small", mutates_args=())
-def exact_where_small(rest: Tensor, gain: Tensor, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def _exact_where_small(rest: Tensor, gain: Tensor, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """``rest / gain``; for rows whose gain is small, or 0, by the product of those rows instead.
 
     An operator, since which rows these are is known only when it runs.
@@ -182,9 +182,14 @@ def exact_where_small(rest: Tensor, gain: Tensor, dy: Tensor, x: Tensor, weight:
     return found
 
 
-@exact_where_small.register_fake
 def _exact_fake(rest: Tensor, gain: Tensor, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return rest.new_empty(rest.shape)
+
+
+LIBRARY.define("exact_where_small(Tensor rest, Tensor gain, Tensor dy, Tensor x, Tensor weight) -> Tensor")
+LIBRARY.impl("exact_where_small", _exact_where_small, "CompositeExplicitAutograd")
+LIBRARY.impl("exact_where_small", _exact_fake, "Meta")
+exact_where_small = torch.ops.lorafx.exact_where_small.default
 
 
 def _like(grads: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:

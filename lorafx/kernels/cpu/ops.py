@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lorafx.kernels.aten import sum_of_products
 from lorafx.kernels.cpu import build
+from lorafx.ops import LIBRARY
 
 #: Elements that share one word of a mask.
 LANES = 16
@@ -83,8 +84,7 @@ def _outer(x: Tensor, s: Tensor, g: Tensor, bits: Tensor | None, p: float) -> No
     )  # fmt: skip
 
 
-@torch.library.custom_op("lorafx::cpu_down", mutates_args=())
-def cpu_down(
+def _down(
     x: Tensor, right: Tensor, ranks: Sequence[int], p: Sequence[float], seed: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``D(x) right^T``, and one bit an element of what was kept: int16 ``[adapters that drop, M, k / 16]``."""
@@ -98,7 +98,6 @@ def cpu_down(
     return s, bits
 
 
-@cpu_down.register_fake
 def _down_fake(x: Tensor, right: Tensor, ranks: Any, p: Sequence[float], seed: Tensor) -> tuple[Tensor, Tensor]:
     return _down_like(x, right, p)
 
@@ -109,8 +108,7 @@ def _down_like(x: Tensor, right: Tensor, p: Sequence[float]) -> tuple[Tensor, Te
     return x.new_empty(x.shape[0], right.shape[0]), x.new_empty(count, x.shape[0], words, dtype=torch.int16)
 
 
-@torch.library.custom_op("lorafx::cpu_up", mutates_args=())
-def cpu_up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor) -> Tensor:
+def _up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor) -> Tensor:
     """``gain * (x W^T) + s left^T + b``."""
     y = F.linear(x, weight, bias)
     wide = None if bias is None else _small(bias, torch.float32)
@@ -118,13 +116,11 @@ def cpu_up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tens
     return y
 
 
-@cpu_up.register_fake
 def _up_fake(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("lorafx::cpu_grad_up", mutates_args=())
-def cpu_grad_up(
+def _grad_up(
     dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``ds``, ``dleft``, ``gain * dy``, the sums of ``dy`` and of ``dy * y``; empty what is not asked for."""
@@ -140,13 +136,6 @@ def cpu_grad_up(
     return ds, dleft, base, total, dot
 
 
-@cpu_grad_up.register_fake
-def _grad_up_fake(
-    dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _grad_up_like(dy, s, left, gain, y, needs_total)
-
-
 def _grad_up_like(
     dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -160,12 +149,11 @@ def _grad_up_like(
     )
 
 
-@torch.library.custom_op("lorafx::cpu_grad_down", mutates_args=())
-def cpu_grad_down(
+def _grad_down(
     bases: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor, right: Tensor, x: Tensor, ranks: Sequence[int],
     p: Sequence[float], bits: Tensor, needs_x: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``dx`` (empty unless asked for) and ``dright``, through the masks that :func:`cpu_down` gave."""
+    """``dx`` (empty unless asked for) and ``dright``, through the masks that :func:`_down` gave."""
     x, right = _rows(x), _small(right, x.dtype)
     dx = sum_of_products(bases, weights) if needs_x else x.new_empty(0)
     dright = x.new_empty(right.shape, dtype=torch.float32)
@@ -178,8 +166,42 @@ def cpu_grad_down(
     return dx, dright
 
 
-@cpu_grad_down.register_fake
 def _grad_down_fake(
     bases: Any, weights: Any, ds: Tensor, right: Tensor, x: Tensor, ranks: Any, p: Any, bits: Tensor, needs_x: bool
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape if needs_x else 0), right.new_empty(right.shape, dtype=torch.float32)
+
+
+def _define(
+    name: str, schema: str, kernel: Callable[..., tuple[Tensor, ...] | Tensor], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Register an operator for CPUs. ``torch.library.custom_op`` would do, at ten times the cost of a call."""
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, kernel, "CPU")
+    LIBRARY.impl(name, fake, "Meta")
+    overload: Callable[..., Any] = getattr(torch.ops.lorafx, name).default
+    return overload
+
+
+cpu_down = _define(
+    "cpu_down",
+    "(Tensor x, Tensor right, int[] ranks, float[] p, Tensor seed) -> (Tensor, Tensor)",
+    _down, _down_fake,
+)  # fmt: skip
+cpu_up = _define(
+    "cpu_up",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor left, Tensor gain) -> Tensor",
+    _up, _up_fake,
+)  # fmt: skip
+cpu_grad_up = _define(
+    "cpu_grad_up",
+    "(Tensor dy, Tensor s, Tensor left, Tensor? gain, Tensor? y, bool needs_total) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _grad_up, _grad_up_like,
+)  # fmt: skip
+cpu_grad_down = _define(
+    "cpu_grad_down",
+    "(Tensor[] bases, Tensor[] weights, Tensor ds, Tensor right, Tensor x, int[] ranks, float[] p, Tensor bits, "
+    "bool needs_x) -> (Tensor, Tensor)",
+    _grad_down, _grad_down_fake,
+)  # fmt: skip

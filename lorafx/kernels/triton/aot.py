@@ -1,8 +1,7 @@
 """Ahead-of-time compilation of the kernels, for devices that need not be there.
 
-What is compiled is what would be launched: the provider's own functions run on the meta device, their launches are
-recorded, and Triton specialises on the recorded arguments as it would at a launch. The report is read from the machine
-code.
+What is compiled is what would be launched: Triton specialises on the arguments of a recorded launch
+(:mod:`lorafx.kernels.triton.launches`) as it would at a real one. The report is read from the machine code.
 """
 
 from __future__ import annotations
@@ -10,28 +9,20 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from lorafx.kernels.base import Dropout
-from lorafx.kernels.triton.device import Device, pretend
-from lorafx.kernels.triton.down import down
-from lorafx.kernels.triton.dropout import plan
-from lorafx.kernels.triton.grad_down import grad_right, grad_x
-from lorafx.kernels.triton.grad_up import grad_up
-from lorafx.kernels.triton.row_norm import row_gain
-from lorafx.kernels.triton.tiles import recorded
-from lorafx.kernels.triton.up import up
+from lorafx.kernels.triton.device import Device
+from lorafx.kernels.triton.launches import Launch
 
 
 @dataclass(frozen=True)
@@ -56,21 +47,6 @@ PARTS = {
     "sm_100": Part("sm_100", GPUTarget("cuda", 100, 32), Device(148, 227 * 1024)),
     "gfx942": Part("gfx942", GPUTarget("hip", "gfx942", 64), Device(304, 64 * 1024, amd=True)),
 }
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A recorded launch."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: tuple[Any, ...]
-    options: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The kernel's, without ``_kernel``."""
-        return str(self.kernel.__name__).removesuffix("_kernel")
 
 
 @dataclass(frozen=True)
@@ -117,14 +93,6 @@ class Binary:
         return int(found[1])
 
 
-def record(calls: Callable[[], object], part: Part) -> list[Launch]:
-    """The launches of ``calls`` on ``part``."""
-    launches: list[Launch] = []
-    with pretend(part.device), recorded(lambda *launch: launches.append(Launch(*launch))):
-        calls()
-    return launches
-
-
 def compile_launch(launch: Launch, part: Part) -> Binary:
     """Compile what ``launch`` would run.
 
@@ -153,42 +121,6 @@ def _resource_usage(cubin: bytes) -> str:
         tool = triton.knobs.nvidia.cuobjdump.path
         done = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True)
     return done.stdout
-
-
-def step(
-    part: Part, m: int, k: int, widths: Sequence[int], ranks: Sequence[int], dtype: torch.dtype,
-    p: float = 0.1, dora: bool = False, aligned: bool = True, adapters: torch.dtype | None = None,
-) -> list[Launch]:  # fmt: skip
-    """The launches of a training step of one group: siblings of ``widths`` with ``ranks``, M rows of k features.
-
-    ``aligned`` tensors start at multiples of 16 bytes; otherwise each is a view with an odd offset and odd strides.
-    ``adapters`` is the dtype of the factors, float32 unless given.
-    """
-    wide = adapters or torch.float32
-
-    def make(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        pad = 0 if aligned else 1 + shape[-1] % 2
-        return torch.empty(*shape[:-1], shape[-1] + pad, dtype=of, device="meta")[..., pad:]
-
-    def calls() -> None:
-        seed = torch.empty(1, dtype=torch.int64, device="meta") if p > 0 else None
-        columns = plan(Dropout(tuple(ranks), (p,) * len(ranks)))
-        x, right = make(m, k), make(sum(ranks), k, of=wide)
-        weights = [make(n, k) for n in widths]
-        down(x, right, columns, seed)
-        bases = []
-        for weight, n, r in zip(weights, widths, ranks, strict=True):
-            left, s = make(n, r, of=wide), make(m, r)
-            gain = None
-            if dora:
-                gain = row_gain(weight, make(r, k, of=wide), left, make(n, of=torch.float64), make(n, of=wide)).gain
-            y = up(x, weight, make(n), s, left, gain)
-            bases.append(grad_up(make(m, n), s, left, gain, y if dora else None, True).base)
-        ds = make(m, sum(ranks))
-        grad_x(bases, weights, ds, right, columns, seed)
-        grad_right(ds, x, columns, seed, wide)
-
-    return record(calls, part)
 
 
 def unique(launches: Sequence[Launch]) -> Iterator[Launch]:

@@ -24,7 +24,7 @@ MAX_COLUMNS = 192
 
 @dataclass(frozen=True)
 class Plan:
-    """Columns of ``s`` in pieces, each of one adapter (or of neighbours without dropout) and at most ``MAX_RANKS`` wide.
+    """Columns of ``s`` in pieces of at most ``MAX_RANKS``, each of one adapter or of neighbours without dropout.
 
     Piece ``i`` is columns ``starts[i]`` to ``stops[i]``, in a block of ``widths[i]``; its mask is that of
     ``branches[i]`` (the adapter's number) with the threshold ``drops[i]``, of 2^16.

@@ -21,15 +21,35 @@ from lorafx.kernels.triton.dropout import MAX_COLUMNS, Plan, keep, share, table
 from lorafx.kernels.triton.reduce import Sums
 from lorafx.kernels.triton.tiles import (
     GROUP_ROWS,
+    MAX_ADDED_RANKS,
     cdiv,
     dot_dtype,
     is_aligned,
     jit,
     launch,
     on_device,
+    rank_block,
     tile_order,
     zeros,
 )
+
+
+@jit
+def add_product(
+    acc: tl.tensor, ds: tl.tensor, right: tl.tensor, start: tl.tensor, stop: tl.tensor,
+    rows: tl.tensor, columns: tl.tensor, M: tl.tensor, K: tl.tensor,
+    stride_sm: tl.tensor, stride_sr: tl.tensor, stride_rr: tl.tensor, stride_rk: tl.tensor,
+    BLOCK_R: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """``acc`` + the product of columns ``start`` to ``stop`` of ``ds`` and those rows of ``right``."""
+    for first in tl.range(start, stop, BLOCK_R, num_stages=1):
+        ranks = first + tl.arange(0, BLOCK_R)
+        at_ds = ds + rows[:, None] * stride_sm + ranks[None, :] * stride_sr
+        at_right = right + ranks[:, None] * stride_rr + columns[None, :] * stride_rk
+        grad = tl.load(at_ds, mask=(rows[:, None] < M) & (ranks[None, :] < stop), other=0.0)
+        factor = tl.load(at_right, mask=(ranks[:, None] < stop) & (columns[None, :] < K), other=0.0)
+        acc = tl.dot(grad.to(DOT), factor.to(grad.dtype).to(DOT), acc, input_precision=PRECISION)
+    return acc
 
 
 @jit
@@ -55,16 +75,17 @@ def dx_kernel(
         key = tl.load(seed)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for piece in tl.range(0, PIECES, num_stages=1):  # a loop, not unrolled: one piece's registers at a time
-        ranks = tl.load(pieces + 4 * piece) + tl.arange(0, BLOCK_R)
-        mine = ranks < tl.load(pieces + 4 * piece + 1)
-        at_ds = ds + far_rows[:, None] * stride_sm + ranks[None, :] * stride_sr
-        at_right = right + ranks[:, None] * stride_rr + far_columns[None, :] * stride_rk
-        grad = tl.load(at_ds, mask=(rows[:, None] < M) & mine[None, :], other=0.0)
-        factor = tl.load(at_right, mask=mine[:, None] & (columns[None, :] < K), other=0.0).to(grad.dtype)
+        start, stop = tl.load(pieces + 4 * piece), tl.load(pieces + 4 * piece + 1)
         if seed is None:
-            acc = tl.dot(grad.to(DOT), factor.to(DOT), acc, input_precision=PRECISION)
+            acc = add_product(
+                acc, ds, right, start, stop, far_rows, far_columns, M, K, stride_sm, stride_sr, stride_rr, stride_rk,
+                BLOCK_R, DOT, PRECISION,
+            )  # fmt: skip
         else:
-            low = tl.dot(grad.to(DOT), factor.to(DOT), input_precision=PRECISION)
+            low = add_product(
+                zeros(BLOCK_M, BLOCK_K), ds, right, start, stop, far_rows, far_columns, M, K,
+                stride_sm, stride_sr, stride_rr, stride_rk, BLOCK_R, DOT, PRECISION,
+            )  # fmt: skip
             drop = tl.load(pieces + 4 * piece + 3)
             low *= tl.where(drop < 65536, 65536.0 / tl.maximum(65536 - drop, 1).to(tl.float32), 0.0)
             if drop > 0:
@@ -113,7 +134,7 @@ def grad_x(
             dx_kernel, (cdiv(m, config.rows) * cdiv(k, config.columns),),
             tuple(bases), tuple(weights), ds, right, seed, dx, m, k, widths,
             tuple(b.stride() for b in bases), tuple(w.stride() for w in weights), *ds.stride(), *right.stride(),
-            table(plan, ds.device), len(plan.drops), max(plan.widths), config.library,
+            table(plan, ds.device), len(plan.drops), rank_block(max(plan.widths), MAX_ADDED_RANKS), config.library,
             all(n % config.depth == 0 for n in widths),
             config.rows, config.columns, config.depth, GROUP_ROWS,
             dot_dtype(dtype), precision(dtype, device), **config.options,

@@ -119,7 +119,8 @@ def grad_up(
             dy, y, s, left, gain, sums.target(ds, strips), sums.target(dleft, split), base,
             None if total is None else sums.target(total, split), None if dot is None else sums.target(dot, split),
             m, n, r, chunk, *dy.stride(), *(dy if y is None else y).stride(), *s.stride(), *left.stride(),
-            config.depth, config.columns, config.rows, dot_dtype(dy.dtype), precision(dy.dtype, device), **config.options,
+            config.depth, config.columns, config.rows, dot_dtype(dy.dtype), precision(dy.dtype, device),
+            **config.options,
         )  # fmt: skip
         sums.finish()
         return found

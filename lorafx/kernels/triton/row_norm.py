@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lorafx.kernels.triton.config import Config, choose
 from lorafx.kernels.triton.device import Device, device_of, precision
-from lorafx.kernels.triton.tiles import cdiv, dot_dtype, is_aligned, jit, launch, on_device, rank_block
+from lorafx.kernels.triton.tiles import MAX_ADDED_RANKS, cdiv, dot_dtype, is_aligned, jit, launch, on_device, rank_block
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def row_gain_kernel(
     N: tl.tensor, K: tl.tensor, R: tl.tensor,
     stride_wn: tl.tensor, stride_wk: tl.tensor, stride_rr: tl.tensor, stride_rk: tl.tensor,
     stride_ln: tl.tensor, stride_lr: tl.tensor,
-    RANK_BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     """A block of rows: their norms, gains, and rows of ``scaled [N, R]``, contiguous."""
@@ -50,8 +50,8 @@ def row_gain_kernel(
         inside = (rows[:, None] < N) & (columns[None, :] < K)
         w = tl.load(weight + far[:, None] * stride_wn + columns[None, :] * stride_wk, mask=inside, other=0.0)
         change = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        for block in tl.static_range(RANK_BLOCKS):
-            ranks = block * BLOCK_R + tl.arange(0, BLOCK_R)
+        for start in tl.range(0, R, BLOCK_R, num_stages=1):
+            ranks = start + tl.arange(0, BLOCK_R)
             a = tl.load(
                 left + far[:, None] * stride_ln + ranks[None, :] * stride_lr,
                 mask=(rows[:, None] < N) & (ranks[None, :] < R), other=0.0,
@@ -67,8 +67,8 @@ def row_gain_kernel(
     ratio = tl.load(magnitude + rows, mask=rows < N, other=0.0).to(tl.float32) / tl.where(length > 0.0, length, 1.0)
     tl.store(norm + rows, length, mask=rows < N)
     tl.store(gain + rows, ratio, mask=rows < N)
-    for block in tl.static_range(RANK_BLOCKS):
-        ranks = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    for start in range(0, R, BLOCK_R):
+        ranks = start + tl.arange(0, BLOCK_R)
         valid = (rows[:, None] < N) & (ranks[None, :] < R)
         a = tl.load(left + far[:, None] * stride_ln + ranks[None, :] * stride_lr, mask=valid, other=0.0)
         scaled_rows = (a.to(tl.float32) * ratio[:, None]).to(scaled.dtype.element_ty)
@@ -91,8 +91,9 @@ def row_gain(weight: Tensor, right: Tensor, left: Tensor, squares: Tensor, magni
     def run(config: Config) -> RowGain:
         launch(row_gain_kernel, (cdiv(n, config.rows),),
             weight, right, left, squares.contiguous(), magnitude.contiguous(), norm, gain, found.left, n, k, r,
-            *weight.stride(), *right.stride(), *left.stride(), cdiv(r, rank_block(r)), config.rows, config.columns,
-            rank_block(r), dot_dtype(factors), precision(factors, device, exact=True), **config.options,
+            *weight.stride(), *right.stride(), *left.stride(), config.rows, config.columns,
+            rank_block(r, MAX_ADDED_RANKS), dot_dtype(factors), precision(factors, device, exact=True),
+            **config.options,
         )  # fmt: skip
         return found
 

@@ -14,8 +14,10 @@ from torch import Tensor
 
 #: ``tl.dot`` wants at least 16 in each dimension: narrower ranks are padded to it with zeros, inside the kernel.
 MIN_RANKS = 16
-#: More ranks than this are taken in several blocks.
+#: More ranks than this are taken in several blocks, where each has an accumulator of its own,
 MAX_RANKS = 64
+#: or where blocks are added one after the other to a large one.
+MAX_ADDED_RANKS = 32
 #: Rows of tiles that are walked together, so that the columns' operand is still in the second-level cache.
 GROUP_ROWS = 8
 
@@ -37,9 +39,9 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def rank_block(ranks: int) -> int:
+def rank_block(ranks: int, most: int = MAX_RANKS) -> int:
     """The width of a block that holds ``ranks``, or as many as a block may."""
-    return min(MAX_RANKS, max(MIN_RANKS, 1 << max(ranks - 1, 0).bit_length()))
+    return min(most, max(MIN_RANKS, 1 << max(ranks - 1, 0).bit_length()))
 
 
 def is_aligned(*tensors: Tensor) -> bool:

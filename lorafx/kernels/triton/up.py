@@ -10,6 +10,7 @@ from lorafx.kernels.triton.config import Config, choose, gemm_configs, power_cla
 from lorafx.kernels.triton.device import device_of, precision
 from lorafx.kernels.triton.tiles import (
     GROUP_ROWS,
+    MAX_ADDED_RANKS,
     cdiv,
     dot_dtype,
     is_aligned,
@@ -27,7 +28,7 @@ def up_kernel(
     M: tl.tensor, N: tl.tensor, K: tl.tensor, R: tl.tensor,
     stride_xm: tl.tensor, stride_xk: tl.tensor, stride_wn: tl.tensor, stride_wk: tl.tensor,
     stride_sm: tl.tensor, stride_sr: tl.tensor, stride_ln: tl.tensor, stride_lr: tl.tensor,
-    BASE_GIVEN: tl.constexpr, EVEN_K: tl.constexpr, RANK_BLOCKS: tl.constexpr,
+    BASE_GIVEN: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -57,8 +58,8 @@ def up_kernel(
             at_w += BLOCK_K * stride_wk
     if gain is not None:
         acc *= tl.load(gain + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    for block in tl.static_range(RANK_BLOCKS):
-        ranks = block * BLOCK_R + tl.arange(0, BLOCK_R)
+    for first in tl.range(0, R, BLOCK_R, num_stages=1):
+        ranks = first + tl.arange(0, BLOCK_R)
         at_s = s + far_rows[:, None] * stride_sm + ranks[None, :] * stride_sr
         at_left = left + far_columns[None, :] * stride_ln + ranks[:, None] * stride_lr
         low = tl.load(at_s, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0)
@@ -77,13 +78,12 @@ def up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, 
 
     def run(config: Config) -> Tensor:
         y = x @ weight.mT if config.library else torch.empty(m, n, dtype=x.dtype, device=x.device)
-        block_r = rank_block(r)
         grid = (cdiv(m, config.rows) * cdiv(n, config.columns),)
         launch(up_kernel, grid,
             x, weight, bias, s, left, gain, y, m, n, k, r,
             *x.stride(), *weight.stride(), *s.stride(), *left.stride(),
-            config.library, k % config.depth == 0, cdiv(r, block_r),
-            config.rows, config.columns, config.depth, block_r, GROUP_ROWS,
+            config.library, k % config.depth == 0,
+            config.rows, config.columns, config.depth, rank_block(r, MAX_ADDED_RANKS), GROUP_ROWS,
             dot_dtype(x.dtype), precision(x.dtype, device), **config.options,
         )  # fmt: skip
         return y

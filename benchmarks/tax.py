@@ -1,0 +1,322 @@
+"""What adapters cost: a training step with them over a step of the same frozen model.
+
+    python benchmarks/tax.py                        # everything: about an hour
+    python benchmarks/tax.py --quick                # about three minutes
+    python benchmarks/tax.py --model bert --dtype fp32 --r 16 --method lora
+
+A step is a forward and a backward pass of the model without its embeddings or head, which would only dilute the
+ratio: the gradient goes to the embedded inputs, so that the frozen model's step has a backward pass as well. A batch
+has padded rows. All variants of one case run in one process, one after the other in an order that turns around each
+round; a ratio is the median over the rounds of the round's own ratio, with its quartiles. The line "frozen, again" is
+the frozen model over a copy of itself: what it is off 1 is noise. Step memory is the growth of the process's peak over
+what it held before the step, of a process each. Gradients are compared with those of the reference before anything
+is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import lorafx
+from lorafx.passes.capture import capture
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SPECS: Mapping[str, dict[str, Any]] = {
+    "lora": {},
+    "dropout": {"dropout": 0.1},
+    "dora": {"variant": "dora"},
+    "vera": {"variant": "vera"},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One frozen model and one kind of adapter on all of its linear layers."""
+
+    model: str
+    dtype: str
+    r: int
+    method: str
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        r = 256 if self.method == "vera" else self.r
+        return {"r": r, "alpha": 2 * r, "target_modules": "all-linear", **SPECS[self.method]}
+
+
+def bert() -> tuple[nn.Module, dict[str, Tensor]]:
+    """The width of BERT-base, 4 layers; a batch of 8 x 128."""
+    config = transformers.BertConfig(
+        vocab_size=1000, num_hidden_layers=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    return transformers.BertModel(config, add_pooling_layer=False), text(8, 128, 768)
+
+
+def llama() -> tuple[nn.Module, dict[str, Tensor]]:
+    """4 layers of width 1024; a batch of 4 x 256."""
+    config = transformers.LlamaConfig(
+        vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16,
+        num_key_value_heads=16, use_cache=False,
+    )  # fmt: skip
+    return transformers.LlamaModel(config), text(4, 256, 1024)
+
+
+def gpt2() -> tuple[nn.Module, dict[str, Tensor]]:
+    """The width of GPT-2, 4 layers; a batch of 4 x 256."""
+    config = transformers.GPT2Config(
+        vocab_size=1000, n_layer=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False
+    )
+    return transformers.GPT2Model(config), text(4, 256, 768)
+
+
+def vit() -> tuple[nn.Module, dict[str, Tensor]]:
+    """The width of ViT-base, 4 layers; a batch of 8 images of 176 x 176, 122 tokens each."""
+    config = transformers.ViTConfig(
+        num_hidden_layers=4, image_size=176, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    return transformers.ViTModel(config, add_pooling_layer=False), {"pixel_values": torch.randn(8, 3, 176, 176)}
+
+
+def text(batch: int, length: int, width: int) -> dict[str, Tensor]:
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[1::2, -length // 8 :] = 0
+    return {"inputs_embeds": torch.randn(batch, length, width), "attention_mask": mask}
+
+
+MODELS = {"bert": bert, "llama": llama, "gpt2": gpt2, "vit": vit}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step of a model: a forward pass, and a backward pass from a fixed gradient."""
+
+    model: nn.Module
+    inputs: dict[str, Tensor]
+    grad: Tensor
+
+    def __call__(self) -> None:
+        for p in self.model.parameters():
+            p.grad = None
+        out = self.model(**self.inputs)
+        out = out[0] if not isinstance(out, Tensor) else out
+        for value in self.inputs.values():
+            value.grad = None
+        out.backward(self.grad)
+
+    def gradients(self) -> dict[str, Tensor]:
+        self()
+        return {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
+
+
+def frozen(case: Case) -> Step:
+    """The floor. The same weights in every process."""
+    torch.manual_seed(0)
+    model, inputs = MODELS[case.model]()
+    model = model.to(DTYPES[case.dtype]).train().requires_grad_(False)
+    inputs = {n: v.to(DTYPES[case.dtype]) if v.is_floating_point() else v for n, v in inputs.items()}
+    with torch.no_grad():
+        shape = model(**inputs)[0].shape
+    grad = torch.randn(shape).to(DTYPES[case.dtype])
+    for value in inputs.values():
+        if value.is_floating_point():
+            value.requires_grad_()
+    return Step(model, inputs, grad)
+
+
+def captured(floor: Step, case: Case) -> Step:
+    """The captured graph without an adapter: what capture costs by itself."""
+    gm = capture(floor.model, {n: v.detach() for n, v in floor.inputs.items()})
+    return Step(gm.train(), floor.inputs, floor.grad)
+
+
+def adapted(floor: Step, case: Case, backend: str) -> Step:
+    example = {n: v.detach() for n, v in floor.inputs.items()}
+    gm = lorafx.apply(floor.model, case.spec, example, seed=0, backend=backend)
+    randomise(gm)
+    return Step(gm.train(), floor.inputs, floor.grad)
+
+
+def peft(floor: Step, case: Case) -> Step:
+    from peft import LoraConfig, VeraConfig, get_peft_model
+
+    common = {"r": case.spec["r"], "target_modules": "all-linear"}
+    if case.method == "vera":
+        config: Any = VeraConfig(**common)
+    else:
+        config = LoraConfig(
+            **common, lora_alpha=case.spec["alpha"], lora_dropout=case.spec.get("dropout", 0.0),
+            use_dora=case.method == "dora",
+        )  # fmt: skip
+    model = copy.deepcopy(floor.model)
+    model.prepare_inputs_for_generation = None
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+    randomise(wrapped)
+    return Step(wrapped.train(), floor.inputs, floor.grad)
+
+
+def full(floor: Step, case: Case) -> Step:
+    """Full fine-tuning of what the adapters adapt: the weights of all linear layers."""
+    model = copy.deepcopy(floor.model)
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, transformers.pytorch_utils.Conv1D)):
+            module.requires_grad_(True)
+    return Step(model, floor.inputs, floor.grad)
+
+
+def randomise(model: nn.Module) -> None:
+    """Values as in the midst of training: B starts at zero, which no gradient of A survives."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and "magnitude" not in name:
+                p.add_(torch.randn(p.shape, generator=generator).to(p.dtype) * 0.02)
+
+
+WAYS: Mapping[str, Callable[[Step, Case], Step]] = {
+    "frozen": lambda floor, case: floor,
+    "frozen, again": lambda floor, case: Step(copy.deepcopy(floor.model), floor.inputs, floor.grad),
+    "captured": captured,
+    "lorafx": lambda floor, case: adapted(floor, case, "auto"),
+    "lorafx, torch provider": lambda floor, case: adapted(floor, case, "torch"),
+    "lorafx, reference": lambda floor, case: adapted(floor, case, "reference"),
+    "peft": peft,
+    "full": full,
+}
+
+
+def compiled(step: Step) -> Step:
+    return Step(torch.compile(step.model), step.inputs, step.grad)  # type: ignore[arg-type]
+
+
+def times(steps: Mapping[str, Step], rounds: int) -> dict[str, dict[str, float]]:
+    """Ratios to the frozen model, round by round: median and quartiles; and the median time in ms."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+        step()
+    names = list(steps)
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            start = time.perf_counter()
+            steps[name]()
+            taken[name].append(time.perf_counter() - start)
+    result = {}
+    for name in names:
+        ratios = [a / b for a, b in zip(taken[name], taken["frozen"], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        result[name] = {"ratio": middle, "low": low, "high": high, "ms": 1e3 * statistics.median(taken[name])}
+    return result
+
+
+def check(floor: Step, case: Case, ways: list[str]) -> None:
+    """Every way of lorafx's has the reference's gradients (dropout draws its own masks, and is compared without)."""
+    case = Case(case.model, case.dtype, case.r, "lora" if case.method == "dropout" else case.method)
+    wanted = adapted(floor, case, "reference").gradients()
+    bound = 1e-4 if case.dtype == "fp32" else 6e-2
+    for way in ways:
+        if not way.startswith("lorafx") or way.endswith("reference"):
+            continue
+        found = WAYS[way](floor, case).gradients()
+        for name, grad in wanted.items():
+            off = ((found[name] - grad).float().norm() / grad.float().norm().clamp_min(1e-12)).item()
+            if not off < bound:
+                raise SystemExit(f"{case}, {way}: the gradient of {name} is {off:.1e} off the reference's")
+
+
+def measure(case: Case, ways: list[str], rounds: int, mode: str) -> dict[str, Any]:
+    floor = frozen(case)
+    check(floor, case, ways)
+    steps = {way: WAYS[way](floor, case) for way in ways}
+    if mode == "compiled":
+        steps = {way: compiled(step) for way, step in steps.items()}
+    return times(steps, rounds)
+
+
+def peak(case: Case, way: str) -> int:
+    """Bytes by which a step raises the process's peak."""
+    step = WAYS[way](frozen(case), case)
+    step()
+    for p in step.model.parameters():
+        p.grad = None
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def memory(case: Case, ways: list[str]) -> dict[str, int]:
+    """The peak of each way, in a process of its own. Small blocks go back to the system at once."""
+    found = {}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    for way in ways:
+        command = [sys.executable, __file__, "--peak", json.dumps([asdict(case), way])]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        found[way] = int(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["bert"])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
+    parser.add_argument("--r", nargs="+", type=int, default=[16])
+    parser.add_argument("--method", nargs="+", choices=SPECS, default=["lora"])
+    parser.add_argument("--way", nargs="+", choices=WAYS, default=["frozen, again", "captured", "lorafx"])
+    parser.add_argument("--mode", nargs="+", choices=["eager", "compiled"], default=["eager"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--no-time", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    transformers.logging.set_verbosity_error()
+    if given.peak:
+        case, way = json.loads(given.peak)
+        print(peak(Case(**case), way))
+        return
+    ways = ["frozen", *given.way]
+    cases = [Case(m, d, r, k) for m in given.model for d in given.dtype for r in given.r for k in given.method]
+    for case in cases:
+        row: dict[str, Any] = {"case": asdict(case)}
+        for mode in given.mode if not given.no_time else ():
+            row[mode] = measure(case, ways, given.rounds, mode)
+            shown = "  ".join(
+                f"{w}: {v['ratio']:.3f} [{v['low']:.3f}, {v['high']:.3f}] {v['ms']:.0f} ms" for w, v in row[mode].items()
+            )
+            print(f"{case} {mode}  {shown}", flush=True)
+        if given.memory:
+            row["memory"] = memory(case, [w for w in ways if w != "frozen, again"])
+            floor = row["memory"]["frozen"]
+            shown = "  ".join(f"{w}: {v / 2**20:.0f} MiB ({v / floor:.3f})" for w, v in row["memory"].items())
+            print(f"{case} memory  {shown}", flush=True)
+        if given.json:
+            with given.json.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
