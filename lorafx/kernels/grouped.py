@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch import Tensor
 from lorafx.kernels.base import Call, Dropout
 from lorafx.kernels.function import Group, LowRankLinear, Operands
 from lorafx.kernels.providers import provider
-from lorafx.ops import LAYERS, define_op, updates
+from lorafx.ops import ADAPTED, LAYERS, define_op, updates
+from lorafx.variants import VARIANTS
 from lorafx.variants.base import Update, full_precision
 
 #: ``kinds``, ``weights``, ``biases``, ``counts`` (of adapters) and ``training`` have one entry a sibling; ``variants``,
@@ -50,6 +52,34 @@ def _sibling(weight: Tensor, bias: Tensor | None, changes: Sequence[Update]) -> 
     return _Sibling(weight, bias, gain, lefts, [u.right for u in changes])
 
 
+def _by_twins(
+    x: Tensor,
+    kinds: Sequence[str],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    counts: Sequence[int],
+    training: Sequence[bool],
+    tensors: Sequence[Tensor],
+    variants: Sequence[str],
+    scaling: Sequence[float],
+    dropout: Sequence[float],
+) -> list[Tensor]:
+    """The meaning itself."""
+    outputs, taken, start = [], 0, 0
+    for kind, weight, bias, count, trains in zip(kinds, weights, biases, counts, training, strict=True):
+        mine, layer = slice(start, start + count), LAYERS[kind]
+        start += count
+        size = sum(len(VARIANTS[v].parameters) + len(VARIANTS[v].shared) for v in variants[mine])
+        own: list[Any] = [None] * 3
+        own[layer.x], own[layer.weight] = x, weight
+        assert layer.bias is not None
+        own[layer.bias] = bias
+        adapters = (tensors[taken : taken + size], variants[mine], scaling[mine], dropout[mine], trains, None)
+        taken += size
+        outputs.append(ADAPTED[kind](*own, *adapters) if count else layer.target(*own))
+    return outputs
+
+
 def grouped_reference(
     x: Tensor,
     kinds: Sequence[str],
@@ -66,7 +96,9 @@ def grouped_reference(
     recipe: str,
 ) -> list[Tensor]:
     """See the module; under autocast in its dtype, as ``linear`` is."""
-    device = x.device.type
+    if torch._C._functorch.maybe_current_level() is not None:  # function transforms see plain torch
+        return _by_twins(x, kinds, weights, biases, counts, training, tensors, variants, scaling, dropout)
+    device = "cpu" if x.is_meta else x.device.type
     remaining, start = iter(tensors), 0
     siblings, p = [], []
     for kind, stored, bias, count, trains in zip(kinds, weights, biases, counts, training, strict=True):
