@@ -59,6 +59,8 @@ def error(actual: Tensor, expected: Tensor, by_norm: bool = False) -> float:
     a, e = actual.detach().double(), expected.detach().double()
     if not bool(torch.isfinite(a).all() and torch.isfinite(e).all()):
         return 0.0 if torch.equal(a, e) else float("inf")
+    if a.numel() == 0:
+        return 0.0
     tiny = torch.finfo(torch.float64).tiny
     if by_norm:
         return float((a - e).norm() / e.norm().clamp_min(tiny))

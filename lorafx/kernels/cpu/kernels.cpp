@@ -13,11 +13,14 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <omp.h>
-#include <vector>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+
+// Register tiles are arrays; only loops that are unrolled leave them in registers.
+#define UNROLL _Pragma("GCC unroll 16")
 
 namespace {
 
@@ -26,11 +29,24 @@ constexpr int64_t ROWS = 8;    // rows of a register tile
 constexpr int64_t BLOCK = 64;  // rows that are worked on together: they stay in the second-level cache
 constexpr int64_t DEPTH = 256; // columns of x that are copied together: they stay in the first-level cache
 
-typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
-typedef uint32_t uvec __attribute__((vector_size(LANES * sizeof(uint32_t)), aligned(4), may_alias));
-typedef uint16_t hvec __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(2), may_alias));
+typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef uint32_t uvec __attribute__((vector_size(LANES * sizeof(uint32_t))));
+typedef uint16_t hvec __attribute__((vector_size(LANES * sizeof(uint16_t))));
 struct bf16 {
   uint16_t bits;
+};
+
+// Zeros, at a multiple of 64 bytes.
+template <typename E> struct Buffer {
+  struct Free {
+    void operator()(E *p) const { ::operator delete[](p, std::align_val_t(64)); }
+  };
+  std::unique_ptr<E[], Free> values;
+  explicit Buffer(int64_t n) : values(static_cast<E *>(::operator new[](size_t(n) * sizeof(E), std::align_val_t(64)))) {
+    std::fill_n(values.get(), n, E{});
+  }
+  E *data() const { return values.get(); }
+  E &operator[](int64_t i) const { return values[size_t(i)]; }
 };
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -51,12 +67,15 @@ inline void round_to(bf16 &out, float v) {
   else
     out.bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);  // to nearest even
 }
-inline vec load(const float *p) { return *reinterpret_cast<const vec *>(p); }
-inline vec load(const bf16 *p) {
-  const uvec wide = __builtin_convertvector(*reinterpret_cast<const hvec *>(p), uvec) << 16;
-  return reinterpret_cast<const vec &>(wide);
+// Through memcpy, which lets the compiler keep what is not the memory's own in registers.
+template <typename V> inline V bytes(const void *p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
 }
-inline void store(float *p, vec v) { *reinterpret_cast<vec *>(p) = v; }
+inline vec load(const float *p) { return bytes<vec>(p); }
+inline vec load(const bf16 *p) { return vec(__builtin_convertvector(bytes<hvec>(p), uvec) << 16); }
+inline void store(float *p, vec v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bf16 *p, vec v) {
 #if defined(__AVX512BF16__)
   const __m256bh h = _mm512_cvtneps_pbh(__m512(v));
@@ -178,13 +197,13 @@ template <typename T> struct Packed {
   using O = typename Operand<T>::type;
   static constexpr int64_t W = Operand<T>::width;
   int64_t depth, n;
-  std::vector<O> values;
-  Packed(int64_t depth_, int64_t n_) : depth(up(depth_, W) / W), n(up(n_, LANES)), values(size_t(depth * n)) {}
+  Buffer<O> values;
+  Packed(int64_t depth_, int64_t n_) : depth(up(depth_, W) / W), n(up(n_, LANES)), values(depth * n) {}
   void fill(const T *source, int64_t rows, int64_t columns, int64_t given, int64_t width) {
     for (int64_t d = 0; d < depth; ++d)
       for (int64_t j = 0; j < width; ++j) {
         const int64_t i = d * W;
-        put(values[size_t(d * n + j)], source[i * rows + j * columns],
+        put(values[d * n + j], source[i * rows + j * columns],
             i + 1 < given ? source[(i + 1) * rows + j * columns] : T{});
       }
   }
@@ -208,17 +227,24 @@ void gather(typename Operand<T>::type *out, const T *s, int64_t stride, int64_t 
 template <typename T, int VECTORS, typename O>
 inline void narrow_tile(const O *x, int64_t stride, const O *packed, int64_t n, int64_t depth, float *sums, int64_t ld) {
   vec sum[ROWS][VECTORS];
+  UNROLL
   for (int64_t m = 0; m < ROWS; ++m)
+    UNROLL
     for (int v = 0; v < VECTORS; ++v) sum[m][v] = load(sums + m * ld + v * LANES);
   for (int64_t d = 0; d < depth; ++d) {
     vec right[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) right[v] = *reinterpret_cast<const vec *>(packed + d * n + v * LANES);
+    UNROLL
+    for (int v = 0; v < VECTORS; ++v) right[v] = bytes<vec>(packed + d * n + v * LANES);
+    UNROLL
     for (int64_t m = 0; m < ROWS; ++m) {
       const vec left = Operand<T>::spread(x[m * stride + d]);
+      UNROLL
       for (int v = 0; v < VECTORS; ++v) sum[m][v] = Operand<T>::multiply(sum[m][v], left, right[v]);
     }
   }
+  UNROLL
   for (int64_t m = 0; m < ROWS; ++m)
+    UNROLL
     for (int v = 0; v < VECTORS; ++v) store(sums + m * ld + v * LANES, sum[m][v]);
 }
 
@@ -244,10 +270,10 @@ void narrow_block(const T *x, int64_t ldx, int64_t count, int64_t K, const Packe
   using O = typename Operand<T>::type;
   constexpr int64_t W = Operand<T>::width;
   alignas(64) O tile[ROWS * DEPTH];
-  std::vector<float> sums(size_t(ROWS * packed.n));
+  const Buffer<float> sums(ROWS * packed.n);
   for (int64_t m = 0; m < count; m += ROWS) {
     const int64_t rows = std::min(ROWS, count - m);
-    std::fill(sums.begin(), sums.end(), 0.0f);
+    std::fill_n(sums.data(), ROWS * packed.n, 0.0f);
     for (int64_t k = 0; k < K; k += DEPTH) {
       const int64_t depth = std::min(DEPTH, K - k), stride = DEPTH / W;
       for (int64_t i = 0; i < ROWS; ++i) {
@@ -271,7 +297,7 @@ void narrow_block(const T *x, int64_t ldx, int64_t count, int64_t K, const Packe
         narrow_tile<T, 1>(tile, stride, right + n, packed.n, steps, sums.data() + n, packed.n);
     }
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < r; j += LANES) store(s + (m + i) * lds + j, load(&sums[size_t(i * packed.n + j)]) * scale, r - j);
+      for (int64_t j = 0; j < r; j += LANES) store(s + (m + i) * lds + j, load(sums.data() + i * packed.n + j) * scale, r - j);
   }
 }
 
@@ -282,13 +308,19 @@ inline void expand_tile(T *y, int64_t ldy, int64_t rows, int64_t n, int64_t rest
   vec sum[ROWS][VECTORS] = {};
   for (int64_t d = 0; d < packed.depth; ++d) {
     vec right[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) right[v] = *reinterpret_cast<const vec *>(packed.row(d) + n + v * LANES);
+    UNROLL
+    for (int v = 0; v < VECTORS; ++v) right[v] = bytes<vec>(packed.row(d) + n + v * LANES);
+    UNROLL
     for (int64_t m = 0; m < ROWS; ++m) {
       const vec left = Operand<T>::spread(s[m * packed.depth + d]);
+      UNROLL
       for (int v = 0; v < VECTORS; ++v) sum[m][v] = Operand<T>::multiply(sum[m][v], left, right[v]);
     }
   }
-  for (int64_t m = 0; m < rows; ++m)
+  UNROLL
+  for (int64_t m = 0; m < ROWS; ++m) {
+    if (m >= rows) break;
+    UNROLL
     for (int v = 0; v < VECTORS; ++v) {
       const int64_t at = n + v * LANES, left = rest - v * LANES;
       T *p = y + m * ldy + at;
@@ -298,9 +330,9 @@ inline void expand_tile(T *y, int64_t ldy, int64_t rows, int64_t n, int64_t rest
         const vec plain = bias ? value - load(bias + at, left) : value;
         value += (load(gain + at, left) - 1.0f) * plain;
       }
-      value += low;
-      store(p, value, left);
+      store(p, value + low, left);
     }
+  }
 }
 
 template <typename T>
@@ -308,10 +340,10 @@ void expand_block(T *y, int64_t ldy, int64_t count, int64_t N, const T *s, int64
                   const Packed<T> &packed, const uint16_t *bits, int64_t chunks, float scale, const float *gain,
                   const float *bias) {
   using O = typename Operand<T>::type;
-  std::vector<O> rows_of_s(size_t(ROWS * packed.depth));
+  const Buffer<O> rows_of_s(ROWS * packed.depth);
   for (int64_t m = 0; m < count; m += ROWS) {
     const int64_t rows = std::min(ROWS, count - m);
-    if (rows < ROWS) std::fill(rows_of_s.begin(), rows_of_s.end(), O(0));
+    if (rows < ROWS) std::fill_n(rows_of_s.data(), ROWS * packed.depth, O(0));
     gather<T>(rows_of_s.data(), s + m * lds, lds, rows, r, packed.depth);
     const uint16_t *mask = bits ? bits + m * chunks : nullptr;
     T *to = y + m * ldy;
@@ -340,9 +372,11 @@ inline void outer_tile(const T *x, int64_t ldx, int64_t count, int64_t k, int64_
       const uvec b = m + 1 < count ? uvec(row_chunk(row + ldx, k, rest, mask ? mask + chunks : nullptr)) : uvec{};
       right = vec(a >> 16 | b);
     }
+    UNROLL
     for (int64_t r = 0; r < RANKS; ++r)
       sum[r] = Operand<T>::multiply(sum[r], Operand<T>::spread(s[m / W * width + r]), right);
   }
+  UNROLL
   for (int64_t r = 0; r < RANKS; ++r) store(g + r * ldg + k, load(g + r * ldg + k) + sum[r]);
 }
 
@@ -361,7 +395,7 @@ void outer_block(const T *x, int64_t ldx, int64_t count, int64_t K, const uint16
                  int64_t lds, int64_t r, float *g, int64_t ldg) {
   using O = typename Operand<T>::type;
   const int64_t width = up(r, 8);
-  std::vector<O> turned(size_t(up(count, 2) * width));
+  const Buffer<O> turned(up(count, 2) * width);
   transpose_pairs<T>(turned.data(), s, lds, count, r, width);
   for (int64_t k = 0; k < K; k += LANES) {
     int64_t j = 0;
@@ -376,12 +410,12 @@ void outer_block(const T *x, int64_t ldx, int64_t count, int64_t K, const uint16
 struct PerThread {
   int64_t size;
   int threads;
-  std::vector<float> values;
-  PerThread(int64_t size_, int threads_) : size(size_), threads(threads_), values(size_t(size_ * threads_)) {}
-  float *mine() { return values.data() + omp_get_thread_num() * size; }
+  Buffer<float> values;
+  PerThread(int64_t size_, int threads_) : size(size_), threads(threads_), values(size_ * threads_) {}
+  float *mine() const { return values.data() + omp_get_thread_num() * size; }
   float total(int64_t i) const {
     float sum = 0.0f;
-    for (int t = 0; t < threads; ++t) sum += values[size_t(t * size + i)];
+    for (int t = 0; t < threads; ++t) sum += values[t * size + i];
     return sum;
   }
 };
@@ -422,7 +456,7 @@ template <typename T>
 void outer(const T *x, int64_t ldx, int64_t M, int64_t K, const uint16_t *bits, float p, const T *s, int64_t lds, int64_t r,
            float *g, int threads) {
   const int64_t chunks = (K + LANES - 1) / LANES, ldg = up(K, LANES);
-  PerThread sums(up(r, 8) * ldg, threads);
+  const PerThread sums(up(r, 8) * ldg, threads);
   over_blocks(M, threads, [&](int64_t m, int64_t count) {
     outer_block(x + m * ldx, ldx, count, K, bits ? bits + m * chunks : nullptr, chunks, s + m * lds, lds, r, sums.mine(),
                 ldg);
@@ -458,7 +492,7 @@ void grad_up(const T *dy, int64_t ld, int64_t M, int64_t N, const T *left, int64
   const int64_t ldg = up(N, LANES), width = up(r, 8);
   Packed<T> packed(N, r);
   packed.fill(left, r, 1, N, r);
-  PerThread sums((width + 2) * ldg, threads);
+  const PerThread sums((width + 2) * ldg, threads);
   over_blocks(M, threads, [&](int64_t m, int64_t count) {
     const T *rows = dy + m * ld;
     float *g = sums.mine();

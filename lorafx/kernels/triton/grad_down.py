@@ -22,6 +22,7 @@ from lorafx.kernels.triton.reduce import Sums
 from lorafx.kernels.triton.tiles import (
     GROUP_ROWS,
     MAX_ADDED_RANKS,
+    MIN_ADDED_RANKS,
     cdiv,
     dot_dtype,
     is_aligned,
@@ -123,6 +124,9 @@ def grad_x(
     device = device_of(ds.device)
     widths = tuple(b.shape[1] for b in bases)
 
+    aligned = is_aligned(*bases, *weights)
+    block_r = rank_block(max(plan.widths), MAX_ADDED_RANKS if aligned and seed is None else MIN_ADDED_RANKS)
+
     def run(config: Config) -> Tensor:
         if config.library:
             dx = bases[0] @ weights[0]
@@ -134,7 +138,7 @@ def grad_x(
             dx_kernel, (cdiv(m, config.rows) * cdiv(k, config.columns),),
             tuple(bases), tuple(weights), ds, right, seed, dx, m, k, widths,
             tuple(b.stride() for b in bases), tuple(w.stride() for w in weights), *ds.stride(), *right.stride(),
-            table(plan, ds.device), len(plan.drops), rank_block(max(plan.widths), MAX_ADDED_RANKS), config.library,
+            table(plan, ds.device), len(plan.drops), block_r, config.library,
             all(n % config.depth == 0 for n in widths),
             config.rows, config.columns, config.depth, GROUP_ROWS,
             dot_dtype(dtype), precision(dtype, device), **config.options,
@@ -143,7 +147,6 @@ def grad_x(
 
     if m == 0 or k == 0:
         return torch.empty(m, k, dtype=dtype, device=ds.device)
-    aligned = is_aligned(*bases, *weights)
     key = ("grad_x", device, dtype, right.dtype, power_class(m), k, widths, plan, aligned)
     with on_device(ds):
         return choose(key, gemm_configs(m, k, dtype.itemsize, device, aligned), run)

@@ -31,13 +31,29 @@ class RowGain:
 
 
 @jit
+def add_change(
+    change: tl.tensor, left: tl.tensor, right: tl.tensor, start: tl.tensor, rows: tl.tensor, columns: tl.tensor,
+    N: tl.tensor, K: tl.tensor, R: tl.tensor,
+    stride_rr: tl.tensor, stride_rk: tl.tensor, stride_ln: tl.tensor, stride_lr: tl.tensor,
+    BLOCK_R: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """``change`` + what the ranks from ``start`` on add to it."""
+    ranks = start + tl.arange(0, BLOCK_R)
+    at_left = left + rows[:, None].to(tl.int64) * stride_ln + ranks[None, :] * stride_lr
+    at_right = right + ranks[:, None].to(tl.int64) * stride_rr + columns[None, :] * stride_rk
+    a = tl.load(at_left, mask=(rows[:, None] < N) & (ranks[None, :] < R), other=0.0)
+    b = tl.load(at_right, mask=(ranks[:, None] < R) & (columns[None, :] < K), other=0.0)
+    return tl.dot(a.to(DOT), b.to(DOT), change, input_precision=PRECISION)
+
+
+@jit
 def row_gain_kernel(
     weight: tl.tensor, right: tl.tensor, left: tl.tensor, squares: tl.tensor, magnitude: tl.tensor,
     norm: tl.tensor, gain: tl.tensor, scaled: tl.tensor,
     N: tl.tensor, K: tl.tensor, R: tl.tensor,
     stride_wn: tl.tensor, stride_wk: tl.tensor, stride_rr: tl.tensor, stride_rk: tl.tensor,
     stride_ln: tl.tensor, stride_lr: tl.tensor,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    ONE_BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     """A block of rows: their norms, gains, and rows of ``scaled [N, R]``, contiguous."""
@@ -50,17 +66,17 @@ def row_gain_kernel(
         inside = (rows[:, None] < N) & (columns[None, :] < K)
         w = tl.load(weight + far[:, None] * stride_wn + columns[None, :] * stride_wk, mask=inside, other=0.0)
         change = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        for start in tl.range(0, R, BLOCK_R, num_stages=1):
-            ranks = start + tl.arange(0, BLOCK_R)
-            a = tl.load(
-                left + far[:, None] * stride_ln + ranks[None, :] * stride_lr,
-                mask=(rows[:, None] < N) & (ranks[None, :] < R), other=0.0,
+        if ONE_BLOCK:  # apart, since only a loop without another inside it is pipelined
+            change = add_change(
+                change, left, right, 0, rows, columns, N, K, R, stride_rr, stride_rk, stride_ln, stride_lr,
+                BLOCK_R, DOT, PRECISION,
             )  # fmt: skip
-            b = tl.load(
-                right + ranks[:, None].to(tl.int64) * stride_rr + columns[None, :] * stride_rk,
-                mask=(ranks[:, None] < R) & (columns[None, :] < K), other=0.0,
-            )  # fmt: skip
-            change = tl.dot(a.to(DOT), b.to(DOT), change, input_precision=PRECISION)
+        else:
+            for start in tl.range(0, R, BLOCK_R, num_stages=1):
+                change = add_change(
+                    change, left, right, start, rows, columns, N, K, R, stride_rr, stride_rk, stride_ln, stride_lr,
+                    BLOCK_R, DOT, PRECISION,
+                )  # fmt: skip
         acc += change * (2 * w.to(tl.float32) + change)
     square = tl.load(squares + rows, mask=rows < N, other=1.0).to(tl.float64) + tl.sum(acc, axis=1).to(tl.float64)
     length = tl.sqrt(tl.maximum(square, 0.0)).to(tl.float32)
@@ -91,8 +107,8 @@ def row_gain(weight: Tensor, right: Tensor, left: Tensor, squares: Tensor, magni
     def run(config: Config) -> RowGain:
         launch(row_gain_kernel, (cdiv(n, config.rows),),
             weight, right, left, squares.contiguous(), magnitude.contiguous(), norm, gain, found.left, n, k, r,
-            *weight.stride(), *right.stride(), *left.stride(), config.rows, config.columns,
-            rank_block(r, MAX_ADDED_RANKS), dot_dtype(factors), precision(factors, device, exact=True),
+            *weight.stride(), *right.stride(), *left.stride(), r <= config.depth, config.rows,
+            config.columns, config.depth, dot_dtype(factors), precision(factors, device, exact=True),
             **config.options,
         )  # fmt: skip
         return found
@@ -101,13 +117,18 @@ def row_gain(weight: Tensor, right: Tensor, left: Tensor, squares: Tensor, magni
         return found
     with on_device(weight):
         return choose(
-            ("row_gain", device, weight.dtype, factors, n, k, r, aligned), row_gain_configs(device, aligned), run
+            ("row_gain", device, weight.dtype, factors, n, k, r, aligned), row_gain_configs(r, device, aligned), run
         )
 
 
-def row_gain_configs(device: Device, aligned: bool) -> list[Config]:
-    """Few rows a program, so that there are as many programs as processors; W goes through in wide blocks."""
+def row_gain_configs(r: int, device: Device, aligned: bool) -> list[Config]:
+    """Few rows a program, so that there are as many programs as processors; W goes through in wide blocks.
+
+    ``depth`` is the block of ranks.
+    """
     if not aligned:
-        return [Config(16, 64, 16, 4, 2)]
+        return [Config(16, 64, rank_block(r, MAX_ADDED_RANKS), 4, 2)]
     stages = 3 if device.shared >= 96 * 1024 else 2
-    return [Config(32, 128, 16, 4, stages), Config(16, 128, 16, 4, stages), Config(32, 64, 16, 4, stages)]
+    if r > MAX_ADDED_RANKS:
+        return [Config(32, 64, rank_block(r), 4, stages), Config(16, 64, rank_block(r), 4, stages)]
+    return [Config(rows, columns, rank_block(r), 4, stages) for rows, columns in ((32, 128), (16, 128), (32, 64))]

@@ -16,8 +16,9 @@ from torch import Tensor
 MIN_RANKS = 16
 #: More ranks than this are taken in several blocks, where each has an accumulator of its own,
 MAX_RANKS = 64
-#: or where blocks are added one after the other to a large one.
+#: or where blocks are added one after the other to a large accumulator that leaves few registers.
 MAX_ADDED_RANKS = 32
+MIN_ADDED_RANKS = 16
 #: Rows of tiles that are walked together, so that the columns' operand is still in the second-level cache.
 GROUP_ROWS = 8
 

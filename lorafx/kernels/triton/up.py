@@ -11,6 +11,7 @@ from lorafx.kernels.triton.device import device_of, precision
 from lorafx.kernels.triton.tiles import (
     GROUP_ROWS,
     MAX_ADDED_RANKS,
+    MIN_ADDED_RANKS,
     cdiv,
     dot_dtype,
     is_aligned,
@@ -76,6 +77,8 @@ def up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, 
     device = device_of(x.device)
     bias, gain = (None if v is None else v.contiguous() for v in (bias, gain))
 
+    aligned = is_aligned(x, weight)
+
     def run(config: Config) -> Tensor:
         y = x @ weight.mT if config.library else torch.empty(m, n, dtype=x.dtype, device=x.device)
         grid = (cdiv(m, config.rows) * cdiv(n, config.columns),)
@@ -83,14 +86,13 @@ def up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, 
             x, weight, bias, s, left, gain, y, m, n, k, r,
             *x.stride(), *weight.stride(), *s.stride(), *left.stride(),
             config.library, k % config.depth == 0,
-            config.rows, config.columns, config.depth, rank_block(r, MAX_ADDED_RANKS), GROUP_ROWS,
+            config.rows, config.columns, config.depth, rank_block(r, MAX_ADDED_RANKS if aligned else MIN_ADDED_RANKS), GROUP_ROWS,
             dot_dtype(x.dtype), precision(x.dtype, device), **config.options,
         )  # fmt: skip
         return y
 
     if m == 0 or n == 0:
         return torch.empty(m, n, dtype=x.dtype, device=x.device)
-    aligned = is_aligned(x, weight)
     key = ("up", device, x.dtype, left.dtype, power_class(m), n, k, r, aligned)
     with on_device(x):
         return choose(key, gemm_configs(m, n, x.dtype.itemsize, device, aligned), run)
