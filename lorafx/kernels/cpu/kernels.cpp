@@ -27,7 +27,9 @@ namespace {
 constexpr int64_t LANES = 16;  // floats a vector
 constexpr int64_t ROWS = 8;    // rows of a register tile
 constexpr int64_t BLOCK = 64;  // rows that are worked on together: they stay in the second-level cache
-constexpr int64_t DEPTH = 256; // columns of x that are copied together: they stay in the first-level cache
+constexpr int64_t DEPTH = 256; // columns of a tile's rows that are copied together: they stay in the first-level cache
+constexpr int64_t RANKS = 8;   // rows of a register tile of an outer product
+constexpr int64_t WIDTH = 64;  // columns of a block that are copied together for outer products
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef uint32_t uvec __attribute__((vector_size(LANES * sizeof(uint32_t))));
@@ -355,32 +357,29 @@ void expand_block(T *y, int64_t ldy, int64_t count, int64_t N, const T *s, int64
   }
 }
 
-// g[RANKS, LANES] += s[count, RANKS]^T (kept x)[count, LANES]; s is transposed in pairs of rows as operands
-template <typename T, int64_t RANKS>
-inline void outer_tile(const T *x, int64_t ldx, int64_t count, int64_t k, int64_t rest, const uint16_t *bits,
-                       int64_t chunks, const typename Operand<T>::type *s, int64_t width, float *g, int64_t ldg) {
-  constexpr int64_t W = Operand<T>::width;
-  vec sum[RANKS] = {};
-  for (int64_t m = 0; m < count; m += W) {
-    vec right;
-    const uint16_t *mask = bits ? bits + m * chunks : nullptr;
-    if constexpr (W == 1) {
-      right = row_chunk(x + m * ldx, k, rest, mask);
-    } else {
-      const T *row = x + m * ldx;
-      const uvec a = uvec(row_chunk(row, k, rest, mask));
-      const uvec b = m + 1 < count ? uvec(row_chunk(row + ldx, k, rest, mask ? mask + chunks : nullptr)) : uvec{};
-      right = vec(a >> 16 | b);
-    }
+// g[RANKS, VECTORS * LANES] += s^T x, both as operands that pair up rows: s [steps, width], x [steps, WIDTH]
+template <typename T, int VECTORS, typename O>
+inline void outer_tile(const O *x, const O *s, int64_t width, int64_t steps, float *g, int64_t ldg, int64_t rest) {
+  vec sum[RANKS][VECTORS] = {};
+  for (int64_t d = 0; d < steps; ++d) {
+    vec right[VECTORS];
     UNROLL
-    for (int64_t r = 0; r < RANKS; ++r)
-      sum[r] = Operand<T>::multiply(sum[r], Operand<T>::spread(s[m / W * width + r]), right);
+    for (int v = 0; v < VECTORS; ++v) right[v] = bytes<vec>(x + d * WIDTH + v * LANES);
+    UNROLL
+    for (int64_t r = 0; r < RANKS; ++r) {
+      const vec left = Operand<T>::spread(s[d * width + r]);
+      UNROLL
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] = Operand<T>::multiply(sum[r][v], left, right[v]);
+    }
   }
   UNROLL
-  for (int64_t r = 0; r < RANKS; ++r) store(g + r * ldg + k, load(g + r * ldg + k) + sum[r]);
+  for (int64_t r = 0; r < RANKS; ++r)
+    UNROLL
+    for (int v = 0; v < VECTORS; ++v)
+      if (v * LANES < rest) store(g + r * ldg + v * LANES, load(g + r * ldg + v * LANES) + sum[r][v]);
 }
 
-// s[count, r] as operands [count / width, up(r, 8)]
+// s[count, r] as operands [count / width, up(r, RANKS)]
 template <typename T>
 void transpose_pairs(typename Operand<T>::type *out, const T *s, int64_t lds, int64_t count, int64_t r, int64_t width) {
   constexpr int64_t W = Operand<T>::width;
@@ -389,20 +388,46 @@ void transpose_pairs(typename Operand<T>::type *out, const T *s, int64_t lds, in
       put(out[m / W * width + j], j < r ? s[m * lds + j] : T{}, W == 2 && j < r && m + 1 < count ? s[(m + 1) * lds + j] : T{});
 }
 
-// g[up(r, 8), up(K)] += s^T (kept x)
+// A row, or two, as operands.
+inline void put_rows(float *out, const float *a, const float *, int64_t k, int64_t rest, const uint16_t *mask,
+                     const uint16_t *) {
+  store(out, row_chunk(a, k, rest, mask));
+}
+inline void put_rows(float *out, const bf16 *a, const bf16 *, int64_t k, int64_t rest, const uint16_t *mask,
+                     const uint16_t *) {
+  store(out, row_chunk(a, k, rest, mask));
+}
+inline void put_rows(uint32_t *out, const bf16 *a, const bf16 *b, int64_t k, int64_t rest, const uint16_t *mask,
+                     const uint16_t *next) {
+  const uvec low = uvec(row_chunk(a, k, rest, mask)) >> 16, high = b ? uvec(row_chunk(b, k, rest, next)) : uvec{};
+  const uvec both = low | high;
+  std::memcpy(out, &both, sizeof both);
+}
+
+// g[up(r, RANKS), up(K)] += s^T (kept x). Columns of x are copied, since rows a power of two apart evict each other.
 template <typename T>
 void outer_block(const T *x, int64_t ldx, int64_t count, int64_t K, const uint16_t *bits, int64_t chunks, const T *s,
                  int64_t lds, int64_t r, float *g, int64_t ldg) {
   using O = typename Operand<T>::type;
-  const int64_t width = up(r, 8);
-  const Buffer<O> turned(up(count, 2) * width);
+  constexpr int64_t W = Operand<T>::width;
+  const int64_t width = up(r, RANKS), steps = up(count, W) / W;
+  const Buffer<O> turned(steps * width);
   transpose_pairs<T>(turned.data(), s, lds, count, r, width);
-  for (int64_t k = 0; k < K; k += LANES) {
-    int64_t j = 0;
-    for (; j + 16 <= width; j += 16)
-      outer_tile<T, 16>(x, ldx, count, k, K - k, bits, chunks, turned.data() + j, width, g + j * ldg, ldg);
-    for (; j < width; j += 8)
-      outer_tile<T, 8>(x, ldx, count, k, K - k, bits, chunks, turned.data() + j, width, g + j * ldg, ldg);
+  alignas(64) O tile[BLOCK * WIDTH];
+  for (int64_t k = 0; k < K; k += WIDTH) {
+    const int64_t n = std::min(WIDTH, K - k);
+    for (int64_t m = 0; m < count; m += W) {
+      const T *a = x + m * ldx, *b = m + 1 < count ? a + ldx : nullptr;
+      const uint16_t *mask = bits ? bits + m * chunks : nullptr, *next = bits ? mask + chunks : nullptr;
+      for (int64_t j = 0; j < n; j += LANES) put_rows(tile + m / W * WIDTH + j, a, b, k + j, n - j, mask, next);
+    }
+    for (int64_t j = 0; j < width; j += RANKS) {
+      float *to = g + j * ldg + k;
+      int64_t v = 0;
+      for (; v + LANES < n; v += 2 * LANES)
+        outer_tile<T, 2>(tile + v, turned.data() + j, width, steps, to + v, ldg, n - v);
+      for (; v < n; v += LANES) outer_tile<T, 1>(tile + v, turned.data() + j, width, steps, to + v, ldg, n - v);
+    }
   }
 }
 
@@ -456,7 +481,7 @@ template <typename T>
 void outer(const T *x, int64_t ldx, int64_t M, int64_t K, const uint16_t *bits, float p, const T *s, int64_t lds, int64_t r,
            float *g, int threads) {
   const int64_t chunks = (K + LANES - 1) / LANES, ldg = up(K, LANES);
-  const PerThread sums(up(r, 8) * ldg, threads);
+  const PerThread sums(up(r, RANKS) * ldg, threads);
   over_blocks(M, threads, [&](int64_t m, int64_t count) {
     outer_block(x + m * ldx, ldx, count, K, bits ? bits + m * chunks : nullptr, chunks, s + m * lds, lds, r, sums.mine(),
                 ldg);
@@ -489,7 +514,7 @@ template <typename T>
 void grad_up(const T *dy, int64_t ld, int64_t M, int64_t N, const T *left, int64_t r, const T *s, int64_t lds, T *ds,
              int64_t ldds, float *dleft, const float *gain, T *base, const T *y, int64_t ldy, float *total, float *dot,
              int threads) {
-  const int64_t ldg = up(N, LANES), width = up(r, 8);
+  const int64_t ldg = up(N, LANES), width = up(r, RANKS);
   Packed<T> packed(N, r);
   packed.fill(left, r, 1, N, r);
   const PerThread sums((width + 2) * ldg, threads);

@@ -13,6 +13,10 @@ from lorafx.kernels.base import Call, Dropout, GradUp, Provider
 from lorafx.kernels.cpu import build, ops
 
 
+#: Up to this rank one read of ``dy`` for two products is faster than a library product for each.
+_NARROW = 32
+
+
 class Cpu(Aten):
     """float32 and bfloat16. Masks are one bit an element, kept for backward."""
 
@@ -47,6 +51,8 @@ class Cpu(Aten):
     def grad_up(
         self, dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
     ) -> GradUp:
+        if s.shape[1] > _NARROW and gain is None and not needs_total:
+            return super().grad_up(dy, s, left, gain, y, needs_total)
         ds, dleft, base, total, dot = ops.cpu_grad_up(dy, s, left, gain, y, needs_total)
         return GradUp(
             ds, dleft, dy if gain is None else base, total if needs_total else None, None if y is None else dot

@@ -66,23 +66,24 @@ def gemm_configs(m: int, n: int, itemsize: int, device: Device, aligned: bool) -
 
 def skinny_configs(rows: int, itemsize: int, ranks: int, device: Device, aligned: bool) -> list[Config]:
     """For :mod:`down`: many rows, few columns, a long sum."""
-    warps = 4 if ranks <= 64 else 8
+    warps, depth = (4, 64) if ranks <= 64 else (8, 32)
     if not aligned:
-        return [Config(32, ranks, 32, warps, 2), Config(16, ranks, 32, warps, 2)]
-    heights = [16, 32] if rows <= 256 else [64, 32]
-    return [Config(h, ranks, 64, warps, _stages(64 * (h + ranks) * itemsize, device)) for h in heights]
+        return [Config(h, ranks, 32, warps, 2) for h in ((32, 16) if ranks <= 32 else (16,))]
+    heights = (16, 32) if rows <= 256 or (ranks > 64 and device.amd) else (64, 32)
+    return [Config(h, ranks, depth, warps, _stages(depth * (h + ranks) * itemsize, device)) for h in heights]
 
 
 def stream_configs(columns: int, itemsize: int, ranks: int, device: Device, aligned: bool) -> list[Config]:
     """For sums over M of a large matrix times ``ranks`` columns: blocks of ``depth`` rows of it are streamed."""
-    warps = 4 if ranks <= 32 else 8
     if not aligned:
-        return [Config(ranks, 64, 16, warps, 2), Config(ranks, 32, 16, warps, 2)]
-    widths = [64] if columns <= 64 else [128] if columns <= 128 or ranks > 32 else [256, 128]
+        return [Config(ranks, 64, 16, 8, 2) if ranks <= 32 else Config(ranks, 32, 16, 4, 2)]
+    if columns <= 128 or ranks > 32:
+        tiles = [(min(128, max(64, power_class(columns))), 16, 4), (64, 32, 4), (64, 64, 4)]
+    else:
+        tiles = [(256, 32, 8), (128, 32, 4), (256, 64, 8)]
     return [
-        Config(ranks, w, depth, 8 if w > 128 else warps, _stages(depth * (w + ranks) * itemsize, device))
-        for w in widths
-        for depth in (32, 64)
+        Config(ranks, width, depth, warps, _stages(depth * (width + ranks) * itemsize, device))
+        for width, depth, warps in tiles
     ]
 
 

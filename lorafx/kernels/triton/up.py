@@ -78,6 +78,7 @@ def up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, 
     bias, gain = (None if v is None else v.contiguous() for v in (bias, gain))
 
     aligned = is_aligned(x, weight)
+    block_r = rank_block(r, MAX_ADDED_RANKS if aligned else MIN_ADDED_RANKS)
 
     def run(config: Config) -> Tensor:
         y = x @ weight.mT if config.library else torch.empty(m, n, dtype=x.dtype, device=x.device)
@@ -86,7 +87,7 @@ def up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, 
             x, weight, bias, s, left, gain, y, m, n, k, r,
             *x.stride(), *weight.stride(), *s.stride(), *left.stride(),
             config.library, k % config.depth == 0,
-            config.rows, config.columns, config.depth, rank_block(r, MAX_ADDED_RANKS if aligned else MIN_ADDED_RANKS), GROUP_ROWS,
+            config.rows, config.columns, config.depth, block_r, GROUP_ROWS,
             dot_dtype(x.dtype), precision(x.dtype, device), **config.options,
         )  # fmt: skip
         return y
