@@ -35,6 +35,7 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.passes.capture import capture
 
+LAYERS = int(os.environ.get("TAX_LAYERS", "4"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPECS: Mapping[str, dict[str, Any]] = {
     "lora": {},
@@ -62,7 +63,7 @@ class Case:
 def bert() -> tuple[nn.Module, dict[str, Tensor]]:
     """The width of BERT-base, 4 layers; a batch of 8 x 128."""
     config = transformers.BertConfig(
-        vocab_size=1000, num_hidden_layers=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        vocab_size=1000, num_hidden_layers=LAYERS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     return transformers.BertModel(config, add_pooling_layer=False), text(8, 128, 768)
 
@@ -70,7 +71,7 @@ def bert() -> tuple[nn.Module, dict[str, Tensor]]:
 def llama() -> tuple[nn.Module, dict[str, Tensor]]:
     """4 layers of width 1024; a batch of 4 x 256."""
     config = transformers.LlamaConfig(
-        vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16,
+        vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=LAYERS, num_attention_heads=16,
         num_key_value_heads=16, use_cache=False,
     )  # fmt: skip
     return transformers.LlamaModel(config), text(4, 256, 1024)
@@ -79,7 +80,7 @@ def llama() -> tuple[nn.Module, dict[str, Tensor]]:
 def gpt2() -> tuple[nn.Module, dict[str, Tensor]]:
     """The width of GPT-2, 4 layers; a batch of 4 x 256."""
     config = transformers.GPT2Config(
-        vocab_size=1000, n_layer=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False
+        vocab_size=1000, n_layer=LAYERS, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False
     )
     return transformers.GPT2Model(config), text(4, 256, 768)
 
@@ -87,7 +88,7 @@ def gpt2() -> tuple[nn.Module, dict[str, Tensor]]:
 def vit() -> tuple[nn.Module, dict[str, Tensor]]:
     """The width of ViT-base, 4 layers; a batch of 8 images of 176 x 176, 122 tokens each."""
     config = transformers.ViTConfig(
-        num_hidden_layers=4, image_size=176, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        num_hidden_layers=LAYERS, image_size=176, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     return transformers.ViTModel(config, add_pooling_layer=False), {"pixel_values": torch.randn(8, 3, 176, 176)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -22,27 +23,39 @@ _SMALL_GAIN = 1 / 16
 
 @dataclass(frozen=True)
 class Group:
-    """What of a group is no tensor: ``counts`` of adapters of each sibling, the adapters' ``dropout``."""
+    """What of a group is no tensor: ``counts`` of adapters of each sibling, and all adapters' ``dropout``."""
 
     provider: Provider
     counts: tuple[int, ...]
     dropout: Dropout
     recipe: str = ""
 
-    @property
-    def siblings(self) -> int:
-        """Layers that read the same input."""
-        return len(self.counts)
-
-    @property
+    @cached_property
     def adapters(self) -> list[slice]:
         """The adapters of each sibling."""
         return _slices(self.counts)
 
-    @property
+    @cached_property
     def columns(self) -> list[slice]:
         """The columns of ``s`` of each sibling."""
         return _slices([sum(self.dropout.ranks[mine]) for mine in self.adapters])
+
+    @cached_property
+    def places(self) -> list[slice]:
+        """Where :class:`Operands` have what, flattened."""
+        n, count = len(self.counts), sum(self.counts)
+        return _slices((n, n, n, count, count))
+
+    @property
+    def operands(self) -> int:
+        """How many operands there are."""
+        return self.places[-1].stop
+
+
+@cache
+def make_group(provider: Provider, counts: tuple[int, ...], dropout: Dropout, recipe: str) -> Group:
+    """The one group like this, so that what follows from it is computed once."""
+    return Group(provider, counts, dropout, recipe)
 
 
 @dataclass
@@ -58,14 +71,12 @@ class Operands:
     @classmethod
     def unflatten(cls, group: Group, values: Sequence[Any]) -> Operands:
         """From the order in which the function takes them."""
-        n, count = group.siblings, sum(group.counts)
-        ends = accumulate((n, n, n, count, count), initial=0)
-        return cls(*(list(values[a:b]) for a, b in pairwise(ends)))
+        return cls(*(list(values[place]) for place in group.places))
 
     @classmethod
     def nothing(cls, group: Group) -> Operands:
         """None for each."""
-        return cls.unflatten(group, [None] * (3 * group.siblings + 2 * sum(group.counts)))
+        return cls.unflatten(group, [None] * group.operands)
 
     def flatten(self) -> tuple[Any, ...]:
         """The inverse of :meth:`unflatten`."""
@@ -116,8 +127,7 @@ class LowRankLinear(torch.autograd.Function):
         again, (s, kept, *rest) = saved[:ends], saved[ends:]
         x = recompute(group.recipe, again) if group.recipe else again[0]
         x = x.reshape(-1, ctx.shape[-1])
-        size = 3 * group.siblings + 2 * sum(group.counts)
-        operands, ys = Operands.unflatten(group, rest[:size]), iter(rest[size:])
+        operands, ys = Operands.unflatten(group, rest), iter(rest[group.operands :])
         needs = Operands.unflatten(group, ctx.needs_input_grad[3 + ctx.sources :])
         grads = Operands.nothing(group)
 

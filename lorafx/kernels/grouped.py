@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorafx.kernels.base import Call, Dropout
-from lorafx.kernels.function import Group, LowRankLinear, Operands
+from lorafx.kernels.function import LowRankLinear, Operands, make_group
 from lorafx.kernels.providers import provider
 from lorafx.ops import ADAPTED, LAYERS, define_op, updates
 from lorafx.variants import VARIANTS
@@ -117,7 +117,7 @@ def grouped_reference(
     call = Call(x.device, x.dtype, x.shape[-1], tuple(s.weight.shape[0] for s in siblings), sum(ranks))
     if chosen.rejects(call) is not None:
         chosen = provider("torch")
-    group = Group(chosen, tuple(counts), Dropout(ranks, tuple(p)), recipe)
+    group = make_group(chosen, tuple(counts), Dropout(ranks, tuple(p)), recipe)
     operands = Operands(
         [s.weight.to(x.dtype) for s in siblings],
         [None if s.bias is None else s.bias.to(x.dtype) for s in siblings],

@@ -431,17 +431,30 @@ void outer_block(const T *x, int64_t ldx, int64_t count, int64_t K, const uint16
   }
 }
 
-// Sums of each thread, [threads, size], added up in thread order.
+// Sums of each thread, [threads, size], added up in thread order. Their memory is kept for the next call: new pages
+// would cost as much as the sums.
 struct PerThread {
   int64_t size;
   int threads;
-  Buffer<float> values;
-  PerThread(int64_t size_, int threads_) : size(size_), threads(threads_), values(size_ * threads_) {}
-  float *mine() const { return values.data() + omp_get_thread_num() * size; }
-  float total(int64_t i) const {
-    float sum = 0.0f;
-    for (int t = 0; t < threads; ++t) sum += values[t * size + i];
-    return sum;
+  float *values;
+  PerThread(int64_t size_, int threads_) : size(size_), threads(threads_) {
+    static thread_local Buffer<float> kept(0);
+    static thread_local int64_t held = 0;
+    if (held < size * threads) {
+      kept = Buffer<float>(size * threads);
+      held = size * threads;
+    } else {
+      std::fill_n(kept.data(), size * threads, 0.0f);
+    }
+    values = kept.data();
+  }
+  float *mine() const { return values + omp_get_thread_num() * size; }
+  void total(int64_t from, int64_t n, float scale, float *out) const {
+    for (int64_t i = 0; i < n; ++i) out[i] = values[from + i];
+    for (int t = 1; t < threads; ++t)
+      for (int64_t i = 0; i < n; ++i) out[i] += values[t * size + from + i];
+    if (scale != 1.0f)
+      for (int64_t i = 0; i < n; ++i) out[i] *= scale;
   }
 };
 
@@ -487,8 +500,7 @@ void outer(const T *x, int64_t ldx, int64_t M, int64_t K, const uint16_t *bits, 
                 ldg);
   });
   const float scale = bits ? 1.0f / (1.0f - p) : 1.0f;
-  for (int64_t j = 0; j < r; ++j)
-    for (int64_t k = 0; k < K; ++k) g[j * K + k] = scale * sums.total(j * ldg + k);
+  for (int64_t j = 0; j < r; ++j) sums.total(j * ldg, K, scale, g + j * K);
 }
 
 // base may be dy itself
@@ -527,11 +539,9 @@ void grad_up(const T *dy, int64_t ld, int64_t M, int64_t N, const T *left, int64
       scale_and_sum(rows, y ? y + m * ldy : nullptr, ld, ldy, count, N, gain, base ? base + m * N : nullptr,
                     total ? g + width * ldg : nullptr, dot ? g + (width + 1) * ldg : nullptr);
   });
-  for (int64_t n = 0; n < N; ++n) {
-    for (int64_t j = 0; j < r; ++j) dleft[n * r + j] = sums.total(j * ldg + n);
-    if (total) total[n] = sums.total(width * ldg + n);
-    if (dot) dot[n] = sums.total((width + 1) * ldg + n);
-  }
+  for (int64_t j = 0; j < r; ++j) sums.total(j * ldg, N, 1.0f, dleft + j * N);
+  if (total) sums.total(width * ldg, N, 1.0f, total);
+  if (dot) sums.total((width + 1) * ldg, N, 1.0f, dot);
 }
 
 }  // namespace

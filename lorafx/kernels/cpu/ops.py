@@ -123,7 +123,7 @@ def _up_fake(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Te
 def _grad_up(
     dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``ds``, ``dleft``, ``gain * dy``, the sums of ``dy`` and of ``dy * y``; empty what is not asked for."""
+    """``ds``, ``dleft^T``, ``gain * dy``, the sums of ``dy`` and of ``dy * y``; empty what is not asked for."""
     dy, s, left, y = _rows(dy), _rows(s), _small(left, dy.dtype), None if y is None else _rows(y)
     ds, dleft, base, total, dot = _grad_up_like(dy, s, left, gain, y, needs_total)
     m, n = dy.shape
@@ -142,7 +142,7 @@ def _grad_up_like(
     wide, n = torch.float32, dy.shape[1]
     return (
         s.new_empty(s.shape),
-        dy.new_empty(n, s.shape[1], dtype=wide),
+        dy.new_empty(s.shape[1], n, dtype=wide),
         dy.new_empty(dy.shape if gain is not None else 0),
         dy.new_empty(n if needs_total else 0, dtype=wide),
         dy.new_empty(n if y is not None else 0, dtype=wide),

@@ -53,9 +53,9 @@ class Cpu(Aten):
     ) -> GradUp:
         if s.shape[1] > _NARROW and gain is None and not needs_total:
             return super().grad_up(dy, s, left, gain, y, needs_total)
-        ds, dleft, base, total, dot = ops.cpu_grad_up(dy, s, left, gain, y, needs_total)
+        ds, turned, base, total, dot = ops.cpu_grad_up(dy, s, left, gain, y, needs_total)
         return GradUp(
-            ds, dleft, dy if gain is None else base, total if needs_total else None, None if y is None else dot
+            ds, turned.t(), dy if gain is None else base, total if needs_total else None, None if y is None else dot
         )
 
     def grad_down(

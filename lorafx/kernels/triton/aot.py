@@ -86,6 +86,18 @@ class Binary:
         pattern = r"(global|buffer)_load\w* .*\blds\b" if self.part.amd else r"cp\.async\.(ca|cg|bulk)"
         return len(re.findall(pattern, self.assembly))
 
+    @property
+    def faults(self) -> list[str]:
+        """What is not as it should be: spills, too much shared memory, no tensor cores where there is a product."""
+        found = []
+        if self.spilled:
+            found.append(f"{self.spilled} spilled")
+        if self.shared > self.part.device.shared:
+            found.append(f"{self.shared} bytes of shared memory, {self.part.name} has {self.part.device.shared}")
+        if self.tensor_core is None and self.launch.name != "reduce":
+            found.append("no tensor-core instructions")
+        return found
+
     def _resource(self, cuda: str, amd: str) -> int:
         found = re.search((amd if self.part.amd else cuda) + r"(\d+)", self.resources)
         if found is None:

@@ -76,7 +76,7 @@ def skinny_configs(rows: int, itemsize: int, ranks: int, device: Device, aligned
 def stream_configs(columns: int, itemsize: int, ranks: int, device: Device, aligned: bool) -> list[Config]:
     """For sums over M of a large matrix times ``ranks`` columns: blocks of ``depth`` rows of it are streamed."""
     if not aligned:
-        return [Config(ranks, 64, 16, 8, 2) if ranks <= 32 else Config(ranks, 32, 16, 4, 2)]
+        return [Config(ranks, 32, 16, 4, 2)]
     if columns <= 128 or ranks > 32:
         tiles = [(min(128, max(64, power_class(columns))), 16, 4), (64, 32, 4), (64, 64, 4)]
     else:

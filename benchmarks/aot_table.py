@@ -1,0 +1,76 @@
+"""Compiles the Triton kernels for devices that are not there, and prints what came out: python benchmarks/aot_table.py
+
+For each part, dtype, alignment and kernel: registers a thread, what spilled, shared memory, the kind of tensor-core
+instruction, asynchronous copies. Exits with 1 if a kernel spills, has too much shared memory or no tensor cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lorafx.kernels.triton.aot import PARTS, Binary, Part, compile_launch, unique
+from lorafx.kernels.triton.launches import step
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+COLUMNS = ("part", "dtype", "operands", "kernel", "tile", "registers", "spilled", "shared KiB", "tensor cores", "async")
+
+
+def binaries(part: Part, dtype: torch.dtype, aligned: bool, ranks: Sequence[int], p: float) -> Iterator[Binary]:
+    """The kernels of a step of three DoRA siblings at M = 8192, k = n = 4096, or a little less where not aligned."""
+    off = 0 if aligned else 1
+    widths = [4096 - 7 * off for _ in ranks]
+    launches = step(part.device, 8192 - 3 * off, 4096 - 5 * off, widths, ranks, dtype, p, dora=True, aligned=aligned)
+    for launch in unique(launches):
+        yield compile_launch(launch, part)
+
+
+def row(binary: Binary, dtype: str, aligned: bool) -> tuple[str, ...]:
+    """One line of the table."""
+    launch = binary.launch
+    blocks = [
+        f"{name.removeprefix('BLOCK_')}{value}"
+        for name, value in zip(launch.kernel.arg_names, launch.args, strict=True)
+        if name.startswith("BLOCK_")
+    ]
+    tile = f"{' '.join(blocks)}, {launch.options['num_warps']} warps"
+    counts = (binary.registers, binary.spilled, binary.shared // 1024)
+    cores = (binary.tensor_core or "-", str(binary.asynchronous))
+    operands = "aligned" if aligned else "odd"
+    return (binary.part.name, dtype, operands, launch.name, tile, *map(str, counts), *cores)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; 1 if a kernel is not as it should be."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp16"])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[16, 16, 16])
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--markdown", action="store_true", help="print Markdown in the stead of a table for the terminal")
+    options = parser.parse_args(arguments)
+    rows, bad = [], 0
+    for name in options.parts:
+        for dtype in options.dtypes:
+            for aligned in (True, False):
+                for binary in binaries(PARTS[name], DTYPES[dtype], aligned, options.ranks, options.dropout):
+                    rows.append(row(binary, dtype, aligned))
+                    bad += bool(binary.faults)
+    if options.markdown:
+        for line in (COLUMNS, ["---"] * len(COLUMNS), *rows):
+            print("| " + " | ".join(line) + " |")
+    else:
+        table = Table(*COLUMNS)
+        for line in rows:
+            table.add_row(*line)
+        Console().print(table)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
