@@ -173,7 +173,7 @@ CASES = {
     ),
     "cross attention on one value twice": Case(CrossAttention, ("k",), "memory: k[1], v[0]", (sample(6), sample(6))),
     "gate and up": Case(Gated, ("gate", "up", "down"), "x: gate[1], up[1]\nmul: down[1]"),
-    "written in between": Case(Writes, ("a", "b", "c"), "mul: a[1], b[1]\nmul: c[1]"),
+    "written in between": Case(Writes, ("a", "b", "c"), "mul: a[1], b[1]\nadd_: c[1]"),
     "written through a view": Case(WritesElsewhere, ("a", "c"), "cat: a[1], b[0]\ncat: c[1]"),
     "a layer called twice": Case(Twice, ("a", "b"), "x: a[1], b[1], a[1]\ntanh: a[1]"),
     "layers apart": Case(
