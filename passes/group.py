@@ -20,6 +20,8 @@ from lorafx.checkpointing import layer_of
 from lorafx.graph import by_mode, notes
 from lorafx.ops import ADAPTED, ADAPTER_ARGUMENTS, LAYERS
 from lorafx.passes.layers import arguments_of
+from lorafx.passes.recompute import ALIASES
+from lorafx.variants import VARIANTS
 
 #: The kinds that are a product with a matrix.
 KINDS = ("linear", "addmm")
@@ -83,7 +85,8 @@ def _member(node: Node) -> Member | None:
         return None
     if (kind := _TWINS.get(node.target)) is not None:
         own, adapters = node.args[:-ADAPTER_ARGUMENTS], node.args[-ADAPTER_ARGUMENTS:]
-        if adapters[-1] is not None:  # by row
+        by_row = adapters[-1] is not None
+        if by_row or (any(VARIANTS[v].scales_rows for v in adapters[1]) and _is_written(node)):
             return None
         found = Member(node, kind, own, adapters)
     elif (kind := _LAYERS.get(node.target)) is not None and (own := arguments_of(node)) is not None:
@@ -108,6 +111,13 @@ def fixed_inputs(node: Node) -> Iterator[Node]:
         if is_fixed(source):
             yield from fixed_inputs(source)
             yield source
+
+
+def _is_written(node: Node) -> bool:
+    """Whether something writes into a result, which the gradient of a gain reads again."""
+    return any(
+        (_writes(user) and user.args[0] is node) or (user.target in ALIASES and _is_written(user)) for user in node.users
+    )
 
 
 def _writes(node: Node) -> bool:

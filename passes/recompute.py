@@ -23,7 +23,8 @@ aten = torch.ops.aten
 #: Steps of a recipe at most: more would cost more than reading the input back.
 _STEPS = 8
 
-_ALIASES = frozenset(
+#: Operators whose result lies in the memory of their first argument, as a rule.
+ALIASES = frozenset(
     {
         aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints,
         aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default,
@@ -99,7 +100,7 @@ class Kept:
         for node in graph.nodes:
             if any(source in grads for source in node.all_input_nodes):
                 grads[node] = None
-            aliased = node.args[0] if node.target in _ALIASES and node.args else None
+            aliased = node.args[0] if node.target in ALIASES and node.args else None
             roots[node] = roots[aliased] if isinstance(aliased, Node) else node
         self._roots = roots
         self._kept = {

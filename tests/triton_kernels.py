@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import lorafx
 from lorafx.kernels.base import Dropout, GradUp
 from lorafx.kernels.triton.device import Device, pretend
 from lorafx.kernels.triton.dropout import Plan, mask, plan
@@ -242,6 +243,48 @@ def test_library_products_take_the_same_rest() -> None:
     library = make(case).run()
     for one, other in zip(fused.outputs, library.outputs, strict=True):
         check(one, other.double(), F32)
+
+
+def test_library_products_keep_the_frozen_bits() -> None:
+    run = make(CASES[3])
+    for weight, left, bias in zip(run.weights, run.lefts, run.biases, strict=True):
+        s = torch.ones(run.case.m, left.shape[1], device=DEVICE)
+        one = torch.ones(weight.shape[0], device=DEVICE)
+        for gain in (None, one):
+            y = PROVIDER.up(run.x, weight, bias, s, torch.zeros_like(left), gain)
+            assert torch.equal(y, torch.nn.functional.linear(run.x, weight, bias))
+
+
+class Block(nn.Module):
+    """Siblings, and a layer alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.out = nn.Linear(24, 20), nn.Linear(24, 20, bias=False), nn.Linear(20, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.out(self.q(x) * self.k(x)).square().mean()
+        return found
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_lowered_model(variant: str) -> None:
+    model, x = Block().to(DEVICE), torch.randn(2, 9, 24, device=DEVICE)
+    spec = lorafx.LoraSpec(r=5, target="all-linear", variant=variant)
+    found: dict[str, dict[str, Tensor]] = {}
+    for backend in ("reference", "triton"):
+        gm = lorafx.apply(model, spec, (x,), seed=0, backend=backend)
+        trained = {n: p for n, p in gm.named_parameters() if p.requires_grad}
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                if name.endswith("lora_B.default") or "lora_B" in name:
+                    parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape).to(x) % 7 / 20)
+        x.requires_grad_()
+        loss = gm(x)
+        grads = torch.autograd.grad(loss, [x, *trained.values()])
+        found[backend] = dict(zip(["loss", "x", *trained], [loss.detach(), *grads], strict=True))
+    for name, expected in found["reference"].items():
+        check(found["triton"][name], expected.double(), F32)
 
 
 # Masks

@@ -50,7 +50,7 @@ class Aten(Provider):
     def up(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None
     ) -> Tensor:
-        base = F.linear(x, weight, bias)
+        base = F.linear(x, weight, bias).reshape(-1, weight.shape[0])
         if gain is not None:  # in this form a gain of 1 changes no bit
             base = base + (gain - 1).to(x.dtype) * (base if bias is None else base - bias)
         return base.addmm_(s, _turned(left, x.dtype))

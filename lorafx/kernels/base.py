@@ -66,7 +66,7 @@ class GradUp:
 
 
 class Provider(ABC):
-    """One way to compute the four functions. All tensors are 2-D (vectors: 1-D), on one device, of one dtype.
+    """One way to compute the four functions. Unless said otherwise tensors are 2-D (vectors: 1-D), on one device, of one dtype.
 
     ``left``, ``right``, ``gain`` and gradients of them may be wider than ``x`` (float32 adapters beside bfloat16
     activations): the small side is cast. ``s`` and ``ds`` are in whatever dtype the provider likes.
@@ -102,6 +102,7 @@ class Provider(ABC):
     ) -> Tensor:
         """``y [M, n]`` of one sibling, bit for bit that of the frozen layer where gain is 1 and ``left`` 0.
 
+        For that, ``x [..., k]`` is as the layer has it: a product of a strided input has its own way of adding a bias.
         ``s [M, R_i]`` may be a view with a larger row stride.
         """
 

@@ -17,6 +17,8 @@ from lorafx.kernels.base import Dropout, GradUp, Provider
 from lorafx.kernels.recipe import recompute
 from lorafx.ops import LIBRARY
 
+aten = torch.ops.aten
+
 #: Below this, the gradient of a gain is not taken from the layer's output, of which its share is too small.
 _SMALL_GAIN = 1 / 16
 
@@ -107,9 +109,9 @@ class LowRankLinear(torch.autograd.Function):
         for i, (mine, columns) in enumerate(zip(group.adapters, group.columns, strict=True)):
             weight, bias, gain = operands.weights[i], operands.biases[i], operands.gains[i]
             if group.counts[i] == 0:
-                outputs.append(F.linear(rows, weight, bias))
+                outputs.append(F.linear(x, weight, bias))
             else:
-                outputs.append(group.provider.up(rows, weight, bias, s[:, columns], operands.left(mine), gain))
+                outputs.append(group.provider.up(x, weight, bias, s[:, columns], operands.left(mine), gain))
         if any(ctx.needs_input_grad):
             needs = Operands.unflatten(group, ctx.needs_input_grad[3 + sources :])
             ys = [y for y, needed in zip(outputs, needs.gains, strict=True) if needed]
@@ -117,7 +119,8 @@ class LowRankLinear(torch.autograd.Function):
             ctx.save_for_backward(*again, s, kept, *tensors[sources:], *ys)
             ctx.group, ctx.sources, ctx.shape = group, sources, x.shape
             ctx.set_materialize_grads(False)
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+        # Not by view(): a view may not be written to, as an activation in place does.
+        return tuple(aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1])) for y in outputs)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
@@ -110,14 +111,14 @@ def _down_like(x: Tensor, right: Tensor, p: Sequence[float]) -> tuple[Tensor, Te
 
 def _up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor) -> Tensor:
     """``gain * (x W^T) + s left^T + b``."""
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, weight, bias).reshape(-1, weight.shape[0])
     wide = None if bias is None else _small(bias, torch.float32)
     _expand(y, _rows(s), left.to(x.dtype).t(), gain=_small(gain, torch.float32), bias=wide)
     return y
 
 
 def _up_fake(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return x.new_empty(math.prod(x.shape[:-1]), weight.shape[0])
 
 
 def _grad_up(

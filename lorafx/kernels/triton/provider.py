@@ -24,7 +24,8 @@ class TritonProvider(Provider):
     ``s`` and ``ds`` are in x's dtype. Masks are drawn anew in backward from the seed, which is all that
     :meth:`down` hands on. The large products are Triton's for half types, and for float32 the vendor's GEMM with
     the rest added in one pass over its output (``Config.library``); under ``LORAFX_AUTOTUNE=1`` whichever is
-    the faster of the two. The same inputs give the same bits.
+    the faster of the two. The same inputs give the same bits, and where the vendor's GEMM is used an adapter that
+    changes nothing leaves the frozen layer's; Triton's product differs from that in its last bits.
     """
 
     name: ClassVar[str] = "triton"
@@ -38,13 +39,11 @@ class TritonProvider(Provider):
         return None
 
     def rejects(self, call: Call) -> str | None:
-        """It serves float32, bfloat16 and float16 on CUDA, one adapter a batch."""
+        """It serves float32, bfloat16 and float16 on CUDA."""
         if call.device.type != "cuda" and not (_interpreted() and call.device.type == "cpu"):
             return f"it runs on CUDA devices, not on {call.device.type}"
         if call.dtype not in DTYPES:
             return f"it computes in float32, bfloat16 and float16, not in {str(call.dtype).removeprefix('torch.')}"
-        if call.by_row:
-            return "it has no kernels for rows of a batch with adapters of their own"
         if call.r == 0:
             return "there are no ranks"
         return None
@@ -63,7 +62,7 @@ class TritonProvider(Provider):
         """One kernel."""
         from lorafx.kernels.triton.up import up
 
-        return up(x, weight, bias, s, left, gain)
+        return up(x.reshape(-1, x.shape[-1]), weight, bias, s, left, gain)
 
     def grad_up(
         self, dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool

@@ -78,7 +78,8 @@ def _up(a: Mapping[str, Any], grid: Sequence[int]) -> Model:
         base = [_Reads(m * k * _size(a["x"]), across), _Reads(n * k * _size(a["weight"]), down)]
         flops = 2 * m * n * k
     low = [_Reads(m * r * _size(a["s"]), across), _Reads(n * r * _size(a["left"]), down)]
-    vectors = [_Reads(n * _size(a[name]), down) for name in ("gain", "bias")]
+    unread = a["BASE_GIVEN"] and a["gain"] is None  # the bias is in what is given
+    vectors = [_Reads(n * _size(a["gain"]), down), _Reads(n * _size(a["bias"]), 0 if unread else down)]
     return [*base, *low, *vectors], y, flops + 2 * m * n * r
 
 

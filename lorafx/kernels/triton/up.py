@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from lorafx.kernels.triton.config import Config, choose, gemm_configs, power_class
 from lorafx.kernels.triton.device import device_of, precision
@@ -33,7 +34,7 @@ def up_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One tile of ``y [M, N]``, contiguous; with ``BASE_GIVEN`` that is where ``x W^T`` is already."""
+    """One tile of ``y [M, N]``, contiguous; with ``BASE_GIVEN`` that is where ``x W^T + b`` is already."""
     tile_m, tile_n = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -58,21 +59,32 @@ def up_kernel(
             at_x += BLOCK_K * stride_xk
             at_w += BLOCK_K * stride_wk
     if gain is not None:
-        acc *= tl.load(gain + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        factor = tl.load(gain + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+        if BASE_GIVEN:  # in this form a gain of 1 changes no bit
+            unbiased = acc
+            if bias is not None:
+                unbiased = acc - tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+            acc += (factor - 1.0) * unbiased
+        else:
+            acc *= factor
     for first in tl.range(0, R, BLOCK_R, num_stages=1):
         ranks = first + tl.arange(0, BLOCK_R)
         at_s = s + far_rows[:, None] * stride_sm + ranks[None, :] * stride_sr
         at_left = left + far_columns[None, :] * stride_ln + ranks[:, None] * stride_lr
         low = tl.load(at_s, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0)
-        factor = tl.load(at_left, mask=(columns[None, :] < N) & (ranks[:, None] < R), other=0.0)
-        acc = tl.dot(low.to(DOT), factor.to(s.dtype.element_ty).to(DOT), acc, input_precision=PRECISION)
-    if bias is not None:
+        side = tl.load(at_left, mask=(columns[None, :] < N) & (ranks[:, None] < R), other=0.0)
+        acc = tl.dot(low.to(DOT), side.to(s.dtype.element_ty).to(DOT), acc, input_precision=PRECISION)
+    if bias is not None and not BASE_GIVEN:
         acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     tl.store(at_y, acc.to(y.dtype.element_ty), mask=valid)
 
 
 def up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None) -> Tensor:
-    """``y [M, n]`` in x's dtype, contiguous; ``x [M, k]``, ``weight [n, k]``, ``s [M, R]``, ``left [n, R]``."""
+    """``y [M, n]`` in x's dtype, contiguous; ``x [M, k]``, ``weight [n, k]``, ``s [M, R]``, ``left [n, R]``.
+
+    With the vendor's GEMM (``Config.library``) a gain of 1 and a ``left`` of 0 give the frozen layer's bits; the fused
+    one sums in an order of its own.
+    """
     (m, k), n, r = x.shape, weight.shape[0], s.shape[1]
     device = device_of(x.device)
     bias, gain = (None if v is None else v.contiguous() for v in (bias, gain))
@@ -81,7 +93,7 @@ def up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, 
     block_r = rank_block(r, MAX_ADDED_RANKS if aligned else MIN_ADDED_RANKS)
 
     def run(config: Config) -> Tensor:
-        y = x @ weight.mT if config.library else torch.empty(m, n, dtype=x.dtype, device=x.device)
+        y = F.linear(x, weight, bias) if config.library else torch.empty(m, n, dtype=x.dtype, device=x.device)
         grid = (cdiv(m, config.rows) * cdiv(n, config.columns),)
         launch(up_kernel, grid,
             x, weight, bias, s, left, gain, y, m, n, k, r,
