@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp16"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[16, 16, 16])
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--markdown", action="store_true", help="print Markdown in the stead of a table for the terminal")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown, not a table for the terminal")
     options = parser.parse_args(arguments)
     rows, bad = [], 0
     for name in options.parts:

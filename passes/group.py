@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 from lorafx.checkpointing import layer_of
 from lorafx.graph import by_mode, notes
 from lorafx.ops import ADAPTED, ADAPTER_ARGUMENTS, LAYERS
-from lorafx.passes.layers import arguments_of
+from lorafx.passes.layers import arguments_of, find_operands
 from lorafx.passes.recompute import ALIASES
 from lorafx.variants import VARIANTS
 
@@ -89,8 +89,8 @@ def _member(node: Node) -> Member | None:
         if by_row or (any(VARIANTS[v].scales_rows for v in adapters[1]) and _is_written(node)):
             return None
         found = Member(node, kind, own, adapters)
-    elif (kind := _LAYERS.get(node.target)) is not None and (own := arguments_of(node)) is not None:
-        found = Member(node, kind, own, None)
+    elif (kind := _LAYERS.get(node.target)) is not None and find_operands(node) is not None:
+        found = Member(node, kind, arguments_of(node) or (), None)
     else:
         return None
     operands = [n for n in node.all_input_nodes if n is not found.arguments[LAYERS[kind].x]]

@@ -1,15 +1,17 @@
 """Triton's kernels against a float64 reference of the provider's interface.
 
-Not collected by itself: tests/test_triton_kernels.py runs this file in a process of its own, since Triton decides at its
-first import whether it interprets. With a GPU the same tests run on it; without, in the interpreter, where bfloat16 is
-computed from float32 operands and stored truncated.
+Not collected by itself: tests/test_triton_kernels.py runs this file in a process of its own, since Triton decides at
+its first import whether it interprets. With a GPU the same tests run on it; without, in the interpreter, where bfloat16
+is computed from float32 operands and stored truncated.
 """
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,29 +168,29 @@ def test_outputs_and_gradients(case: Case) -> None:
     right = run.right.to(dtype).double().requires_grad_()
     first, loss = 0, torch.zeros((), dtype=torch.float64, device=DEVICE)
     leaves = []
-    for i, (w, l, b, g, dy) in enumerate(
-        zip(run.weights, run.lefts, run.biases, run.gains, run.dys, strict=True)
+    for i, (weight, dy, up, b, g) in enumerate(
+        zip(run.weights, run.dys, run.ups, run.biases, run.gains, strict=True)
     ):  # fmt: skip
-        left = l.to(dtype).double().requires_grad_()
-        bias = torch.zeros(w.shape[0], dtype=torch.float64, device=DEVICE) if b is None else b.double()
-        gain = torch.ones(w.shape[0], dtype=torch.float64, device=DEVICE) if g is None else g.double()
-        s = (x * masks(run)[i]) @ right[first : first + l.shape[1]].mT
-        y = gain * (x @ w.double().mT) + s @ left.mT + bias
+        left, n = run.lefts[i].to(dtype).double().requires_grad_(), weight.shape[0]
+        mine = slice(first, first := first + left.shape[1])
+        bias = torch.zeros(n, dtype=torch.float64, device=DEVICE) if b is None else b.double()
+        gain = torch.ones(n, dtype=torch.float64, device=DEVICE) if g is None else g.double()
+        s = (x * masks(run)[i]) @ right[mine].mT
+        y = gain * (x @ weight.double().mT) + s @ left.mT + bias
         loss = loss + (y * dy.double()).sum()
-        check(run.s[:, first : first + l.shape[1]], s.detach(), dtype)
+        check(run.s[:, mine], s.detach(), dtype)
         check(run.ys[i], y.detach(), dtype)
-        check(run.ups[i].base, gain * dy.double(), dtype)
+        check(up.base, gain * dy.double(), dtype)
         leaves.append(left)
         if b is None:
-            assert run.ups[i].total is None
+            assert up.total is None
         else:
-            check(run.ups[i].total, dy.double().sum(0), F32)
+            check(up.total, dy.double().sum(0), F32)
         if g is None:
-            assert run.ups[i].dot is None
-            assert run.ups[i].base is dy
+            assert up.dot is None
+            assert up.base is dy
         else:
-            check(run.ups[i].dot, (dy.double() * run.ys[i].double()).sum(0), F32)
-        first += l.shape[1]
+            check(up.dot, (dy.double() * run.ys[i].double()).sum(0), F32)
     dx, dright, *dlefts = torch.autograd.grad(loss, [x, right, *leaves])
     check(run.dx, dx, dtype)
     check(run.dright, dright, dtype)
@@ -270,14 +272,14 @@ class Block(nn.Module):
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_lowered_model(variant: str) -> None:
     model, x = Block().to(DEVICE), torch.randn(2, 9, 24, device=DEVICE)
-    spec = lorafx.LoraSpec(r=5, target="all-linear", variant=variant)
+    spec = lorafx.LoraSpec(r=5, target_modules=["q", "k", "out"], variant=variant)
     found: dict[str, dict[str, Tensor]] = {}
     for backend in ("reference", "triton"):
         gm = lorafx.apply(model, spec, (x,), seed=0, backend=backend)
         trained = {n: p for n, p in gm.named_parameters() if p.requires_grad}
         with torch.no_grad():
             for name, parameter in trained.items():
-                if name.endswith("lora_B.default") or "lora_B" in name:
+                if "lora_B" in name:
                     parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape).to(x) % 7 / 20)
         x.requires_grad_()
         loss = gm(x)
@@ -443,6 +445,15 @@ def test_model_of_traffic(case: Case) -> None:
         for seen, expected in ((counts["load"], model.loaded), (counts["store"], model.stored)):
             assert abs(seen - expected) <= 0.01 * seen, f"{launch.name}: {seen} bytes, not {expected}"
         assert model.dram <= model.loaded + model.stored
+
+
+def test_check_of_the_gpu_benchmark() -> None:
+    """What benchmarks/gpu.py does before it times anything, at a size for the interpreter."""
+    path = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+    gpu = runpy.run_path(str(path))
+    checks = list(gpu["check"](torch.device(DEVICE), [(9, 20, 17)], [3], ["fp32", "fp16"]))
+    assert {c.what for c in checks} >= {"s", "y0", "y1", "dleft0", "dot1", "total0", "dx", "dright"}
+    assert all(c.right for c in checks), [c for c in checks if not c.right]
 
 
 def test_splits_follow_the_processors() -> None:

@@ -1,0 +1,267 @@
+"""The Triton kernels on a GPU, in one command: python benchmarks/gpu.py [--json results.json]
+
+First correctness: every output and gradient of the provider against float64, over shapes, ranks and dtypes; if one is
+wrong nothing is timed. Then forward and backward of a block of four adapted layers, beside the frozen block, eager PEFT
+and torch.compile'd PEFT: medians of rounds that alternate the order, quartiles, and step memory over the weights.
+Exits with 0, with 1 if something is wrong, and with 2 where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import random
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorafx.kernels.base import Dropout
+from lorafx.kernels.triton.provider import TritonProvider
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+#: max |actual - expected| / max |expected|: operands are rounded to the dtype, s and ds once more.
+LIMITS = {"bf16": 3e-2, "fp16": 4e-3, "fp32": 1e-4}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One output of the provider at one shape, and how far it is from float64."""
+
+    what: str
+    m: int
+    k: int
+    n: int
+    r: int
+    dtype: str
+    p: float
+    error: float
+    limit: float
+
+    @property
+    def right(self) -> bool:
+        """Whether it is near enough (NaN is not)."""
+        return self.error <= self.limit
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One method at one shape: milliseconds of forward and backward, and bytes of a step over the weights."""
+
+    method: str
+    m: int
+    features: int
+    r: int
+    dtype: str
+    p: float
+    milliseconds: float
+    quartiles: tuple[float, float]
+    over_frozen: float
+    step_bytes: int
+
+
+def check(
+    device: torch.device, shapes: Sequence[tuple[int, int, int]], ranks: Sequence[int], dtypes: Sequence[str]
+) -> Iterator[Check]:
+    """Every output of the provider against float64, for two siblings with dropouts 0.1 and 0, gain and bias."""
+    for m, k, n in shapes:
+        for r in ranks:
+            for dtype in dtypes:
+                for what, actual, expected in _outputs(device, m, k, n, r, DTYPES[dtype]):
+                    scale = float(expected.abs().max()) or 1.0
+                    error = float((actual.double() - expected).abs().max()) / scale
+                    yield Check(what, m, k, n, r, dtype, 0.1, error, LIMITS[dtype])
+
+
+def _outputs(
+    device: torch.device, m: int, k: int, n: int, r: int, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    from lorafx.kernels.triton.dropout import mask
+
+    provider, generator = TritonProvider(), torch.Generator().manual_seed(m + k + n + r)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+    x, right, seed = normal(m, k), normal(2 * r, k, scale=k**-0.5), torch.tensor([r], device=device)
+    dropout = Dropout((r, r), (0.1, 0.0))
+    factor = mask(seed, 0, 0.1, (m, k)).double() * 65536 / (65536 - round(0.1 * 65536))
+    dropped = x.double() * factor
+    s, kept = provider.down(x, right, dropout, seed)
+    yield "s", s, torch.cat([dropped @ right[:r].double().mT, x.double() @ right[r:].double().mT], 1)
+    bases, weights, grads, base_dx = [], [], [], torch.zeros(m, k, dtype=torch.float64, device=device)
+    for i in range(2):
+        weight, left, bias, gain = normal(n, k, scale=k**-0.5), normal(n, r, scale=r**-0.5), normal(n), 1 + normal(n)
+        mine, dy = s[:, i * r : (i + 1) * r], normal(m, n)
+        y = provider.up(x, weight, bias, mine, left, gain)
+        exact = gain.double() * (x.double() @ weight.double().mT) + mine.double() @ left.double().mT + bias.double()
+        yield f"y{i}", y, exact
+        up = provider.grad_up(dy, mine, left, gain, y, True)
+        yield f"ds{i}", up.ds, dy.double() @ left.double()
+        yield f"dleft{i}", up.dleft, dy.double().mT @ mine.double()
+        yield f"base{i}", up.base, gain.double() * dy.double()
+        if up.total is not None and up.dot is not None:
+            yield f"total{i}", up.total, dy.double().sum(0)
+            yield f"dot{i}", up.dot, (dy.double() * y.double()).sum(0)
+        bases.append(up.base)
+        weights.append(weight)
+        grads.append(up.ds)
+        base_dx += up.base.double() @ weight.double()
+    ds = torch.cat(grads, 1)
+    dx, dright = provider.grad_down(bases, weights, ds, right, x, dropout, kept, True)
+    first, second = ds[:, :r].double(), ds[:, r:].double()
+    if dx is not None:
+        yield "dx", dx, base_dx + factor * (first @ right[:r].double()) + second @ right[r:].double()
+    yield "dright", dright, torch.cat([first.mT @ dropped, second.mT @ x.double()])
+
+
+class Block(nn.Module):
+    """Three siblings and one layer after them, with weights of a transformer's shape."""
+
+    def __init__(self, features: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"bias": False, "dtype": dtype, "device": device}
+        self.q, self.k, self.v, self.out = (nn.Linear(features, features, **options) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Something cheap between the products."""
+        found: Tensor = self.out(self.q(x) + self.k(x) * 0.5 + self.v(x))
+        return found
+
+
+def methods(block: Block, x: Tensor, r: int, p: float, dora: bool) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    """What is timed, by name: the frozen block, eager and compiled, PEFT, eager and compiled, and lorafx."""
+    import peft
+
+    import lorafx
+
+    names = ["q", "k", "v", "out"]
+    config = peft.LoraConfig(r=r, lora_alpha=r, lora_dropout=p, target_modules=names, use_dora=dora)
+    spec = lorafx.LoraSpec(r=r, alpha=r, dropout=p, target_modules=names, variant="dora" if dora else "lora")
+
+    def adapted() -> Any:
+        return peft.get_peft_model(copy.deepcopy(block), config).train()  # type: ignore[arg-type]
+
+    block.requires_grad_(False)
+    lowered = lorafx.apply(block, spec, (x,), backend="triton").train()
+    return {
+        "frozen": block,
+        "frozen, compiled": torch.compile(copy.deepcopy(block)),
+        "PEFT": adapted(),
+        "PEFT, compiled": torch.compile(adapted()),
+        "lorafx": lowered,
+        "lorafx, compiled": torch.compile(lorafx.apply(block, spec, (x,), backend="triton").train()),
+    }
+
+
+def time_block(
+    m: int, features: int, r: int, dtype: str, p: float, dora: bool, rounds: int, device: torch.device
+) -> list[Timing]:
+    """Forward and backward of each method, in rounds of shuffled order."""
+    block = Block(features, DTYPES[dtype], device)
+    x = torch.randn(m, features, device=device, dtype=DTYPES[dtype], requires_grad=True)
+    found = methods(block, x, r, p, dora)
+    upstream = torch.randn_like(x)
+    times: dict[str, list[float]] = {name: [] for name in found}
+    memory: dict[str, int] = {}
+    for name, run in found.items():
+        for _ in range(3):  # compiles, and tunes where asked to
+            run(x).backward(upstream)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(x).backward(upstream)
+        memory[name] = torch.cuda.max_memory_allocated() - before
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(found), len(found)):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            found[name](x).backward(upstream)
+            end.record()
+            torch.cuda.synchronize()
+            times[name].append(start.elapsed_time(end))
+    frozen = statistics.median(times["frozen"])
+    return [
+        Timing(
+            name, m, features, r, dtype, p, middle := statistics.median(t), _quartiles(t), middle / frozen, memory[name]
+        )
+        for name, t in times.items()
+    ]
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    low, _, high = statistics.quantiles(values, n=4)
+    return low, high
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="The Triton kernels on a GPU: correctness, then time and memory.")
+    parser.add_argument("--features", nargs="+", type=int, default=[4096, 5120, 8192])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[8192])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[16, 64])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
+    parser.add_argument("--dora", action="store_true", help="time DoRA in the stead of LoRA")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--tune", action="store_true", help="time tilings first (LORAFX_AUTOTUNE=1)")
+    parser.add_argument("--check-only", action="store_true", help="correctness, and no times")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        parser.error("--rounds: at least 2, for quartiles")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; the exit status."""
+    options = parse(arguments)
+    reason = TritonProvider().unavailable()
+    if reason is not None or not torch.cuda.is_available():
+        reason = reason or "there is no CUDA device"
+        print(f"benchmarks/gpu.py needs a GPU: {reason}. Nothing was run.", file=sys.stderr)
+        return 2
+    if options.tune:
+        os.environ["LORAFX_AUTOTUNE"] = "1"
+    device = torch.device("cuda")
+    shapes = [(1, 64, 64), (70, 130, 65), (513, 1000, 777), (4096, 1024, 2048)]
+    checks = list(check(device, shapes, [1, 3, 8, 17, 64], list(DTYPES)))
+    wrong = [c for c in checks if not c.right]
+    print(f"{len(checks) - len(wrong)} of {len(checks)} outputs are right", flush=True)
+    for c in wrong:
+        print(f"  {c.what}: error {c.error:.2g} > {c.limit:.2g} at M={c.m} k={c.k} n={c.n} r={c.r} {c.dtype}")
+    timings: list[Timing] = []
+    if not wrong and not options.check_only:
+        for m, features, r, dtype, p in itertools.product(
+            options.tokens, options.features, options.ranks, options.dtypes, options.dropout
+        ):
+            found = time_block(m, features, r, dtype, p, options.dora, options.rounds, device)
+            timings += found
+            for t in found:
+                shape = f"M={m} k=n={features} r={r} {dtype} p={p}"
+                cost = f"{t.milliseconds:.3f} ms, {t.over_frozen:.3f} of frozen, {t.step_bytes / 2**20:.0f} MiB"
+                print(f"{t.method:18} {shape}: {cost}", flush=True)
+    if options.json is not None:
+        properties = torch.cuda.get_device_properties(device)
+        results = {
+            "device": properties.name,
+            "torch": torch.__version__,
+            "tuned": options.tune,
+            "checks": [asdict(c) | {"right": c.right} for c in checks],
+            "timings": [asdict(t) for t in timings],
+        }
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
