@@ -33,7 +33,7 @@ def down_kernel(
     at_right = right + (begin + columns[:, None]).to(tl.int64) * stride_rk
     if seed is not None:
         key = tl.load(seed)
-    accs = ()
+    accs: tl.tensor = ()
     for i in tl.static_range(len(DROPS)):
         accs = accs + (zeros(BLOCK_M, WIDTHS[i]),)  # noqa: RUF005 - Triton has no unpacking
     for first in range(begin, min(begin + CHUNK, K), BLOCK_K):
@@ -41,7 +41,7 @@ def down_kernel(
             tile = tl.load(at_x, mask=rows[:, None] < M, other=0.0)
         else:
             tile = tl.load(at_x, mask=(rows[:, None] < M) & (columns[None, :] < K - first), other=0.0)
-        sums = ()
+        sums: tl.tensor = ()
         for i in tl.static_range(len(DROPS)):
             ranks = STARTS[i] + tl.arange(0, WIDTHS[i])
             inside = ranks[None, :] < STOPS[i]

@@ -173,14 +173,14 @@ def dright_kernel(
     at_ds = ds + rows[None, :].to(tl.int64) * stride_sm
     if seed is not None:
         key = tl.load(seed)
-    accs = ()
+    accs: tl.tensor = ()
     for i in tl.static_range(len(DROPS)):
         accs = accs + (zeros(WIDTHS[i], BLOCK_K),)  # noqa: RUF005 - Triton has no unpacking
     end = min(begin + CHUNK, M)
     for first in range(begin, end, BLOCK_M):
         more = M - (first - begin)
         tile = tl.load(at_x, mask=(rows[:, None] < more) & (columns[None, :] < K), other=0.0)
-        sums = ()
+        sums: tl.tensor = ()
         for i in tl.static_range(len(DROPS)):
             ranks = STARTS[i] + tl.arange(0, WIDTHS[i])
             inside = (ranks[:, None] < STOPS[i]) & (rows[None, :] < more)

@@ -1,0 +1,66 @@
+"""The bytes of a training step beside those of eager LoRA and of LoRAFusion; docs/kernels.md has the same table."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+from lorafx.kernels.triton.comparison import Layer  # noqa: E402 - after the check for Triton
+from lorafx.kernels.triton.device import Device  # noqa: E402
+from lorafx.kernels.triton.launches import step  # noqa: E402
+from lorafx.kernels.triton.traffic import total  # noqa: E402
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="of the kernels as they are compiled")
+
+GIB = 2**30
+#: An H100, on which LoRAFusion was measured: processors, shared memory.
+H100 = Device(132, 227 * 1024)
+#: GiB of DRAM traffic of a step that LoRAFusion's authors measured there at M = 8192, r = 16, bf16, by k = n:
+#: torch's LoRA, and theirs (arXiv 2510.00206, figure of the DRAM traffic; the values are in its artifact).
+PUBLISHED = {4096: (2.008, 1.258), 5120: (2.771, 1.836), 8192: (5.289, 4.044)}
+
+
+def ours(m: int, features: int, adapters: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of a step of one layer with dropout."""
+    return total(step(H100, m, features, [features], [16], torch.bfloat16, 0.1, adapters=adapters, bias=False)).dram
+
+
+@pytest.mark.parametrize("features", PUBLISHED)
+def test_fewer_bytes_than_lorafusion_at_each_of_its_shapes(features: int) -> None:
+    for m in range(2048, 8193, 256):
+        layer = Layer(m, features, features, 16)
+        assert layer.frozen < ours(m, features) < layer.lorafusion < layer.eager
+        assert ours(m, features, torch.float32) < layer.lorafusion
+    eager, fused = PUBLISHED[features]
+    assert ours(8192, features) < fused * GIB
+    # What was measured is more than each operand once, for both.
+    layer = Layer(8192, features, features, 16)
+    assert layer.eager < eager * GIB
+    assert layer.lorafusion < fused * GIB
+
+
+def test_siblings_share_their_reads() -> None:
+    """Three siblings in one group read x, write dx and read it no more often than one does."""
+    shape = (8192, 4096)
+    group = total(step(H100, *shape, [4096] * 3, [16] * 3, torch.bfloat16, 0.1, bias=False)).dram
+    apart = 3 * ours(*shape, torch.float32)
+    x = 8192 * 4096 * 2
+    assert group < apart - 6 * x  # of down, of dright, and of dx, two of three each
+
+
+def test_documented_table() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    for features, (eager, fused) in PUBLISHED.items():
+        layer, mine = Layer(8192, features, features, 16), ours(8192, features)
+        cells = [layer.frozen, layer.eager, layer.lorafusion, mine]
+        ratios = [layer.lorafusion / layer.eager, mine / layer.eager, mine / layer.lorafusion]
+        row = (
+            f"| {features} | {' | '.join(f'{c / GIB:.2f}' for c in cells)} | {' | '.join(f'{r:.2f}' for r in ratios)} |"
+        )
+        assert row in text, row
+        assert f"| {features} | {eager:.2f} | {fused:.2f} | {fused / eager:.2f} |" in text
