@@ -116,7 +116,8 @@ def _outputs(
         grads.append(up.ds)
         base_dx += up.base.double() @ weight.double()
     ds = torch.cat(grads, 1)
-    dx, dright = provider.grad_down(bases, weights, ds, right, x, dropout, kept, True)
+    dx = provider.grad_x(bases, weights, ds, right, dropout, kept)
+    dright = provider.grad_right(x, ds, dropout, kept)
     first, second = ds[:, :r].double(), ds[:, r:].double()
     if dx is not None:
         yield "dx", dx, base_dx + factor * (first @ right[:r].double()) + second @ right[r:].double()

@@ -20,7 +20,7 @@ from lorafx.checkpointing import layer_of
 from lorafx.graph import by_mode, notes
 from lorafx.ops import ADAPTED, ADAPTER_ARGUMENTS, LAYERS
 from lorafx.passes.layers import arguments_of, find_operands
-from lorafx.passes.recompute import ALIASES
+from lorafx.passes.views import ALIASES
 from lorafx.variants import VARIANTS
 
 #: The kinds that are a product with a matrix.

@@ -31,6 +31,7 @@ from lorafx.kernels.base import Call
 from lorafx.kernels.grouped import grouped
 from lorafx.kernels.providers import PROVIDERS, provider
 from lorafx.ops import STORAGE
+from lorafx.passes.activation import find_activation
 from lorafx.passes.group import Member, find_groups, fixed_inputs
 from lorafx.passes.recompute import Kept, trained_nodes
 
@@ -145,6 +146,16 @@ def _weight(gm: CapturedModule, member: Member) -> Tensor:
     return STORAGE[member.kind].matrix(found)
 
 
+def _input(x: Node, name: str, kept: Kept) -> tuple[list[Node], str, str]:
+    """What the input is computed from again, how, and the activation that the provider differentiates itself."""
+    found = find_activation(x)
+    if found is not None and found[0] in provider(name).activations:
+        sources, recipe = kept.recipe_from(x, found[1])
+        if recipe:
+            return sources, recipe, found[0]
+    return *kept.recipe(x), ""
+
+
 def _rewrite(graph: Graph, decision: Decision, kept: Kept) -> None:
     members = decision.members
     first = members[0].node
@@ -154,7 +165,7 @@ def _rewrite(graph: Graph, decision: Decision, kept: Kept) -> None:
             first.prepend(node)
     adapters = [m.adapters for m in members if m.adapters is not None]
     tensors, variants, scaling, dropout = ([v for a in adapters for v in a[i]] for i in range(4))  # type: ignore[attr-defined]
-    sources, recipe = kept.recipe(members[0].x)
+    sources, recipe, activation = _input(members[0].x, decision.provider, kept)
     with graph.inserting_before(first):
         group = graph.call_function(
             grouped,
@@ -172,6 +183,7 @@ def _rewrite(graph: Graph, decision: Decision, kept: Kept) -> None:
                 decision.provider,
                 sources,
                 recipe,
+                activation,
             ),
         )
     if scope := notes(first).get("scope"):

@@ -7,35 +7,21 @@ factors. The analysis says what other operators keep; what it gets wrong costs m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from lorafx.graph import CapturedModule, get_path
 from lorafx.kernels.recipe import Value, write_recipe
+from lorafx.passes.views import ALIASES, behind_row_views
 
 aten = torch.ops.aten
 
 #: Steps of a recipe at most: more would cost more than reading the input back.
 _STEPS = 8
-
-#: Operators whose result lies in the memory of their first argument, as a rule.
-ALIASES = frozenset(
-    {
-        aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints,
-        aten.transpose.int, aten.permute.default, aten.unsqueeze.default, aten.squeeze.dim, aten.expand.default,
-        aten.contiguous.default, aten.alias.default, aten.detach.default, aten.t.default,
-    }
-)  # fmt: skip
-
-#: Views that leave the last dimension as it is, if its size stays: a product takes its rows one by one.
-_ROW_VIEWS = frozenset(
-    {aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints}
-)
 
 #: Cheap operators without randomness or memory.
 _CHEAP = frozenset(
@@ -117,42 +103,41 @@ class Kept:
 
     def recipe(self, x: Node) -> tuple[list[Node], str]:
         """The values to compute the rows of ``x`` from again and how; nothing and ``""`` if it is to be kept itself."""
-        x = _rows_of(x)
-        if self.keeps(x):
-            return [], ""
+        x = behind_row_views(x)
         sources: dict[Node, None] = {}
         steps: dict[Node, None] = {}
-        if not self._collect(x, sources, steps) or not any(n.op != "get_attr" for n in sources):
+        if self.keeps(x) or not self._collect(x, sources, steps) or all(n.op == "get_attr" for n in sources):
             return [], ""
-        numbers = {node: Value(i) for i, node in enumerate((*sources, *steps))}
-        written = write_recipe(
-            [(n.target, *(map_aggregate(a, lambda v: numbers.get(v, v)) for a in (n.args, n.kwargs))) for n in steps]
-        )
-        return ([], "") if written is None else (list(sources), written)
+        return _write(sources, steps)
 
-    def _collect(self, node: Node, sources: dict[Node, None], steps: dict[Node, None]) -> bool:
+    def recipe_from(self, x: Node, sources: Sequence[Node]) -> tuple[list[Node], str]:
+        """As :meth:`recipe`, from just these values."""
+        given, steps = dict.fromkeys(sources), dict[Node, None]()
+        return _write(given, steps) if self._collect(behind_row_views(x), given, steps, only=True) else ([], "")
+
+    def _collect(self, node: Node, sources: dict[Node, None], steps: dict[Node, None], only: bool = False) -> bool:
         """Add a value to the sources, or what makes it to the steps; False if it cannot be computed again."""
         if node in sources or node in steps:
             return True
-        if self.keeps(node):
+        if not only and self.keeps(node):
             sources[node] = None
             return True
         if node.target not in _CHEAP or len(steps) >= _STEPS:
             return False
-        if not all(self._collect(source, sources, steps) for source in node.all_input_nodes):
+        if not all(self._collect(source, sources, steps, only) for source in node.all_input_nodes):
             return False
         steps[node] = None
         return True
 
 
-def _rows_of(x: Node) -> Node:
-    """Behind views that only group rows otherwise."""
-    while x.target in _ROW_VIEWS and isinstance(source := x.args[0], Node):
-        before, after = source.meta.get("val"), x.meta.get("val")
-        if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.shape[-1] != after.shape[-1]:
-            break
-        x = source
-    return x
+def _write(sources: Mapping[Node, None], steps: Mapping[Node, None]) -> tuple[list[Node], str]:
+    numbers = {node: Value(i) for i, node in enumerate((*sources, *steps))}
+
+    def put(value: Any) -> Any:
+        return numbers.get(value, value)
+
+    written = write_recipe([(n.target, map_aggregate(n.args, put), map_aggregate(n.kwargs, put)) for n in steps])
+    return ([], "") if written is None else (list(sources), written)
 
 
 def trained_nodes(gm: CapturedModule, graph: Graph) -> list[Node]:

@@ -10,10 +10,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from lorafx.kernels.triton.comparison import Layer  # noqa: E402 - after the check for Triton
-from lorafx.kernels.triton.device import Device  # noqa: E402
-from lorafx.kernels.triton.launches import step  # noqa: E402
-from lorafx.kernels.triton.traffic import total  # noqa: E402
+from lorafx.kernels.triton.comparison import Layer
+from lorafx.kernels.triton.device import Device
+from lorafx.kernels.triton.launches import step
+from lorafx.kernels.triton.traffic import total
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="of the kernels as they are compiled")
 

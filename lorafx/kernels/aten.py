@@ -66,33 +66,29 @@ class Aten(Provider):
             dot=None if y is None else _sum(dy * y),
         )
 
-    def grad_down(
+    def grad_x(
         self,
         bases: Sequence[Tensor],
         weights: Sequence[Tensor],
         ds: Tensor,
         right: Tensor,
-        x: Tensor,
         dropout: Dropout,
         kept: Tensor | None,
-        needs_x: bool,
-    ) -> tuple[Tensor | None, Tensor]:
-        right = right.to(x.dtype)
+    ) -> Tensor:
+        dx, right = sum_of_products(bases, weights), right.to(ds.dtype)
+        if kept is None:
+            return dx.addmm_(ds, right)
         columns, parts = ds.split(dropout.ranks, 1), right.split(dropout.ranks)
-        if kept is None:
-            dright = torch.mm(x.t(), ds).t()
-        else:
-            dropped = _dropped(x, dropout, kept)
-            dright = torch.cat([torch.mm(d.t(), c).t() for d, c in zip(dropped, columns, strict=True)])
-        if not needs_x:
-            return None, dright
-        dx = sum_of_products(bases, weights)
-        if kept is None:
-            return dx.addmm_(ds, right), dright
         low = [torch.mm(c, p) for c, p in zip(columns, parts, strict=True)]
         for dropped in _dropped(low, dropout, kept):
             dx += dropped
-        return dx, dright
+        return dx
+
+    def grad_right(self, x: Tensor, ds: Tensor, dropout: Dropout, kept: Tensor | None) -> Tensor:
+        if kept is None:
+            return torch.mm(x.t(), ds).t()
+        columns, dropped = ds.split(dropout.ranks, 1), _dropped(x, dropout, kept)
+        return torch.cat([torch.mm(d.t(), c).t() for d, c in zip(dropped, columns, strict=True)])
 
 
 def sum_of_products(bases: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:

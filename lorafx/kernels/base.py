@@ -1,4 +1,4 @@
-"""What a provider is: four functions that together are the forward and backward of adapted linear layers.
+"""What a provider is: five functions that together are the forward and backward of adapted linear layers.
 
 Layers that read the same ``x [M, k]`` are one *group*. Of sibling ``i``, ``W_i [n_i, k]`` is frozen, and its
 adapters, one beside the other, are ``left_i [n_i, R_i]`` and ``R_i`` rows of ``right [R, k]`` (``R`` = sum of ``R_i``), in
@@ -8,8 +8,8 @@ the order of the siblings. With ``D_j`` the dropout of adapter ``j`` (its own ma
     y_i = gain_i * (x W_i^T) + s_i left_i^T + b_i       up              [M, n_i]
 
     ds_i = dy_i left_i      dleft_i = dy_i^T s_i        grad_up
-    dx   = sum_i (gain_i * dy_i) W_i + D(ds right)      grad_down       [M, k]
-    dright = ds^T D(x)
+    dx   = sum_i (gain_i * dy_i) W_i + D(ds right)      grad_x          [M, k]
+    dright = ds^T D(x)                                  grad_right      [R, k]
 
 The contraction through ``s`` keeps what is read and written at one pass over ``x``, ``y``, ``dy`` and ``dx`` each (RunLoRA,
 arXiv 2312.03415; LoRAFusion, arXiv 2510.00206, splits at ``s`` too). Sums are accumulated in float32 or better.
@@ -24,6 +24,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+
+#: Activations that a provider may differentiate in one pass: ``x`` from ``h``, or from ``g`` and ``u``.
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "gelu_mul", "gelu_tanh_mul", "silu_mul")
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class GradUp:
 
 
 class Provider(ABC):
-    """One way to compute the four functions. Unless said otherwise tensors are 2-D (vectors: 1-D), on one device, of one dtype.
+    """One way to compute the five functions. Unless said otherwise tensors are 2-D (vectors: 1-D), on one device, of one dtype.
 
     ``left``, ``right``, ``gain`` and gradients of them may be wider than ``x`` (float32 adapters beside bfloat16
     activations): the small side is cast. ``s`` and ``ds`` are in whatever dtype the provider likes.
@@ -91,7 +95,7 @@ class Provider(ABC):
 
     @abstractmethod
     def down(self, x: Tensor, right: Tensor, dropout: Dropout, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """``s``, and what :meth:`grad_down` needs to drop the same elements again (None without dropout).
+        """``s``, and what the gradients need to drop the same elements again (None without dropout).
 
         ``seed`` is what :meth:`random` drew: all that the masks depend on beside their place.
         """
@@ -113,8 +117,24 @@ class Provider(ABC):
         """The gradients of one sibling's own tensors; ``dot`` where ``y`` is given, ``total`` where asked for."""
 
     @abstractmethod
-    def grad_down(
-        self, bases: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor, right: Tensor, x: Tensor,
-        dropout: Dropout, kept: Tensor | None, needs_x: bool,
-    ) -> tuple[Tensor | None, Tensor]:
-        """``dx`` (None unless ``needs_x``) and ``dright [R, k]``."""
+    def grad_x(
+        self,
+        bases: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        ds: Tensor,
+        right: Tensor,
+        dropout: Dropout,
+        kept: Tensor | None,
+    ) -> Tensor:
+        """``dx [M, k]``, in memory of its own; ``kept`` is what :meth:`down` gave."""
+
+    @abstractmethod
+    def grad_right(self, x: Tensor, ds: Tensor, dropout: Dropout, kept: Tensor | None) -> Tensor:
+        """``dright [R, k]``."""
+
+    #: The activations (:data:`ACTIVATIONS`) for which it has :meth:`grad_activation`.
+    activations: ClassVar[frozenset[str]] = frozenset()
+
+    def grad_activation(self, name: str, sources: Sequence[Tensor], dx: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """``x`` again, and the gradients of what it was computed from; may write over ``dx [M, k]``."""
+        raise NotImplementedError(name)

@@ -31,6 +31,7 @@ class Group:
     counts: tuple[int, ...]
     dropout: Dropout
     recipe: str = ""
+    activation: str = ""
 
     @cached_property
     def adapters(self) -> list[slice]:
@@ -55,9 +56,11 @@ class Group:
 
 
 @cache
-def make_group(provider: Provider, counts: tuple[int, ...], dropout: Dropout, recipe: str) -> Group:
+def make_group(
+    provider: Provider, counts: tuple[int, ...], dropout: Dropout, recipe: str, activation: str
+) -> Group:
     """The one group like this, so that what follows from it is computed once."""
-    return Group(provider, counts, dropout, recipe)
+    return Group(provider, counts, dropout, recipe, activation)
 
 
 @dataclass
@@ -96,7 +99,8 @@ class LowRankLinear(torch.autograd.Function):
 
     Inputs after the group: ``x [..., k]``; how many and which tensors ``x`` can be computed from again; then the
     operands, :class:`Operands` flattened. ``W_i`` is ``[n_i, k]``, ``b_i`` and ``gain_i`` are ``[n_i]`` or None, an adapter's
-    ``left`` is ``[n_i, r]`` and its ``right`` ``[r, k]``. Kept for backward are ``s``, and ``x`` or what it comes from.
+    ``left`` is ``[n_i, r]`` and its ``right`` ``[r, k]``. Kept for backward are ``s``, and ``x`` or what it comes from. With
+    an activation that the provider differentiates itself, the gradient goes to the sources, and none to ``x``.
     """
 
     @staticmethod
@@ -115,7 +119,7 @@ class LowRankLinear(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             needs = Operands.unflatten(group, ctx.needs_input_grad[3 + sources :])
             ys = [y for y, needed in zip(outputs, needs.gains, strict=True) if needed]
-            again = tensors[:sources] if group.recipe else (x,)
+            again = tensors[:sources] if sources else (x,)
             ctx.save_for_backward(*again, s, kept, *tensors[sources:], *ys)
             ctx.group, ctx.sources, ctx.shape = group, sources, x.shape
             ctx.set_materialize_grads(False)
@@ -126,48 +130,53 @@ class LowRankLinear(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         group: Group = ctx.group
-        saved, ends = ctx.saved_tensors, ctx.sources if group.recipe else 1
+        provider, dropout = group.provider, group.dropout
+        saved, ends = ctx.saved_tensors, ctx.sources or 1
         again, (s, kept, *rest) = saved[:ends], saved[ends:]
-        x = recompute(group.recipe, again) if group.recipe else again[0]
-        x = x.reshape(-1, ctx.shape[-1])
         operands, ys = Operands.unflatten(group, rest), iter(rest[group.operands :])
         needs = Operands.unflatten(group, ctx.needs_input_grad[3 + ctx.sources :])
         grads = Operands.nothing(group)
 
         ds = torch.empty_like(s)
-        pairs = []
-        for i, (mine, columns) in enumerate(zip(group.adapters, group.columns, strict=True)):
-            y, dy = next(ys) if needs.gains[i] else None, dys[i]
+        ups: dict[int, GradUp] = {}
+        for i, (dy, mine, columns) in enumerate(zip(dys, group.adapters, group.columns, strict=True)):
+            y = next(ys) if needs.gains[i] else None
             if dy is None:  # nothing reads this sibling's output
                 ds[:, columns] = 0
                 continue
             dy = dy.reshape(-1, dy.shape[-1])
-            base, total = dy, None
-            if group.counts[i] > 0:
-                left, gain = operands.left(mine), operands.gains[i]
-                y = None if y is None else y.reshape(-1, y.shape[-1])
-                up = group.provider.grad_up(dy, s[:, columns], left, gain, y, needs.biases[i] or y is not None)
-                ds[:, columns] = up.ds
-                base, total = up.base, up.total
-                ranks = group.dropout.ranks[mine]
-                grads.lefts[mine] = _like(up.dleft.split(ranks, 1), operands.lefts[mine])
-                if y is not None:
-                    grads.gains[i] = grad_gain(up, x, operands.weights[i], operands.biases[i], left, gain, dy)
-            elif needs.biases[i]:
-                total = dy.sum(0)
+            if group.counts[i] == 0:
+                ups[i] = GradUp(ds[:, columns], dy, dy, dy.sum(0) if needs.biases[i] else None)
+                continue
+            y = None if y is None else y.reshape(-1, y.shape[-1])
+            left, needs_total = operands.left(mine), needs.biases[i] or y is not None
+            up = ups[i] = provider.grad_up(dy, s[:, columns], left, operands.gains[i], y, needs_total)
+            ds[:, columns] = up.ds
+            grads.lefts[mine] = _like(up.dleft.split(dropout.ranks[mine], 1), operands.lefts[mine])
+
+        dx, dsources = None, [None] * ctx.sources
+        if ctx.needs_input_grad[1]:
+            bases, weights = [up.base for up in ups.values()], [operands.weights[i] for i in ups]
+            dx = provider.grad_x(bases, weights, ds, torch.cat(operands.rights), dropout, kept)
+        if dx is not None and group.activation:
+            x, dsources = provider.grad_activation(group.activation, again, dx)
+            dx = None
+        else:
+            x = recompute(group.recipe, again) if group.recipe else again[0]
+        x = x.reshape(-1, ctx.shape[-1])
+
+        grads.rights = _like(provider.grad_right(x, ds, dropout, kept).split(dropout.ranks), operands.rights)
+        for i, up in ups.items():
+            if needs.gains[i]:
+                left = operands.left(group.adapters[i])
+                dy = dys[i].reshape(up.base.shape)  # type: ignore[union-attr]
+                grads.gains[i] = grad_gain(up, x, operands.weights[i], operands.biases[i], left, operands.gains[i], dy)
             if needs.biases[i]:
-                (grads.biases[i],) = _like([total], [operands.biases[i]])
+                (grads.biases[i],) = _like([up.total], [operands.biases[i]])
             if needs.weights[i]:
-                grads.weights[i] = torch.mm(base.t(), x)
-            pairs.append((base, operands.weights[i]))
-        right = torch.cat(operands.rights)
-        bases, weights = [b for b, _ in pairs], [w for _, w in pairs]
-        dx, dright = group.provider.grad_down(
-            bases, weights, ds, right, x, group.dropout, kept, ctx.needs_input_grad[1]
-        )
-        grads.rights = _like(dright.split(group.dropout.ranks), operands.rights)
+                grads.weights[i] = torch.mm(up.base.t(), x)
         dx = None if dx is None else dx.view(ctx.shape)
-        return (None, dx, None, *[None] * ctx.sources, *grads.flatten())
+        return (None, dx, None, *dsources, *grads.flatten())
 
 
 def grad_gain(

@@ -23,10 +23,12 @@ from lorafx.variants.base import Update, full_precision
 
 #: ``kinds``, ``weights``, ``biases``, ``counts`` (of adapters) and ``training`` have one entry a sibling; ``variants``,
 #: ``scaling`` and ``dropout`` one an adapter; ``tensors`` are as in a twin. From ``sources`` and ``recipe`` backward
-#: computes ``x`` again, instead of keeping it (:mod:`.recipe`).
+#: computes ``x`` again, instead of keeping it (:mod:`.recipe`); with ``activation`` its name, where nothing else reads
+#: ``x``, it gives the sources their gradient itself.
 _SCHEMA = (
     "(Tensor x, str[] kinds, Tensor[] weights, Tensor?[] biases, int[] counts, bool[] training, Tensor[] tensors, "
-    "str[] variants, float[] scaling, float[] dropout, str provider, Tensor[] sources, str recipe) -> Tensor[]"
+    "str[] variants, float[] scaling, float[] dropout, str provider, Tensor[] sources, str recipe, "
+    "str activation) -> Tensor[]"
 )
 
 
@@ -94,6 +96,7 @@ def grouped_reference(
     provider_name: str,
     sources: Sequence[Tensor],
     recipe: str,
+    activation: str,
 ) -> list[Tensor]:
     """See the module; under autocast in its dtype, as ``linear`` is."""
     if torch._C._functorch.maybe_current_level() is not None:  # function transforms see plain torch
@@ -110,14 +113,16 @@ def grouped_reference(
         p += [chance if trains else 0.0 for chance in dropout[mine]]
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        x, recipe = x.to(dtype), ""  # the recipe would give the input before the cast
+        x, sources, recipe, activation = x.to(dtype), [], "", ""  # the recipe would give the input before the cast
     rights = [right for s in siblings for right in s.rights]
     ranks = tuple(right.shape[0] for right in rights)
     chosen = provider(provider_name)
     call = Call(x.device, x.dtype, x.shape[-1], tuple(s.weight.shape[0] for s in siblings), sum(ranks))
     if chosen.rejects(call) is not None:
         chosen = provider("torch")
-    group = make_group(chosen, tuple(counts), Dropout(ranks, tuple(p)), recipe)
+    if activation not in chosen.activations:
+        activation = ""
+    group = make_group(chosen, tuple(counts), Dropout(ranks, tuple(p)), recipe, activation)
     operands = Operands(
         [s.weight.to(x.dtype) for s in siblings],
         [None if s.bias is None else s.bias.to(x.dtype) for s in siblings],

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -91,11 +91,9 @@ def _down(
     """``D(x) right^T``, and one bit an element of what was kept: int16 ``[adapters that drop, M, k / 16]``."""
     x, right = _rows(x), _small(right, x.dtype)
     s, bits = _down_like(x, right, p)
-    masks, number = iter(bits.unbind()), int(seed)
-    columns = list(accumulate(ranks, initial=0))
-    for i, (r, chance) in enumerate(zip(ranks, p, strict=True)):
-        mine = slice(columns[i], columns[i] + r)
-        _narrow(x, right[mine], s[:, mine], next(masks) if chance > 0.0 else None, chance, i, number)
+    number = int(seed)
+    for i, (mine, mask, chance) in enumerate(_adapters(ranks, p, bits)):
+        _narrow(x, right[mine], s[:, mine], mask, chance, i, number)
     return s, bits
 
 
@@ -150,27 +148,61 @@ def _grad_up_like(
     )
 
 
-def _grad_down(
-    bases: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor, right: Tensor, x: Tensor, ranks: Sequence[int],
-    p: Sequence[float], bits: Tensor, needs_x: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``dx`` (empty unless asked for) and ``dright``, through the masks that :func:`_down` gave."""
-    x, right = _rows(x), _small(right, x.dtype)
-    dx = sum_of_products(bases, weights) if needs_x else x.new_empty(0)
-    dright = x.new_empty(right.shape, dtype=torch.float32)
-    masks, columns = iter(bits.unbind()), list(accumulate(ranks, initial=0))
-    for i, (r, chance) in enumerate(zip(ranks, p, strict=True)):
-        mine, mask = slice(columns[i], columns[i] + r), next(masks) if chance > 0.0 else None
+def _grad_x(
+    bases: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    ds: Tensor,
+    right: Tensor,
+    ranks: Sequence[int],
+    p: Sequence[float],
+    bits: Tensor,
+) -> Tensor:
+    """``sum_i base_i W_i + D(ds right)``, through the masks that :func:`_down` gave."""
+    dx, right = sum_of_products(bases, weights), _small(right, ds.dtype)
+    for mine, mask, chance in _adapters(ranks, p, bits):
+        _expand(dx, ds[:, mine], right[mine], mask, chance)
+    return dx
+
+
+def _grad_x_fake(
+    bases: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor, right: Tensor, ranks: Any, p: Any, bits: Tensor
+) -> Tensor:
+    return ds.new_empty(ds.shape[0], right.shape[1])
+
+
+def _grad_right(x: Tensor, ds: Tensor, ranks: Sequence[int], p: Sequence[float], bits: Tensor) -> Tensor:
+    """``ds^T D(x)``, through the same masks."""
+    x, dright = _rows(x), x.new_empty(ds.shape[1], x.shape[1], dtype=torch.float32)
+    for mine, mask, chance in _adapters(ranks, p, bits):
         _outer(x, ds[:, mine], dright[mine], mask, chance)
-        if needs_x:
-            _expand(dx, ds[:, mine], right[mine], mask, chance)
-    return dx, dright
+    return dright
 
 
-def _grad_down_fake(
-    bases: Any, weights: Any, ds: Tensor, right: Tensor, x: Tensor, ranks: Any, p: Any, bits: Tensor, needs_x: bool
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if needs_x else 0), right.new_empty(right.shape, dtype=torch.float32)
+def _grad_right_fake(x: Tensor, ds: Tensor, ranks: Any, p: Any, bits: Tensor) -> Tensor:
+    return x.new_empty(ds.shape[1], x.shape[1], dtype=torch.float32)
+
+
+def _adapters(
+    ranks: Sequence[int], p: Sequence[float], bits: Tensor
+) -> Iterator[tuple[slice, Tensor | None, float]]:
+    """The columns of each adapter in ``s``, its mask if it drops, and its p."""
+    masks, ends = iter(bits.unbind()), accumulate(ranks, initial=0)
+    for (a, b), chance in zip(pairwise(ends), p, strict=True):
+        yield slice(a, b), next(masks) if chance > 0.0 else None, chance
+
+
+def _grad_activation(name: str, sources: Sequence[Tensor], dx: Tensor) -> list[Tensor]:
+    """``x``, and the gradients of the sources; one pass over all of them."""
+    h, *factors = (t.contiguous() for t in sources)
+    dx = dx.contiguous()
+    x, dh, du = torch.empty_like(h), torch.empty_like(h), [torch.empty_like(u) for u in factors]
+    _call(name.removesuffix("_mul"), h.dtype, h, *(factors or [None]), dx, x, dh, *(du or [None]), _int(h.numel()))
+    return [x, dh, *du]
+
+
+def _grad_activation_fake(name: str, sources: Sequence[Tensor], dx: Tensor) -> list[Tensor]:
+    h = sources[0].contiguous()
+    return [torch.empty_like(h), *(torch.empty_like(s.contiguous()) for s in sources)]
 
 
 def _define(
@@ -200,9 +232,18 @@ cpu_grad_up = _define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _grad_up, _grad_up_like,
 )  # fmt: skip
-cpu_grad_down = _define(
-    "cpu_grad_down",
-    "(Tensor[] bases, Tensor[] weights, Tensor ds, Tensor right, Tensor x, int[] ranks, float[] p, Tensor bits, "
-    "bool needs_x) -> (Tensor, Tensor)",
-    _grad_down, _grad_down_fake,
+cpu_grad_x = _define(
+    "cpu_grad_x",
+    "(Tensor[] bases, Tensor[] weights, Tensor ds, Tensor right, int[] ranks, float[] p, Tensor bits) -> Tensor",
+    _grad_x, _grad_x_fake,
+)  # fmt: skip
+cpu_grad_right = _define(
+    "cpu_grad_right",
+    "(Tensor x, Tensor ds, int[] ranks, float[] p, Tensor bits) -> Tensor",
+    _grad_right, _grad_right_fake,
+)  # fmt: skip
+cpu_grad_activation = _define(
+    "cpu_grad_activation",
+    "(str name, Tensor[] sources, Tensor dx) -> Tensor[]",
+    _grad_activation, _grad_activation_fake,
 )  # fmt: skip

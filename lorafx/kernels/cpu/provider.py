@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lorafx.kernels.aten import Aten
-from lorafx.kernels.base import Call, Dropout, GradUp, Provider
+from lorafx.kernels.base import ACTIVATIONS, Call, Dropout, GradUp, Provider
 from lorafx.kernels.cpu import build, ops
 
 
@@ -58,21 +58,31 @@ class Cpu(Aten):
             ds, turned.t(), dy if gain is None else base, total if needs_total else None, None if y is None else dot
         )
 
-    def grad_down(
+    def grad_x(
         self,
         bases: Sequence[Tensor],
         weights: Sequence[Tensor],
         ds: Tensor,
         right: Tensor,
-        x: Tensor,
         dropout: Dropout,
         kept: Tensor | None,
-        needs_x: bool,
-    ) -> tuple[Tensor | None, Tensor]:
+    ) -> Tensor:
         if kept is None:
-            return super().grad_down(bases, weights, ds, right, x, dropout, None, needs_x)
-        dx, dright = ops.cpu_grad_down(bases, weights, ds, right, x, dropout.ranks, dropout.p, kept, needs_x)
-        return dx if needs_x else None, dright
+            return super().grad_x(bases, weights, ds, right, dropout, None)
+        dx: Tensor = ops.cpu_grad_x(bases, weights, ds, right, dropout.ranks, dropout.p, kept)
+        return dx
+
+    def grad_right(self, x: Tensor, ds: Tensor, dropout: Dropout, kept: Tensor | None) -> Tensor:
+        if kept is None:
+            return super().grad_right(x, ds, dropout, None)
+        dright: Tensor = ops.cpu_grad_right(x, ds, dropout.ranks, dropout.p, kept)
+        return dright
+
+    activations = frozenset(ACTIVATIONS)
+
+    def grad_activation(self, name: str, sources: Sequence[Tensor], dx: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x, *grads = ops.cpu_grad_activation(name, sources, dx)
+        return x, grads
 
 
 @cache

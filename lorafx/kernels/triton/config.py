@@ -50,9 +50,9 @@ def gemm_configs(m: int, n: int, itemsize: int, device: Device, aligned: bool) -
         found = [Config(64, 64, 32, 4, 2), Config(32, 64, 32, 4, 2)]
     else:
         if m <= 64:
-            tiles = [(32, 64, 4), (16, 128, 4), (64, 64, 4), (16, 64, 4)]
-        elif n <= 64:
-            tiles = [(128, 64, 4), (64, 64, 4), (64, 32, 4)]
+            tiles = [(32, 64, 4), (16, 128, 4), (64, 64, 8), (16, 64, 4)]
+        elif itemsize == 4 or n <= 64:  # a product of float32 is several of TF32, and takes more registers
+            tiles = [(64, 64, 8), (128, 64, 8), (64, 32, 4)]
         else:
             tiles = [(128, 128, 8), (128, 64, 4), (64, 128, 4), (128, 256, 8), (64, 64, 4)]
         found = [
@@ -66,10 +66,13 @@ def gemm_configs(m: int, n: int, itemsize: int, device: Device, aligned: bool) -
 
 def skinny_configs(rows: int, itemsize: int, ranks: int, device: Device, aligned: bool) -> list[Config]:
     """For :mod:`down`: many rows, few columns, a long sum."""
-    warps, depth = (4, 64) if ranks <= 64 else (8, 32)
+    warps = 4 if ranks <= 64 else 8
     if not aligned:
         return [Config(h, ranks, 32, warps, 2) for h in ((32, 16) if ranks <= 32 else (16,))]
-    heights = (16, 32) if rows <= 256 or (ranks > 64 and device.amd) else (64, 32)
+    heights = (16, 32) if rows <= 256 else (64, 32) if ranks <= 64 or itemsize == 2 else (32, 16)
+    depth = 128 // itemsize
+    if ranks > 64:
+        heights, depth = ((32,), 16) if device.amd else (heights, 32)
     return [Config(h, ranks, depth, warps, _stages(depth * (h + ranks) * itemsize, device)) for h in heights]
 
 
@@ -77,10 +80,12 @@ def stream_configs(columns: int, itemsize: int, ranks: int, device: Device, alig
     """For sums over M of a large matrix times ``ranks`` columns: blocks of ``depth`` rows of it are streamed."""
     if not aligned:
         return [Config(ranks, 32, 16, 4, 2)]
-    if columns <= 128 or ranks > 32:
-        tiles = [(min(128, max(64, power_class(columns))), 16, 4), (64, 32, 4), (64, 64, 4)]
-    else:
+    if itemsize == 4:
+        tiles = [(128, 16, 8), (64, 16, 4)] if ranks <= 32 and columns > 64 else [(64, 16, 8), (32, 16, 4)]
+    elif columns > 128 and ranks <= 32:
         tiles = [(256, 32, 8), (128, 32, 4), (256, 64, 8)]
+    else:
+        tiles = [(min(128, max(64, power_class(columns))), 16, 4 if ranks <= 64 else 8), (64, 16, 4), (64, 32, 4)]
     return [
         Config(ranks, width, depth, warps, _stages(depth * (width + ranks) * itemsize, device))
         for width, depth, warps in tiles

@@ -1,4 +1,4 @@
-"""The provider: which calls it serves, and its four functions on the kernels of this package.
+"""The provider: which calls it serves, and its five functions on the kernels of this package.
 
 Triton is imported by the first call, not by this module: asking why the provider is unavailable costs nothing.
 """
@@ -72,17 +72,27 @@ class TritonProvider(Provider):
 
         return grad_up(dy, s, left, gain, y, needs_total)
 
-    def grad_down(
-        self, bases: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor, right: Tensor, x: Tensor,
-        dropout: Dropout, kept: Tensor | None, needs_x: bool,
-    ) -> tuple[Tensor | None, Tensor]:  # fmt: skip
-        """One kernel for ``dx``; for ``dright`` one, and one that adds up its parts."""
+    def grad_x(
+        self,
+        bases: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        ds: Tensor,
+        right: Tensor,
+        dropout: Dropout,
+        kept: Tensor | None,
+    ) -> Tensor:
+        """One kernel."""
         from lorafx.kernels.triton.dropout import plan
-        from lorafx.kernels.triton.grad_down import grad_right, grad_x
+        from lorafx.kernels.triton.grad_down import grad_x
 
-        columns = plan(dropout)
-        dx = grad_x(bases, weights, ds, right, columns, kept) if needs_x else None
-        return dx, grad_right(ds, x, columns, kept, right.dtype)
+        return grad_x(bases, weights, ds, right, plan(dropout), kept)
+
+    def grad_right(self, x: Tensor, ds: Tensor, dropout: Dropout, kept: Tensor | None) -> Tensor:
+        """One kernel, and one that adds up its parts; in float32."""
+        from lorafx.kernels.triton.dropout import plan
+        from lorafx.kernels.triton.grad_down import grad_right
+
+        return grad_right(ds, x, plan(dropout), kept, torch.float32)
 
 
 def _interpreted() -> bool:
