@@ -87,8 +87,8 @@ def lower(gm: CapturedModule, backend: str = "auto") -> None:
     """
     if backend not in BACKENDS:
         raise LoweringError(f"there is no backend {backend!r}{did_you_mean(backend, BACKENDS)}; choose one of {BACKENDS}")
+    stage(gm)  # refuses what is no graph of lorafx's
     if backend in PROVIDERS:
-        stage(gm)
         for decision in decide(gm, gm.graph, backend):
             if reason := decision.declined.get(backend):
                 layers = [layer for m in decision.members for layer in notes(m.node).get("layers", ())]

@@ -162,6 +162,16 @@ CASES = {
         lambda: verify(adapted(), Stage.MERGED),
         ("node %linear calls lorafx.linear.default, which no merged graph may hold",),
     ),
+    "unknown backend": Case(
+        errors.LoweringError,
+        lambda: lorafx.lower(adapted(), "tritn"),
+        ("there is no backend 'tritn'", "did you mean 'triton'", "choose one of ('auto', 'reference', "),
+    ),
+    "a backend for another machine": Case(
+        errors.LoweringError,
+        lambda: lorafx.lower(adapted(), "triton"),
+        ("backend 'triton' cannot serve '0'", "Choose 'auto'"),
+    ),
     "diverged training": Case(
         errors.MergeError, not_a_number, ("site '0': lora_B holds NaN or Inf", "lower the learning rate")
     ),

@@ -22,11 +22,13 @@ CASES = {
     "bf16": ((16, 16, 16), torch.bfloat16, 0.1, True),
     "bf16, odd": ((17, 17, 17), torch.bfloat16, 0.1, False),
     "fp16, no dropout": ((64,), torch.float16, 0.0, True),
+    "fp32": ((64,), torch.float32, 0.1, True),
 }
+#: float32 where it takes the most registers, as three products of TF32.
+COMPILED = [(part, case) for part in PARTS for case in CASES if case != "fp32" or part in ("sm_80", "sm_90")]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize(("part", "case"), COMPILED)
 def test_machine_code(part: str, case: str) -> None:
     ranks, dtype, p, aligned = CASES[case]
     off, to = (0 if aligned else 1), PARTS[part]
@@ -36,7 +38,9 @@ def test_machine_code(part: str, case: str) -> None:
     assert {"down", "up", "grad_up", "dx", "dright", "row_gain", "reduce"} == {b.launch.name for b in found}
     for binary in found:
         assert not binary.faults, f"{binary.launch.name}: {binary.faults}"
-        if aligned and not to.amd and binary.launch.name != "reduce":
+        arguments = dict(zip(binary.launch.kernel.arg_names, binary.launch.args, strict=True))
+        streams = binary.launch.name != "reduce" and not arguments.get("BASE_GIVEN")  # has a product of large operands
+        if aligned and streams and not to.amd:
             assert binary.asynchronous, f"{binary.launch.name} has no asynchronous copies"
 
 

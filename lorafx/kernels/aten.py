@@ -34,8 +34,7 @@ class Aten(Provider):
     def random(self, x: Tensor, dropout: Dropout) -> Tensor:
         """The masks' random numbers themselves, one set an adapter that drops: int64 ``[adapters, M, k / 4]``."""
         count = sum(p > 0.0 for p in dropout.p)
-        numbers = torch.empty(count, x.shape[0], (x.shape[1] + 3) // 4, dtype=torch.int64, device=x.device)
-        return numbers.random_(_LOWEST, None)  # type: ignore[arg-type]
+        return torch.randint(_LOWEST, -_LOWEST - 1, (count, x.shape[0], (x.shape[1] + 3) // 4), device=x.device)
 
     def down(self, x: Tensor, right: Tensor, dropout: Dropout, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if seed is None:

@@ -2,30 +2,37 @@
 
     ||w + s b A||^2  =  ||w||^2  +  2 s b.(A w)  +  s^2 b (A A^T) b^T          for each row w of W and b of B
 
-The first term is the base's alone, and kept with the base; the norm is kept with A. What is kept is held
-weakly and checked at each use: the base by its version counter, its memory and some 64 of its values, A and B
-by all of their values, which takes r (in + out) comparisons where the norm takes r in out products. (A base is
-frozen. Only a write through ``.data`` that misses all 64 would go unseen.)
+The first term is the base's alone, and kept for the memory it was computed from; the norm is kept for that of A. What
+is kept is held weakly and checked at each use: the base by its version counter, its memory and some 64 of its values,
+A and B by all of their values, which takes r (in + out) comparisons where the norm takes r in out products. (A base is
+frozen. Only a write that no version counter sees, as through ``.data``, and that misses all 64 would go unseen.)
 
-Comparing values waits for the device, so the norm is kept on the CPU only, and the base's term elsewhere too.
-Nothing is kept of tensors that are no plain parameters, nor while anything records what is computed.
+It is one operator, so that whatever traces a graph records a call, not what was kept, and compiled code keeps norms as
+eager code does. What is kept goes by memory, since compiled code has tensor objects of its own over it.
+
+Comparing values waits for the device, so elsewhere than on the CPU only the base's term is kept, and that of parameters
+only: the version counter then has to see every write, which a compiler's temporary buffers do not tell it of.
 """
 
 from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lorafx.variants.base import full_precision
 
-#: How a tensor lies in the memory of a parameter: offset, shape and strides.
-View = tuple[Any, tuple[int, ...], tuple[int, ...]]
+#: How a tensor lies in its storage: offset, shape, strides and dtype.
+View = tuple[Any, tuple[int, ...], tuple[int, ...], torch.dtype]
+
+#: How many elements of a base are converted at once, on the CPU: few enough to stay in its caches.
+_PART = 2**19
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,7 @@ class _Squares:
 
     version: int
     memory: int
-    sample: Tensor
+    sample: Tensor | None
     values: Tensor
 
 
@@ -49,28 +56,21 @@ class _Norm:
     values: Tensor
 
 
-_SQUARES: MutableMapping[Tensor, dict[View, _Squares]] = WeakTensorKeyDictionary()
-_NORMS: MutableMapping[Tensor, _Norm] = WeakTensorKeyDictionary()
+#: By storage. A storage's Python object lives as long as the storage, so that a new one at its address is another key.
+_SQUARES: MutableMapping[torch.UntypedStorage, dict[View, _Squares]] = WeakIdKeyDictionary()
+_NORMS: MutableMapping[torch.UntypedStorage, dict[View, _Norm]] = WeakIdKeyDictionary()
 
 
 def row_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """The norm ``[..., out]`` of each row of ``weight [..., out, in] + scaling b [..., out, r] a [..., r, in]``.
 
-    In float32 or better, and without gradient. The base's term is summed in float64, so that it is the same in
-    whatever order it is summed: where B is zero, the norm is the same bit for bit on any layout.
+    In float32 or better, and without gradient (arXiv 2402.09353, section 4.3). The base's term is summed in float64, so
+    that it is the same in whatever order it is summed: where B is zero, the norm is the same bit for bit on any layout.
     """
-    base = weight if weight._base is None else weight._base
-    with torch.inference_mode(False), torch.no_grad(), full_precision(weight):
-        if not _may_keep(base) or is_in_torch_dispatch_mode():
-            return compute_norm(compute_squares(weight), weight, a, b, scaling)
-        squares = _squares(base, weight)
-        if base.device.type != "cpu" or not (_may_keep(a) and _may_keep(b)):
-            return compute_norm(squares, weight, a, b, scaling)
-        known = _NORMS.get(a)
-        if known is None or not _is_current(known, squares, scaling, a, b):
-            norm = compute_norm(squares, weight, a, b, scaling)
-            known = _NORMS[a] = _Norm(squares, scaling, a.detach().clone(), b.detach().clone(), norm)
-        return known.values
+    if any(is_traceable_wrapper_subclass(t) for t in (weight, a, b)):  # these know torch's operators, and not ours
+        return _compute(weight, a, b, scaling)
+    norm: Tensor = torch.ops.lorafx.row_norm.default(weight, a, b, scaling)
+    return norm
 
 
 def compute_squares(weight: Tensor) -> Tensor:
@@ -81,44 +81,122 @@ def compute_squares(weight: Tensor) -> Tensor:
 
 def compute_norm(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """The formula above, with the base's term given."""
-    dtype = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+    dtype = _result_dtype(weight, a)
     right, left = a.to(dtype), (b * scaling).to(dtype)
-    mixed = ((weight.to(dtype) @ right.mT) * left).sum(-1)
-    quadratic = ((left @ (right @ right.mT)) * left).sum(-1)
-    return (squares + 2 * mixed + quadratic).clamp_min(0).sqrt().to(dtype)
+    terms = 2 * _product(weight, right) + left @ (right @ right.mT)
+    return (squares + (terms * left).sum(-1)).clamp_min(0).sqrt().to(dtype)
 
 
-def _squares(base: Tensor, weight: Tensor) -> Tensor:
-    """The base's term for ``weight``, a view of ``base`` (or it itself)."""
-    views = _SQUARES.setdefault(base, {})
-    view: View = (weight.storage_offset(), tuple(weight.shape), weight.stride())
+def _product(weight: Tensor, right: Tensor) -> Tensor:
+    """``weight right^T`` in the dtype of ``right``."""
+    if weight.dtype == right.dtype or not weight.is_cpu:
+        return weight.to(right.dtype) @ right.mT
+    rows = max(1, _PART * weight.shape[-2] // max(1, weight.numel()))
+    return torch.cat([part.to(right.dtype) @ right.mT for part in weight.split(rows, -2)], -2)
+
+
+def _compute(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    with full_precision(weight):
+        weight, a, b = weight.detach(), a.detach(), b.detach()
+        return compute_norm(compute_squares(weight), weight, a, b, scaling)
+
+
+def _result_dtype(weight: Tensor, a: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+
+
+# What is kept
+
+
+def _kept_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """The operator, for tensors with values. What it returns is the caller's: compiled code writes to its buffers."""
+    if not _may_keep(weight):
+        return _compute(weight, a, b, scaling)
+    weight, a, b = weight.detach(), a.detach(), b.detach()
+    squares = _kept_squares(weight)
+    if not weight.is_cpu:
+        with full_precision(weight):
+            return compute_norm(squares, weight, a, b, scaling)
+    views, view = _views(_NORMS, a), _view(a)
     known = views.get(view)
-    sample = _sample(base)
+    if known is None or not _is_current(known, squares, scaling, a, b):
+        with full_precision(weight):
+            norm = compute_norm(squares, weight, a, b, scaling)
+        known = views[view] = _Norm(squares, scaling, a.clone(), b.clone(), norm)
+    return known.values.clone()
+
+
+def _kept_squares(weight: Tensor) -> Tensor:
+    views, view = _views(_SQUARES, weight), _view(weight)
+    known = views.get(view)
+    sample = weight.take(_places(weight.numel())) if weight.is_cpu else None
     if (
         known is None
-        or (known.version, known.memory) != (base._version, base.data_ptr())
-        or not torch.equal(sample, known.sample)
+        or (known.version, known.memory) != (weight._version, weight.data_ptr())
+        or not (sample is None or known.sample is None or torch.equal(sample, known.sample))
     ):
-        known = views[view] = _Squares(base._version, base.data_ptr(), sample, compute_squares(weight))
+        with full_precision(weight):
+            squares = compute_squares(weight)
+        known = views[view] = _Squares(weight._version, weight.data_ptr(), sample, squares)
     return known.values
 
 
+def _may_keep(weight: Tensor) -> bool:
+    """Whether a change of this base would be seen, and what is kept is no part of a recorded CUDA graph."""
+    if weight.is_inference():  # has no version counter
+        return False
+    if weight.is_cpu:
+        return True
+    base = weight if weight._base is None else weight._base
+    return isinstance(base, nn.Parameter) and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def _is_current(known: _Norm, squares: Tensor, scaling: float, a: Tensor, b: Tensor) -> bool:
-    same = known.squares is squares and known.scaling == scaling and _looks_like(known.a, a) and _looks_like(known.b, b)
+    same = known.squares is squares and known.scaling == scaling and known.b.dtype == b.dtype
     return same and torch.equal(known.a, a) and torch.equal(known.b, b)
 
 
-def _looks_like(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and one.device == other.device
+def _views(kept: MutableMapping[torch.UntypedStorage, dict[View, Any]], tensor: Tensor) -> dict[View, Any]:
+    """What is kept of a tensor's storage, by view."""
+    storage = tensor.untyped_storage()
+    found = kept.get(storage)
+    return kept.setdefault(storage, {}) if found is None else found
 
 
-def _sample(base: Tensor) -> Tensor:
-    if base.device.type != "cpu":
-        return torch.empty(0)
-    count = base.numel()
-    return base.detach().take(torch.arange(0, count, max(1, count // 64)))
+def _view(tensor: Tensor) -> View:
+    return tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
-def _may_keep(tensor: Tensor) -> bool:
-    """Whether this is a parameter with values, seen as itself: not fake, wrapped or being traced."""
-    return type(tensor) is nn.Parameter and not tensor.is_meta and not tensor.is_inference()
+@lru_cache(maxsize=256)
+def _places(count: int) -> Tensor:
+    """Where a matrix with so many elements is looked at: at an odd distance, so as not to stay in one column."""
+    return torch.arange(0, count, max(1, count // 64) | 1, device="cpu")
+
+
+# The operator
+
+
+def _fake_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    return weight.new_empty(weight.shape[:-1], dtype=_result_dtype(weight, a))
+
+
+def _batched_norm(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    """Under ``torch.func.vmap``: the batch is one more dimension of the stack."""
+    *tensors, scaling = arguments
+    stacks = [
+        t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+        for t, dim in zip(tensors, dims[:3], strict=True)
+    ]
+    return row_norm(stacks[0], stacks[1], stacks[2], scaling), 0
+
+
+_LIBRARY: Any = torch.library.Library("lorafx", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "row_norm(Tensor weight, Tensor a, Tensor b, float scaling) -> Tensor",
+    # A CUDA graph would take what is kept for its own, in memory that it uses again.
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
+)
+_LIBRARY.impl("row_norm", _kept_norm, "CompositeExplicitAutograd")
+_LIBRARY.impl("row_norm", torch.library.fallthrough_kernel, "Autograd")  # it takes no gradient
+torch.library.register_fake("lorafx::row_norm", _fake_norm, lib=_LIBRARY)
+torch.library.register_vmap("lorafx::row_norm", _batched_norm, lib=_LIBRARY)

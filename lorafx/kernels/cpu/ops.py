@@ -107,15 +107,17 @@ def _down_like(x: Tensor, right: Tensor, p: Sequence[float]) -> tuple[Tensor, Te
     return x.new_empty(x.shape[0], right.shape[0]), x.new_empty(count, x.shape[0], words, dtype=torch.int16)
 
 
-def _up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor) -> Tensor:
-    """``gain * (x W^T) + s left^T + b``."""
+def _up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None) -> Tensor:
+    """``gain * (x W^T) + s left^T + b``, the second product added to the first in its memory."""
     y = F.linear(x, weight, bias).reshape(-1, weight.shape[0])
+    if gain is None:
+        return y.addmm_(s, left.to(y.dtype).t().contiguous())
     wide = None if bias is None else _small(bias, torch.float32)
-    _expand(y, _rows(s), left.to(x.dtype).t(), gain=_small(gain, torch.float32), bias=wide)
+    _expand(y, _rows(s), left.to(y.dtype).t(), gain=_small(gain, torch.float32), bias=wide)
     return y
 
 
-def _up_fake(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor) -> Tensor:
+def _up_fake(x: Tensor, weight: Tensor, bias: Any, s: Tensor, left: Tensor, gain: Any) -> Tensor:
     return x.new_empty(math.prod(x.shape[:-1]), weight.shape[0])
 
 
@@ -155,17 +157,19 @@ def _grad_x(
     right: Tensor,
     ranks: Sequence[int],
     p: Sequence[float],
-    bits: Tensor,
+    bits: Tensor | None,
 ) -> Tensor:
     """``sum_i base_i W_i + D(ds right)``, through the masks that :func:`_down` gave."""
     dx, right = sum_of_products(bases, weights), _small(right, ds.dtype)
+    if bits is None:
+        return dx.addmm_(ds, right)
     for mine, mask, chance in _adapters(ranks, p, bits):
         _expand(dx, ds[:, mine], right[mine], mask, chance)
     return dx
 
 
 def _grad_x_fake(
-    bases: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor, right: Tensor, ranks: Any, p: Any, bits: Tensor
+    bases: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor, right: Tensor, ranks: Any, p: Any, bits: Any
 ) -> Tensor:
     return ds.new_empty(ds.shape[0], right.shape[1])
 
@@ -223,7 +227,7 @@ cpu_down = _define(
 )  # fmt: skip
 cpu_up = _define(
     "cpu_up",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor left, Tensor gain) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor left, Tensor? gain) -> Tensor",
     _up, _up_fake,
 )  # fmt: skip
 cpu_grad_up = _define(
@@ -234,7 +238,7 @@ cpu_grad_up = _define(
 )  # fmt: skip
 cpu_grad_x = _define(
     "cpu_grad_x",
-    "(Tensor[] bases, Tensor[] weights, Tensor ds, Tensor right, int[] ranks, float[] p, Tensor bits) -> Tensor",
+    "(Tensor[] bases, Tensor[] weights, Tensor ds, Tensor right, int[] ranks, float[] p, Tensor? bits) -> Tensor",
     _grad_x, _grad_x_fake,
 )  # fmt: skip
 cpu_grad_right = _define(

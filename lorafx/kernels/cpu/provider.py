@@ -43,8 +43,6 @@ class Cpu(Aten):
     def up(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None
     ) -> Tensor:
-        if gain is None:
-            return super().up(x, weight, bias, s, left, None)
         y: Tensor = ops.cpu_up(x, weight, bias, s, left, gain)
         return y
 
@@ -67,8 +65,6 @@ class Cpu(Aten):
         dropout: Dropout,
         kept: Tensor | None,
     ) -> Tensor:
-        if kept is None:
-            return super().grad_x(bases, weights, ds, right, dropout, None)
         dx: Tensor = ops.cpu_grad_x(bases, weights, ds, right, dropout.ranks, dropout.p, kept)
         return dx
 
