@@ -306,7 +306,8 @@ def main() -> None:
         for mode in given.mode if not given.no_time else ():
             row[mode] = measure(case, ways, given.rounds, mode)
             shown = "  ".join(
-                f"{w}: {v['ratio']:.3f} [{v['low']:.3f}, {v['high']:.3f}] {v['ms']:.0f} ms" for w, v in row[mode].items()
+                f"{w}: {v['ratio']:.3f} [{v['low']:.3f}, {v['high']:.3f}] {v['ms']:.0f} ms"
+                for w, v in row[mode].items()
             )
             print(f"{case} {mode}  {shown}", flush=True)
         if given.memory:

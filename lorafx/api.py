@@ -13,8 +13,8 @@ from lorafx.graph import CapturedModule, get_path
 from lorafx.ir import Stage, format_graph, stage
 from lorafx.passes.capture import capture
 from lorafx.passes.example import ExampleInputs
-from lorafx.passes.lower import lower
 from lorafx.passes.insert import Insert, trained_base
+from lorafx.passes.lower import lower
 from lorafx.passes.match import match, warn_of_frozen_heads
 from lorafx.passes.plan import Plan, make_plan
 from lorafx.spec import SpecLike, as_specs

@@ -38,8 +38,8 @@ _ADAPTERS = "Tensor[] tensors, str[] variants, float[] scaling, float[] dropout,
 ADAPTER_ARGUMENTS = 6
 
 
-def define_op(name: str, schema: str, reference: Callable[..., Tensor]) -> OpOverload:
-    """Register ``lorafx::name`` with ``schema`` (``(Tensor x, ...) -> Tensor``) and its reference."""
+def define_op(name: str, schema: str, reference: Callable[..., Tensor | list[Tensor]]) -> OpOverload:
+    """Register ``lorafx::name`` with ``schema`` (``(Tensor x, ...) -> Tensor``, or several) and its reference."""
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
     overload: OpOverload = getattr(torch.ops.lorafx, name).default

@@ -65,10 +65,14 @@ def _written_out_gelu(node: Node) -> Node | None:
                                 isinstance(h, Node)
                                 and h is same is base
                                 and _close(numbers, (0.5, 1.0, math.sqrt(2 / math.pi), 0.044715, 3.0))
-                                and all(len(n.users) == 1 for n in (half, rest, tanh, inner, total, cubic, power))  # type: ignore[union-attr]
+                                and _read_once(half, rest, tanh, inner, total, cubic, power)
                             ):
                                 return h
     return None
+
+
+def _read_once(*nodes: object) -> bool:
+    return all(isinstance(node, Node) and len(node.users) == 1 for node in nodes)
 
 
 def _orders(node: object, target: object) -> Iterator[tuple[object, object]]:
@@ -88,7 +92,9 @@ def _exponent(node: object) -> object:
 
 
 def _close(found: tuple[object, ...], wanted: tuple[float, ...]) -> bool:
-    return all(isinstance(a, (int, float)) and math.isclose(a, b, rel_tol=1e-6) for a, b in zip(found, wanted, strict=True))
+    return all(
+        isinstance(a, (int, float)) and math.isclose(a, b, rel_tol=1e-6) for a, b in zip(found, wanted, strict=True)
+    )
 
 
 def _alike(a: Node, b: Node) -> bool:

@@ -81,4 +81,3 @@ def _row(
     else:
         reason = f"an operand of %{node.name} is computed from the inputs"
     return ExplanationRow(site.name, site.kind, REFERENCE, 1, (("all", reason),))
-

@@ -10,8 +10,9 @@ joins those that have some, since the gradient of ``x`` is a sum over all of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
@@ -26,8 +27,8 @@ from lorafx.variants import VARIANTS
 #: The kinds that are a product with a matrix.
 KINDS = ("linear", "addmm")
 
-_TWINS = {ADAPTED[kind]: kind for kind in KINDS}
-_LAYERS = {LAYERS[kind].target: kind for kind in KINDS}
+_TWINS: Mapping[Any, str] = {ADAPTED[kind]: kind for kind in KINDS}
+_LAYERS: Mapping[Any, str] = {LAYERS[kind].target: kind for kind in KINDS}
 
 
 @dataclass(frozen=True)
@@ -36,25 +37,23 @@ class Member:
 
     node: Node
     kind: str
-    arguments: tuple[object, ...]
-    adapters: tuple[object, ...] | None
+    arguments: tuple[Any, ...]
+    adapters: tuple[Any, ...] | None
 
     @property
     def x(self) -> Node:
         """What it reads."""
-        x = self.arguments[LAYERS[self.kind].x]
-        assert isinstance(x, Node)
+        x: Node = self.arguments[LAYERS[self.kind].x]
         return x
 
     @property
     def weight(self) -> Node:
         """The weight as stored, perhaps through casts."""
-        weight = self.arguments[LAYERS[self.kind].weight]
-        assert isinstance(weight, Node)
+        weight: Node = self.arguments[LAYERS[self.kind].weight]
         return weight
 
     @property
-    def bias(self) -> object:
+    def bias(self) -> Any:
         """A node or None."""
         place = LAYERS[self.kind].bias
         return None if place is None else self.arguments[place]
@@ -84,7 +83,8 @@ def _member(node: Node) -> Member | None:
     if node.op != "call_function":
         return None
     if (kind := _TWINS.get(node.target)) is not None:
-        own, adapters = node.args[:-ADAPTER_ARGUMENTS], node.args[-ADAPTER_ARGUMENTS:]
+        own: tuple[Any, ...] = node.args[:-ADAPTER_ARGUMENTS]
+        adapters: tuple[Any, ...] = node.args[-ADAPTER_ARGUMENTS:]
         by_row = adapters[-1] is not None
         if by_row or (any(VARIANTS[v].scales_rows for v in adapters[1]) and _is_written(node)):
             return None
@@ -116,7 +116,8 @@ def fixed_inputs(node: Node) -> Iterator[Node]:
 def _is_written(node: Node) -> bool:
     """Whether something writes into a result, which the gradient of a gain reads again."""
     return any(
-        (_writes(user) and user.args[0] is node) or (user.target in ALIASES and _is_written(user)) for user in node.users
+        (_writes(user) and user.args[0] is node) or (user.target in ALIASES and _is_written(user))
+        for user in node.users
     )
 
 

@@ -86,7 +86,9 @@ def lower(gm: CapturedModule, backend: str = "auto") -> None:
             linear layers. Nothing is changed.
     """
     if backend not in BACKENDS:
-        raise LoweringError(f"there is no backend {backend!r}{did_you_mean(backend, BACKENDS)}; choose one of {BACKENDS}")
+        raise LoweringError(
+            f"there is no backend {backend!r}{did_you_mean(backend, BACKENDS)}; choose one of {BACKENDS}"
+        )
     stage(gm)  # refuses what is no graph of lorafx's
     if backend in PROVIDERS:
         for decision in decide(gm, gm.graph, backend):
@@ -164,7 +166,7 @@ def _rewrite(graph: Graph, decision: Decision, kept: Kept) -> None:
         if first < node:  # another group may need it before
             first.prepend(node)
     adapters = [m.adapters for m in members if m.adapters is not None]
-    tensors, variants, scaling, dropout = ([v for a in adapters for v in a[i]] for i in range(4))  # type: ignore[attr-defined]
+    tensors, variants, scaling, dropout = ([v for a in adapters for v in a[i]] for i in range(4))
     sources, recipe, activation = _input(members[0].x, decision.provider, kept)
     with graph.inserting_before(first):
         group = graph.call_function(
@@ -174,7 +176,7 @@ def _rewrite(graph: Graph, decision: Decision, kept: Kept) -> None:
                 [m.kind for m in members],
                 [m.weight for m in members],
                 [m.bias for m in members],
-                [0 if m.adapters is None else len(m.adapters[1]) for m in members],  # type: ignore[arg-type]
+                [0 if m.adapters is None else len(m.adapters[1]) for m in members],
                 [False if m.adapters is None else m.adapters[4] for m in members],
                 tensors,
                 variants,

@@ -142,4 +142,8 @@ def _write(sources: Mapping[Node, None], steps: Mapping[Node, None]) -> tuple[li
 
 def trained_nodes(gm: CapturedModule, graph: Graph) -> list[Node]:
     """The ``get_attr`` nodes of tensors that train."""
-    return [n for n in graph.find_nodes(op="get_attr") if getattr(get_path(gm, str(n.target)), "requires_grad", False) is True]
+    return [
+        n
+        for n in graph.find_nodes(op="get_attr")
+        if getattr(get_path(gm, str(n.target)), "requires_grad", False) is True
+    ]

@@ -14,12 +14,14 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 import lorafx
-from conftest import Zoo, leaves, randomize, same
+from conftest import Zoo, leaves, randomize
 from lorafx import LoraSpec
 from lorafx.graph import CapturedModule
 from lorafx.kernels.cpu.provider import Cpu
 from lorafx.kernels.recipe import Value, recompute, write_recipe
+from lorafx.passes import lower
 from lorafx.passes.recompute import Kept, trained_nodes
+from tolerances import assert_close
 from zoo import FAMILIES
 
 aten = torch.ops.aten
@@ -47,13 +49,13 @@ class Bytes:
         return sum(self.sizes.values())
 
 
-def kept_by(gm: nn.Module, call: Callable[[], Any]) -> tuple[int, Any]:
-    """The bytes kept for backward, and what the call gives."""
+def kept_by(gm: nn.Module, call: Callable[[], Any]) -> int:
+    """The bytes kept for backward."""
     tensors = [*gm.parameters(), *gm.buffers()]
     found = Bytes({t.untyped_storage().data_ptr() for t in tensors})
     with torch.autograd.graph.saved_tensors_hooks(found.pack, lambda tensor: tensor):
-        outputs = call()
-    return found.total, outputs
+        call()
+    return found.total
 
 
 @pytest.fixture
@@ -71,37 +73,46 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield sizes
 
 
-#: Of each family the parameter below its first layer: trained in both graphs, so that gradients pass through all.
+#: Rows of each family's inputs: batch times tokens.
+FAMILY_ROWS = {"bert": 22, "llama": 22, "gpt2": 22, "vit": 20}
+
+#: Of each family the parameter below its first layer, trained in all graphs so that gradients pass through everything;
+#: and how many inputs of layers are kept besides, since no operator keeps what they could be computed from: BERT's first
+#: one is behind a dropout, and the pooler's is a part of the last hidden state.
 FIRST = {
-    "bert": "bert.embeddings.word_embeddings.weight",
-    "llama": "model.embed_tokens.weight",
-    "gpt2": "transformer.wte.weight",
-    "vit": "vit.embeddings.cls_token",
+    "bert": ("bert.embeddings.word_embeddings.weight", 2),
+    "llama": ("model.embed_tokens.weight", 0),
+    "gpt2": ("transformer.wte.weight", 0),
+    "vit": ("vit.embeddings.cls_token", 0),
 }
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in FIRST])
 def test_only_what_is_low_rank_is_kept_besides(zoo: Zoo, name: str, dropout: float, drawn: list[int]) -> None:
-    """Beside what the frozen model keeps: the low-rank inputs, the masks, and the factors with their scaling."""
-    family = FAMILIES[name]
+    """Beside what the frozen model keeps: the low-rank inputs, the masks, and the factors with their scaling.
+
+    Without the model's own dropout, with which the attention keeps its output no longer; only adapters drop.
+    """
+    family, (first, inputs) = FAMILIES[name], FIRST[name]
     gm = zoo.adapted(family, LoraSpec(r=2, dropout=dropout))
     frozen, reference = lorafx.unadapted(gm), copy.deepcopy(gm)
-    for module in (gm, frozen, reference):
-        module.get_parameter(FIRST[name]).requires_grad_()
-        module.train()
-        for child in module.modules():
-            if isinstance(child, nn.Dropout):
-                child.eval()
+    lorafx.lower(reference, "reference")
     lorafx.lower(gm, "cpu")
     counts = {}
     for what, module in (("frozen", frozen), ("reference", reference), ("lowered", gm)):
-        torch.manual_seed(0)
-        counts[what], _ = kept_by(module, lambda module=module: module(**family.inputs()))  # type: ignore[misc]
-    factors = 4 * sum(site.r * site.out_features for site in lorafx.sites(gm))
+        module.get_parameter(first).requires_grad_()
+        module.eval()
+        for site in lorafx.sites(gm):
+            module.get_submodule(site.name).train()
+        module.recompile()
+        drawn.clear()
+        counts[what] = kept_by(module, lambda module=module: module(**family.inputs()))  # type: ignore[misc]
+    hidden = 4 * FAMILY_ROWS[name] * gm.get_parameter(first).shape[-1]
+    least = counts["frozen"] + sum(drawn) + 4 * sum(site.r * site.out_features for site in lorafx.sites(gm))
     assert sum(drawn) > 0
-    assert counts["lowered"] <= counts["frozen"] + sum(drawn) + factors
-    assert counts["reference"] > counts["frozen"] + sum(drawn) + factors, "the reference keeps more"
+    assert counts["lowered"] <= least + inputs * hidden
+    assert counts["reference"] > least + (inputs + 4) * hidden, "the reference keeps many more"
 
 
 class Norms(nn.Module):
@@ -149,25 +160,38 @@ def results(gm: CapturedModule, x: Tensor = X) -> list[Tensor | None]:
     return [y.detach(), given.grad, *(p.grad for p in gm.parameters())]
 
 
+@pytest.fixture
+def without_recipes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on every input is kept as it is."""
+    return lambda: monkeypatch.setattr(lower, "_input", lambda *_: ([], "", ""))
+
+
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_recomputed_inputs_are_the_same_bit_for_bit(
-    backend: str, variant: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recomputed_inputs_are_the_same(backend: str, variant: str, without_recipes: Callable[[], None]) -> None:
+    """Bit for bit, but where a provider differentiates an activation itself."""
     gm = norms(backend, variant)
-    assert sum(n.args[12] != "" for n in grouped_nodes(gm)) >= 4, "or there is nothing to compare"
+    assert sum(n.args[12] != "" for n in grouped_nodes(gm)) >= 6, "or there is nothing to compare"
+    exact = all(n.args[13] == "" for n in grouped_nodes(gm))
+    assert exact == (backend == "torch")
     found = results(gm)
-    monkeypatch.setattr(Kept, "recipe", lambda self, x: ([], ""))
+    without_recipes()
     kept = norms(backend, variant)
     assert all(n.args[12] == "" for n in grouped_nodes(kept))
-    assert same(found, results(kept))
+    for actual, expected in zip(found, results(kept), strict=True):
+        assert (actual is None) == (expected is None)
+        if actual is not None and expected is not None:
+            assert_close("model", actual, expected)
+            assert torch.equal(actual, expected) or not exact
 
 
-def test_less_is_kept_than_without_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    less, _ = kept_by(gm := norms("cpu"), lambda: gm(X))
-    monkeypatch.setattr(Kept, "recipe", lambda self, x: ([], ""))
-    more, _ = kept_by(gm := norms("cpu"), lambda: gm(X))
-    assert less < 0.8 * more
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_less_is_kept_than_without_recipes(backend: str, without_recipes: Callable[[], None]) -> None:
+    x = X.repeat(40, 1)
+    less = kept_by(gm := norms(backend), lambda: gm(x))
+    without_recipes()
+    more = kept_by(gm := norms(backend), lambda: gm(x))
+    assert less < 0.75 * more
 
 
 # recipes
@@ -232,14 +256,13 @@ def test_random_and_stateful_operators_run_once(what: str) -> None:
         if backend == "torch":
             *_, last = grouped_nodes(gm)
             assert (last.args[12] != "" or last.args[13] != "") == again
-            names = [str(n.target) for n in gm.graph.nodes]
             for word in ("dropout", "rand", "batch_norm"):
                 assert word not in str(last.args[12])
-            assert len(names) > 0
         torch.manual_seed(1)
-        found.append([t.clone() for t in (*filter(lambda t: t is not None, results(gm.train())), *gm.buffers())])  # type: ignore[union-attr]
+        tensors = [t for t in (*results(gm.train()), *gm.buffers()) if t is not None and t.is_floating_point()]
+        found.append([t.clone() for t in tensors])
     for actual, expected in zip(*found, strict=True):
-        assert torch.allclose(actual.float(), expected.float(), atol=1e-6)
+        assert_close("model", actual, expected)
 
 
 def test_what_is_kept_is_known_from_the_graph() -> None:

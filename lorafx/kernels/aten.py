@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafx.kernels.base import Call, Dropout, GradUp, Provider
+from lorafx.kernels.base import Call, Dropout, GradUp, Provider, split
 
 #: Random numbers are 16 bits an element, so that p is exact to 2^-16; one int64 has those of four elements.
 _LEVELS = 1 << 16
@@ -42,7 +42,7 @@ class Aten(Provider):
         kept = _kept(seed, x, dropout)
         parts = [
             torch.mm(dropped, _turned(part, x.dtype))
-            for dropped, part in zip(_dropped(x, dropout, kept), right.split(dropout.ranks), strict=True)
+            for dropped, part in zip(_dropped(x, dropout, kept), split(right, dropout.ranks), strict=True)
         ]
         return torch.cat(parts, 1), kept
 
@@ -77,7 +77,7 @@ class Aten(Provider):
         dx, right = sum_of_products(bases, weights), right.to(ds.dtype)
         if kept is None:
             return dx.addmm_(ds, right)
-        columns, parts = ds.split(dropout.ranks, 1), right.split(dropout.ranks)
+        columns, parts = split(ds, dropout.ranks, 1), split(right, dropout.ranks)
         low = [torch.mm(c, p) for c, p in zip(columns, parts, strict=True)]
         for dropped in _dropped(low, dropout, kept):
             dx += dropped
@@ -86,7 +86,7 @@ class Aten(Provider):
     def grad_right(self, x: Tensor, ds: Tensor, dropout: Dropout, kept: Tensor | None) -> Tensor:
         if kept is None:
             return torch.mm(x.t(), ds).t()
-        columns, dropped = ds.split(dropout.ranks, 1), _dropped(x, dropout, kept)
+        columns, dropped = split(ds, dropout.ranks, 1), _dropped(x, dropout, kept)
         return torch.cat([torch.mm(d.t(), c).t() for d, c in zip(dropped, columns, strict=True)])
 
 

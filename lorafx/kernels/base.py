@@ -1,8 +1,8 @@
 """What a provider is: five functions that together are the forward and backward of adapted linear layers.
 
-Layers that read the same ``x [M, k]`` are one *group*. Of sibling ``i``, ``W_i [n_i, k]`` is frozen, and its
-adapters, one beside the other, are ``left_i [n_i, R_i]`` and ``R_i`` rows of ``right [R, k]`` (``R`` = sum of ``R_i``), in
-the order of the siblings. With ``D_j`` the dropout of adapter ``j`` (its own mask, kept elements over 1 - p):
+Layers that read the same ``x [M, k]`` are one *group*. Of sibling ``i``, ``W_i [n_i, k]`` is frozen, and its adapters,
+one beside the other, are ``left_i [n_i, R_i]`` and ``R_i`` rows of ``right [R, k]`` (``R`` is the sum of ``R_i``), in the
+order of the siblings. With ``D_j`` the dropout of adapter ``j`` (its own mask, kept elements over 1 - p):
 
     s   = D(x) right^T                                  down            [M, R]
     y_i = gain_i * (x W_i^T) + s_i left_i^T + b_i       up              [M, n_i]
@@ -11,8 +11,9 @@ the order of the siblings. With ``D_j`` the dropout of adapter ``j`` (its own ma
     dx   = sum_i (gain_i * dy_i) W_i + D(ds right)      grad_x          [M, k]
     dright = ds^T D(x)                                  grad_right      [R, k]
 
-The contraction through ``s`` keeps what is read and written at one pass over ``x``, ``y``, ``dy`` and ``dx`` each (RunLoRA,
-arXiv 2312.03415; LoRAFusion, arXiv 2510.00206, splits at ``s`` too). Sums are accumulated in float32 or better.
+The contraction through ``s`` keeps what is read and written at one pass over ``x``, ``y``, ``dy`` and ``dx`` each
+(RunLoRA, arXiv 2312.03415; LoRAFusion, arXiv 2510.00206, splits at ``s`` too). Sums are accumulated in float32 or
+better.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-
 
 #: Activations that a provider may differentiate in one pass: ``x`` from ``h``, or from ``g`` and ``u``.
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "gelu_mul", "gelu_tanh_mul", "silu_mul")
@@ -58,8 +58,8 @@ class Dropout:
 class GradUp:
     """What :meth:`Provider.grad_up` gives.
 
-    ``base [M, n]`` is ``gain * dy`` (``dy`` itself without gain), ``total [n]`` the sum of ``dy`` over M, and ``dot [n]``
-    that of ``dy * y``, both in float32 or better; from these the gradients of bias and gain follow.
+    ``base [M, n]`` is ``gain * dy`` (``dy`` itself without gain), ``total [n]`` the sum of ``dy`` over M, and
+    ``dot [n]`` that of ``dy * y``, both in float32 or better; from these the gradients of bias and gain follow.
     """
 
     ds: Tensor
@@ -70,8 +70,9 @@ class GradUp:
 
 
 class Provider(ABC):
-    """One way to compute the five functions. Unless said otherwise tensors are 2-D (vectors: 1-D), on one device, of one dtype.
+    """One way to compute the five functions.
 
+    Unless said otherwise tensors are 2-D (vectors: 1-D), on one device, of one dtype.
     ``left``, ``right``, ``gain`` and gradients of them may be wider than ``x`` (float32 adapters beside bfloat16
     activations): the small side is cast. ``s`` and ``ds`` are in whatever dtype the provider likes.
     """
@@ -138,3 +139,9 @@ class Provider(ABC):
     def grad_activation(self, name: str, sources: Sequence[Tensor], dx: Tensor) -> tuple[Tensor, list[Tensor]]:
         """``x`` again, and the gradients of what it was computed from; may write over ``dx [M, k]``."""
         raise NotImplementedError(name)
+
+
+def split(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
+    """Views of these sizes along a dimension."""
+    found: Sequence[Tensor] = torch.split_with_sizes(tensor, sizes, dim)
+    return found

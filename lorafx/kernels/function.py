@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorafx.kernels.base import Dropout, GradUp, Provider
+from lorafx.kernels.base import Dropout, GradUp, Provider, split
 from lorafx.kernels.recipe import recompute
 from lorafx.ops import LIBRARY
 
@@ -52,20 +52,21 @@ class Group:
     @property
     def operands(self) -> int:
         """How many operands there are."""
-        return self.places[-1].stop
+        return 3 * len(self.counts) + 2 * sum(self.counts)
 
 
 @cache
-def make_group(
-    provider: Provider, counts: tuple[int, ...], dropout: Dropout, recipe: str, activation: str
-) -> Group:
+def make_group(provider: Provider, counts: tuple[int, ...], dropout: Dropout, recipe: str, activation: str) -> Group:
     """The one group like this, so that what follows from it is computed once."""
     return Group(provider, counts, dropout, recipe, activation)
 
 
 @dataclass
 class Operands:
-    """The tensors of a group, or one thing for each: of the siblings ``W``, ``b``, ``gain``; of the adapters the factors."""
+    """The tensors of a group, or one thing for each of them.
+
+    Of the siblings ``W``, ``b`` and ``gain``; of the adapters their factors.
+    """
 
     weights: list[Any]
     biases: list[Any]
@@ -98,9 +99,10 @@ class LowRankLinear(torch.autograd.Function):
     """``y_i = gain_i * (x W_i^T) + s_i left_i^T + b_i``, with gradients for all that is handed over.
 
     Inputs after the group: ``x [..., k]``; how many and which tensors ``x`` can be computed from again; then the
-    operands, :class:`Operands` flattened. ``W_i`` is ``[n_i, k]``, ``b_i`` and ``gain_i`` are ``[n_i]`` or None, an adapter's
-    ``left`` is ``[n_i, r]`` and its ``right`` ``[r, k]``. Kept for backward are ``s``, and ``x`` or what it comes from. With
-    an activation that the provider differentiates itself, the gradient goes to the sources, and none to ``x``.
+    operands, :class:`Operands` flattened. ``W_i`` is ``[n_i, k]``, ``b_i`` and ``gain_i`` are ``[n_i]`` or None, an
+    adapter's ``left`` is ``[n_i, r]`` and its ``right`` ``[r, k]``. Kept for backward are ``s``, and ``x`` or what it
+    comes from. With an activation that the provider differentiates itself, the gradient goes to the sources, and
+    none to ``x``.
     """
 
     @staticmethod
@@ -127,7 +129,7 @@ class LowRankLinear(torch.autograd.Function):
         return tuple(aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1])) for y in outputs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         group: Group = ctx.group
         provider, dropout = group.provider, group.dropout
@@ -152,20 +154,22 @@ class LowRankLinear(torch.autograd.Function):
             left, needs_total = operands.left(mine), needs.biases[i] or y is not None
             up = ups[i] = provider.grad_up(dy, s[:, columns], left, operands.gains[i], y, needs_total)
             ds[:, columns] = up.ds
-            grads.lefts[mine] = _like(up.dleft.split(dropout.ranks[mine], 1), operands.lefts[mine])
+            grads.lefts[mine] = _like(split(up.dleft, dropout.ranks[mine], 1), operands.lefts[mine])
 
-        dx, dsources = None, [None] * ctx.sources
+        dx: Tensor | None = None
+        dsources: list[Tensor | None] = [None] * ctx.sources
         if ctx.needs_input_grad[1]:
             bases, weights = [up.base for up in ups.values()], [operands.weights[i] for i in ups]
             dx = provider.grad_x(bases, weights, ds, torch.cat(operands.rights), dropout, kept)
         if dx is not None and group.activation:
-            x, dsources = provider.grad_activation(group.activation, again, dx)
-            dx = None
+            x, found = provider.grad_activation(group.activation, again, dx)
+            dx, dsources = None, [*found]
         else:
             x = recompute(group.recipe, again) if group.recipe else again[0]
         x = x.reshape(-1, ctx.shape[-1])
 
-        grads.rights = _like(provider.grad_right(x, ds, dropout, kept).split(dropout.ranks), operands.rights)
+        dright = provider.grad_right(x, ds, dropout, kept)
+        grads.rights = _like(split(dright, dropout.ranks, 0), operands.rights)
         for i, up in ups.items():
             if needs.gains[i]:
                 left = operands.left(group.adapters[i])
@@ -184,11 +188,13 @@ def grad_gain(
 ) -> Tensor:
     """``sum_M dy * (x W^T)``, without that product where the output tells it: ``gain * x W^T = y - s left^T - b``."""
     assert up.dot is not None
+    assert up.total is not None
     low = (up.dleft * left).sum(1)
     rest = up.dot - low
     if bias is not None:
         rest = rest - bias * up.total
-    return exact_where_small(rest, gain, dy, x, weight).to(gain.dtype)
+    found: Tensor = exact_where_small(rest, gain, dy, x, weight)
+    return found.to(gain.dtype)
 
 
 def _exact_where_small(rest: Tensor, gain: Tensor, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -39,8 +39,7 @@ _PART = 2**19
 class _Squares:
     """The squares of a base's row norms, and what the base was then."""
 
-    version: int
-    memory: int
+    state: tuple[int, int]  # version and address
     sample: Tensor | None
     values: Tensor
 
@@ -112,8 +111,8 @@ def _kept_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """The operator, for tensors with values. What it returns is the caller's: compiled code writes to its buffers."""
     if not _may_keep(weight):
         return _compute(weight, a, b, scaling)
-    weight, a, b = weight.detach(), a.detach(), b.detach()
     squares = _kept_squares(weight)
+    weight, a, b = weight.detach(), a.detach(), b.detach()
     if not weight.is_cpu:
         with full_precision(weight):
             return compute_norm(squares, weight, a, b, scaling)
@@ -127,17 +126,19 @@ def _kept_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 def _kept_squares(weight: Tensor) -> Tensor:
+    state = weight._version, weight.data_ptr()  # not of a detached tensor: in inference mode its versions are its own
+    weight = weight.detach()
     views, view = _views(_SQUARES, weight), _view(weight)
     known = views.get(view)
     sample = weight.take(_places(weight.numel())) if weight.is_cpu else None
     if (
         known is None
-        or (known.version, known.memory) != (weight._version, weight.data_ptr())
+        or known.state != state
         or not (sample is None or known.sample is None or torch.equal(sample, known.sample))
     ):
         with full_precision(weight):
             squares = compute_squares(weight)
-        known = views[view] = _Squares(weight._version, weight.data_ptr(), sample, squares)
+        known = views[view] = _Squares(state, sample, squares)
     return known.values
 
 

@@ -56,9 +56,7 @@ def _small(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype).contiguous()
 
 
-def _narrow(
-    x: Tensor, right: Tensor, s: Tensor, bits: Tensor | None, p: float, adapter: int, seed: int
-) -> None:
+def _narrow(x: Tensor, right: Tensor, s: Tensor, bits: Tensor | None, p: float, adapter: int, seed: int) -> None:
     m, k = x.shape
     _call(
         "narrow", x.dtype, x, _int(x.stride(0)), _int(m), _int(k), right, _int(right.shape[0]), s, _int(s.stride(0)),
@@ -85,9 +83,7 @@ def _outer(x: Tensor, s: Tensor, g: Tensor, bits: Tensor | None, p: float) -> No
     )  # fmt: skip
 
 
-def _down(
-    x: Tensor, right: Tensor, ranks: Sequence[int], p: Sequence[float], seed: Tensor
-) -> tuple[Tensor, Tensor]:
+def _down(x: Tensor, right: Tensor, ranks: Sequence[int], p: Sequence[float], seed: Tensor) -> tuple[Tensor, Tensor]:
     """``D(x) right^T``, and one bit an element of what was kept: int16 ``[adapters that drop, M, k / 16]``."""
     x, right = _rows(x), _small(right, x.dtype)
     s, bits = _down_like(x, right, p)
@@ -186,9 +182,7 @@ def _grad_right_fake(x: Tensor, ds: Tensor, ranks: Any, p: Any, bits: Tensor) ->
     return x.new_empty(ds.shape[1], x.shape[1], dtype=torch.float32)
 
 
-def _adapters(
-    ranks: Sequence[int], p: Sequence[float], bits: Tensor
-) -> Iterator[tuple[slice, Tensor | None, float]]:
+def _adapters(ranks: Sequence[int], p: Sequence[float], bits: Tensor) -> Iterator[tuple[slice, Tensor | None, float]]:
     """The columns of each adapter in ``s``, its mask if it drops, and its p."""
     masks, ends = iter(bits.unbind()), accumulate(ranks, initial=0)
     for (a, b), chance in zip(pairwise(ends), p, strict=True):
@@ -200,7 +194,8 @@ def _grad_activation(name: str, sources: Sequence[Tensor], dx: Tensor) -> list[T
     h, *factors = (t.contiguous() for t in sources)
     dx = dx.contiguous()
     x, dh, du = torch.empty_like(h), torch.empty_like(h), [torch.empty_like(u) for u in factors]
-    _call(name.removesuffix("_mul"), h.dtype, h, *(factors or [None]), dx, x, dh, *(du or [None]), _int(h.numel()))
+    u, grad_u = (factors[0], du[0]) if factors else (None, None)
+    _call(name.removesuffix("_mul"), h.dtype, h, u, dx, x, dh, grad_u, _int(h.numel()))
     return [x, dh, *du]
 
 
@@ -209,9 +204,7 @@ def _grad_activation_fake(name: str, sources: Sequence[Tensor], dx: Tensor) -> l
     return [torch.empty_like(h), *(torch.empty_like(s.contiguous()) for s in sources)]
 
 
-def _define(
-    name: str, schema: str, kernel: Callable[..., tuple[Tensor, ...] | Tensor], fake: Callable[..., Any]
-) -> Callable[..., Any]:
+def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register an operator for CPUs. ``torch.library.custom_op`` would do, at ten times the cost of a call."""
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, kernel, "CPU")

@@ -12,7 +12,6 @@ from lorafx.kernels.aten import Aten
 from lorafx.kernels.base import ACTIVATIONS, Call, Dropout, GradUp, Provider
 from lorafx.kernels.cpu import build, ops
 
-
 #: Up to this rank one read of ``dy`` for two products is faster than a library product for each.
 _NARROW = 32
 
