@@ -219,7 +219,9 @@ def factors(provider: str, group: Group) -> list[Tensor]:
     """
     ones = torch.ones(*group.batch, group.k)
     probes = [
-        replace(s, out=group.k, bias=False, kind="linear", adapters=(replace(a, variant="lora", r=group.k, scaling=1.0),))
+        replace(
+            s, out=group.k, bias=False, kind="linear", adapters=(replace(a, variant="lora", r=group.k, scaling=1.0),)
+        )
         for s in group.siblings
         for a in s.adapters
     ]

@@ -71,7 +71,12 @@ LAGS = (*range(1, 65), 96, 127, 128, 129, 192, 256)
 
 def statistics(kept: Tensor, p: float) -> dict[str, float]:
     """Everything about one mask ``[rows, k]``, k over 256."""
-    found = {"share": share(kept, p), "rows": spread(kept, p, 1), "columns": spread(kept, p, 0), "pairs": pairs(kept, p)}
+    found = {
+        "share": share(kept, p),
+        "rows": spread(kept, p, 1),
+        "columns": spread(kept, p, 0),
+        "pairs": pairs(kept, p),
+    }
     for lag in LAGS:
         found[f"lag {lag} in a row"] = correlation(kept[:, lag:], kept[:, :-lag], p)
         found[f"lag {lag} of rows"] = correlation(kept[lag:], kept[:-lag], p)
@@ -90,7 +95,9 @@ def test_a_mask_is_independent_of_itself(name: str) -> None:
 
 
 def _tiled(rows: int, k: int) -> Callable[[Tensor], Tensor]:
-    return lambda kept: kept[:rows, :k].repeat(-(-len(kept) // rows), -(-kept.shape[1] // k))[: len(kept), : kept.shape[1]]
+    return lambda kept: kept[:rows, :k].repeat(-(-len(kept) // rows), -(-kept.shape[1] // k))[
+        : len(kept), : kept.shape[1]
+    ]
 
 
 def _even(kept: Tensor) -> Tensor:

@@ -35,7 +35,13 @@ def linear(out: int = WIDTH, bias: bool = True) -> nn.Linear:
 class SelfAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.q, self.k, self.v, self.o = nn.LayerNorm(WIDTH), linear(), linear(4), linear(bias=False), linear()
+        self.norm, self.q, self.k, self.v, self.o = (
+            nn.LayerNorm(WIDTH),
+            linear(),
+            linear(4),
+            linear(bias=False),
+            linear(),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)

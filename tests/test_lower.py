@@ -209,7 +209,11 @@ def test_a_provider_that_declines_is_passed_over(picky: None) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[], CapturedModule], str, str]] = {
-    "unknown": (applied, "tritn", r"^there is no backend 'tritn' \(did you mean 'triton'\?\); choose one of \('auto', "),
+    "unknown": (
+        applied,
+        "tritn",
+        r"^there is no backend 'tritn' \(did you mean 'triton'\?\); choose one of \('auto', ",
+    ),
     "no GPU": (applied, "triton", r"^backend 'triton' cannot serve 'layers\.0\.q': .*\. Choose 'auto'$"),
     "dtype": (
         lambda: applied("torch", dtype=torch.float64),
@@ -229,7 +233,12 @@ def test_what_cannot_be_done_is_refused_and_changes_nothing(case: str) -> None:
         lorafx.lower(gm, backend)
     assert (format_graph(gm), gm.code, lorafx.explain(gm), gm.meta["lowering"]) == before
     with pytest.raises(LoweringError, match=message):
-        lorafx.apply(Model().to(next(gm.parameters()).dtype), LoraSpec(r=2), (X.to(next(gm.parameters()).dtype),), backend=backend)
+        lorafx.apply(
+            Model().to(next(gm.parameters()).dtype),
+            LoraSpec(r=2),
+            (X.to(next(gm.parameters()).dtype),),
+            backend=backend,
+        )
 
 
 def test_only_graphs_of_ours_are_lowered() -> None:
@@ -277,7 +286,9 @@ def test_adapters_are_switched_merged_and_taken_away() -> None:
 
 
 def test_ranks_shrink() -> None:
-    gm, reference = (applied(b, variant="adalora", target_modules=["q", "k", "down"]).eval() for b in ("auto", "reference"))
+    gm, reference = (
+        applied(b, variant="adalora", target_modules=["q", "k", "down"]).eval() for b in ("auto", "reference")
+    )
     from lorafx.passes.resize import resize
 
     for module in (gm, reference):
@@ -397,7 +408,13 @@ def compiled_twice(gm: CapturedModule, backend: str) -> None:
 
 @pytest.mark.parametrize(
     ("backend", "variant", "checkpointed"),
-    [("reference", "lora", False), ("torch", "dora", True), ("torch", "lora", False), ("cpu", "lora", True), ("cpu", "dora", False)],
+    [
+        ("reference", "lora", False),
+        ("torch", "dora", True),
+        ("torch", "lora", False),
+        ("cpu", "lora", True),
+        ("cpu", "dora", False),
+    ],
 )
 def test_compiles_as_one_graph(backend: str, variant: str, checkpointed: bool) -> None:
     """In both modes, with dropout, at any size; the masks are those of the eager graph."""
@@ -478,7 +495,10 @@ def test_function_transforms(variant: str) -> None:
 
     def transformed(module: nn.Module) -> dict[str, Tensor]:
         per_row = torch.func.vmap(torch.func.grad(lambda v, x: loss(module, v, x[None])), in_dims=(None, 0))
-        return {**torch.func.grad(lambda v: loss(module, v, X))(parameters), **{f"{n} by row": g for n, g in per_row(parameters, X).items()}}
+        return {
+            **torch.func.grad(lambda v: loss(module, v, X))(parameters),
+            **{f"{n} by row": g for n, g in per_row(parameters, X).items()},
+        }
 
     assert_equal_results(transformed(gm), transformed(reference))
 
@@ -572,7 +592,9 @@ def test_a_cache_that_others_can_write_to_is_refused(unloaded: Path) -> None:
     folder = unloaded / "lorafx"
     folder.mkdir()
     folder.chmod(0o777)
-    with pytest.raises(build.BuildError, match=r"lorafx can be written to by other users, and would hold code that runs"):
+    with pytest.raises(
+        build.BuildError, match=r"lorafx can be written to by other users, and would hold code that runs"
+    ):
         build.load()
     assert list(folder.iterdir()) == []
 

@@ -28,7 +28,9 @@ GROUPS = {
     "everything trains": Group(24, (Sibling(17, trains=EVERYTHING), Sibling(9, (), trains=EVERYTHING)), (12,)),
     "input does not train": Group(24, (Sibling(17, (DORA,), trains=EVERYTHING), Sibling(16)), (12,), x_trains=False),
     "ranks and scales": Group(
-        48, (Sibling(32, (Adapter(r=1),)), Sibling(7, (Adapter(r=64, scaling=0.1),)), Sibling(40, (Adapter(r=17),))), (33,)
+        48,
+        (Sibling(32, (Adapter(r=1),)), Sibling(7, (Adapter(r=64, scaling=0.1),)), Sibling(40, (Adapter(r=17),))),
+        (33,),
     ),
     "siblings without adapters": Group(31, (Sibling(8, ()), Sibling(5), Sibling(16, (), bias=False)), (3, 11)),
     "variants": Group(
@@ -85,7 +87,9 @@ by_each = pytest.mark.parametrize(
 each = pytest.mark.parametrize("name", DTYPES)
 
 
-def expected_of(operands: Operands, name: str, dys: list[Tensor | None]) -> tuple[list[Tensor], dict[str, Tensor | None]]:
+def expected_of(
+    operands: Operands, name: str, dys: list[Tensor | None]
+) -> tuple[list[Tensor], dict[str, Tensor | None]]:
     """Outputs and gradients in float64, with the masks that the next call of the provider will draw."""
     drops = any(a.p and s.training for s in operands.group.siblings for a in s.adapters)
     exact = operands.double()
@@ -164,7 +168,9 @@ def test_float32_adapters_beside_half_activations(case: str, name: str, half: to
 
 @by_each
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("gains", [(0.0, 1e-30, -1e-12, 1e-4, 0.03, 0.0624, 0.0626, -0.1, 0.5, 1.0), (-1.0, 2.0, 500.0)])
+@pytest.mark.parametrize(
+    "gains", [(0.0, 1e-30, -1e-12, 1e-4, 0.03, 0.0624, 0.0626, -0.1, 0.5, 1.0), (-1.0, 2.0, 500.0)]
+)
 def test_lengths_near_zero_and_far_from_the_rows(
     gains: tuple[float, ...], bias: bool, name: str, dtype: torch.dtype
 ) -> None:
