@@ -69,10 +69,10 @@ def skinny_configs(rows: int, itemsize: int, ranks: int, device: Device, aligned
     warps = 4 if ranks <= 64 else 8
     if not aligned:
         return [Config(h, ranks, 32, warps, 2) for h in ((32, 16) if ranks <= 32 else (16,))]
-    heights = (16, 32) if rows <= 256 else (64, 32) if ranks <= 64 or itemsize == 2 else (32, 16)
-    depth = 128 // itemsize
-    if ranks > 64:
-        heights, depth = ((32,), 16) if device.amd else (heights, 32)
+    depth = 128 // itemsize if ranks <= 64 else 16 if device.amd else 32
+    heights = [16, 32] if rows <= 256 else [64, 32] if ranks <= 64 or itemsize == 2 else [32, 16]
+    if ranks > 64 and device.amd:
+        heights = [32]
     return [Config(h, ranks, depth, warps, _stages(depth * (h + ranks) * itemsize, device)) for h in heights]
 
 
