@@ -201,7 +201,7 @@ def test_outputs_and_gradients(case: Case) -> None:
     assert run.dright.dtype == F32
 
 
-@pytest.mark.parametrize("case", [CASES[3], CASES[9]], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [CASES[2], CASES[9]], ids=lambda case: case.id)
 def test_the_same_inputs_give_the_same_bits(case: Case) -> None:
     once, again = make(case).run(), make(case).run()
     assert all(torch.equal(a, b) for a, b in zip(once.outputs, again.outputs, strict=True))
@@ -421,7 +421,7 @@ def _count(counts: dict[str, int], what: str, ptrs: Any, mask: Any) -> None:
     "case",
     [
         Case(150, 140, (130, 70), (8, 17), (0.1, 0.0), F16, gain=True),
-        Case(300, 290, (70,), (70,), (0.0,), F32, bias=False),
+        Case(140, 150, (70,), (70,), (0.0,), F32, bias=False),
         Case(40, 48, (48,) * 4, (60,) * 4, (0.1,) * 4, BF16),
     ],
     ids=lambda case: case.id,
@@ -432,7 +432,7 @@ def test_model_of_traffic(case: Case) -> None:
         run.run()
         row_gain(run.weights[0], run.right, torch.zeros(case.widths[0], sum(case.ranks)),
                  compute_squares(run.weights[0]), torch.ones(case.widths[0]))  # fmt: skip
-    assert {launch.name for launch, _ in launches} >= {"down", "up", "grad_up", "dx", "dright", "row_gain"}
+    assert {launch.name for launch, _ in launches} == {"down", "up", "grad_up", "dx", "dright", "row_gain", "reduce"}
     for launch, counts in launches:
         model = traffic(launch)
         for seen, expected in ((counts["load"], model.loaded), (counts["store"], model.stored)):
