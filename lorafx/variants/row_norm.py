@@ -31,7 +31,7 @@ from lorafx.variants.base import full_precision
 #: How a tensor lies in its storage: offset, shape, strides and dtype.
 View = tuple[Any, tuple[int, ...], tuple[int, ...], torch.dtype]
 
-#: How many elements of a base are converted at once, on the CPU: few enough to stay in its caches.
+#: About how many elements of a base are converted at once, on the CPU: few enough to stay in its caches.
 _PART = 2**19
 
 
@@ -90,8 +90,8 @@ def _product(weight: Tensor, right: Tensor) -> Tensor:
     """``weight right^T`` in the dtype of ``right``."""
     if weight.dtype == right.dtype or not weight.is_cpu:
         return weight.to(right.dtype) @ right.mT
-    rows = max(1, _PART * weight.shape[-2] // max(1, weight.numel()))
-    return torch.cat([part.to(right.dtype) @ right.mT for part in weight.split(rows, -2)], -2)
+    parts = weight.chunk(max(1, weight.numel() // _PART), -2)
+    return torch.cat([part.to(right.dtype) @ right.mT for part in parts], -2)
 
 
 def _compute(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
