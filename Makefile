@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 WORKERS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?= --quick
 
 BIN := $(CURDIR)/.venv/bin
 DEPS := .venv/.deps-installed
@@ -16,7 +17,7 @@ unexport PYTHONPATH PYTHONHOME
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check format dev install clean
+.PHONY: help demo test bench check format dev install clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +33,9 @@ test: check install ## everything CI runs: check, then the tests against the bui
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 	$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests \
 		-n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+bench: install ## what adapters cost beside the frozen model and PEFT (about 3 minutes; BENCH_ARGS= for all: about an hour)
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/tax.py $(BENCH_ARGS)
 
 check: $(DEPS) ## lint, formatting, types, import directions
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """What a provider is: five functions that together are the forward and backward of adapted linear layers.
 
 Layers that read the same ``x [M, k]`` are one *group*. Of sibling ``i``, ``W_i [n_i, k]`` is frozen, and its adapters,
-one beside the other, are ``left_i [n_i, R_i]`` and ``R_i`` rows of ``right [R, k]`` (``R`` is the sum of ``R_i``), in the
-order of the siblings. With ``D_j`` the dropout of adapter ``j`` (its own mask, kept elements over 1 - p):
+one beside the other, are ``left_i [n_i, R_i]`` and ``R_i`` rows of ``right [R, k]`` (``R`` is the sum of ``R_i``), in
+the order of the siblings. With ``D_j`` the dropout of adapter ``j`` (its own mask, kept elements over 1 - p):
 
     s   = D(x) right^T                                  down            [M, R]
     y_i = gain_i * (x W_i^T) + s_i left_i^T + b_i       up              [M, n_i]

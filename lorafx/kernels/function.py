@@ -111,13 +111,15 @@ class LowRankLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         seed = group.provider.random(rows, group.dropout) if group.dropout.drops else None
         s, kept = group.provider.down(rows, torch.cat(operands.rights), group.dropout, seed)
-        outputs = []
+        rows_of_y = []
         for i, (mine, columns) in enumerate(zip(group.adapters, group.columns, strict=True)):
             weight, bias, gain = operands.weights[i], operands.biases[i], operands.gains[i]
             if group.counts[i] == 0:
-                outputs.append(F.linear(x, weight, bias))
+                rows_of_y.append(F.linear(x, weight, bias))
             else:
-                outputs.append(group.provider.up(x, weight, bias, s[:, columns], operands.left(mine), gain))
+                rows_of_y.append(group.provider.up(x, weight, bias, s[:, columns], operands.left(mine), gain))
+        # Not by view(): a view may not be written to, as an activation in place does.
+        outputs = tuple(aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1])) for y in rows_of_y)
         if any(ctx.needs_input_grad):
             needs = Operands.unflatten(group, ctx.needs_input_grad[3 + sources :])
             ys = [y for y, needed in zip(outputs, needs.gains, strict=True) if needed]
@@ -125,8 +127,7 @@ class LowRankLinear(torch.autograd.Function):
             ctx.save_for_backward(*again, s, kept, *tensors[sources:], *ys)
             ctx.group, ctx.sources, ctx.shape = group, sources, x.shape
             ctx.set_materialize_grads(False)
-        # Not by view(): a view may not be written to, as an activation in place does.
-        return tuple(aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1])) for y in outputs)
+        return outputs
 
     @staticmethod
     @once_differentiable
