@@ -1,8 +1,10 @@
 """What adapters cost: a training step with them over a step of the same frozen model.
 
-    python benchmarks/tax.py                        # everything: about an hour
-    python benchmarks/tax.py --quick                # about three minutes
-    python benchmarks/tax.py --model bert --dtype fp32 --r 16 --method lora
+    python benchmarks/tax.py --quick                # about three minutes: one layer, seven rounds
+    python benchmarks/tax.py --all                  # about an hour
+    python benchmarks/tax.py --model bert --dtype fp32 --r 16 --method lora --way lorafx peft --memory
+
+The first two write a table, its numbers and a picture to docs/ (`--out` elsewhere).
 
 A step is a forward and a backward pass of the model without its embeddings or head, which would only dilute the
 ratio: the gradient goes to the embedded inputs, so that the frozen model's step has a backward pass as well. A batch
@@ -28,6 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import tax_report
 import torch
 import transformers
 from torch import Tensor, nn
@@ -35,7 +38,6 @@ from torch import Tensor, nn
 import lorafx
 from lorafx.passes.capture import capture
 
-LAYERS = int(os.environ.get("TAX_LAYERS", "4"))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPECS: Mapping[str, dict[str, Any]] = {
     "lora": {},
@@ -43,6 +45,11 @@ SPECS: Mapping[str, dict[str, Any]] = {
     "dora": {"variant": "dora"},
     "vera": {"variant": "vera"},
 }
+
+
+def layers() -> int:
+    """How deep the models are: 4, or what TAX_LAYERS says (the ratio hardly changes with it)."""
+    return int(os.environ.get("TAX_LAYERS", "4"))
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class Case:
 def bert() -> tuple[nn.Module, dict[str, Tensor]]:
     """The width of BERT-base, 4 layers; a batch of 8 x 128."""
     config = transformers.BertConfig(
-        vocab_size=1000, num_hidden_layers=LAYERS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        vocab_size=1000, num_hidden_layers=layers(), hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     return transformers.BertModel(config, add_pooling_layer=False), text(8, 128, 768)
 
@@ -71,7 +78,7 @@ def bert() -> tuple[nn.Module, dict[str, Tensor]]:
 def llama() -> tuple[nn.Module, dict[str, Tensor]]:
     """4 layers of width 1024; a batch of 4 x 256."""
     config = transformers.LlamaConfig(
-        vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=LAYERS, num_attention_heads=16,
+        vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers(), num_attention_heads=16,
         num_key_value_heads=16, use_cache=False,
     )  # fmt: skip
     return transformers.LlamaModel(config), text(4, 256, 1024)
@@ -80,7 +87,7 @@ def llama() -> tuple[nn.Module, dict[str, Tensor]]:
 def gpt2() -> tuple[nn.Module, dict[str, Tensor]]:
     """The width of GPT-2, 4 layers; a batch of 4 x 256."""
     config = transformers.GPT2Config(
-        vocab_size=1000, n_layer=LAYERS, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False
+        vocab_size=1000, n_layer=layers(), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False
     )
     return transformers.GPT2Model(config), text(4, 256, 768)
 
@@ -88,7 +95,7 @@ def gpt2() -> tuple[nn.Module, dict[str, Tensor]]:
 def vit() -> tuple[nn.Module, dict[str, Tensor]]:
     """The width of ViT-base, 4 layers; a batch of 8 images of 176 x 176, 122 tokens each."""
     config = transformers.ViTConfig(
-        num_hidden_layers=LAYERS, image_size=176, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        num_hidden_layers=layers(), image_size=176, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
     )
     return transformers.ViTModel(config, add_pooling_layer=False), {"pixel_values": torch.randn(8, 3, 176, 176)}
 
@@ -290,7 +297,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--no-time", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--quick", action="store_true", help="BERT and Llama, one layer, beside PEFT")
+    parser.add_argument("--all", action="store_true", help="everything that docs/tax.md shows")
+    parser.add_argument("--out", type=Path, help="folder for the table, the numbers and the picture")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -299,10 +308,18 @@ def main() -> None:
         case, way = json.loads(given.peak)
         print(peak(Case(**case), way))
         return
+    if given.quick or given.all:
+        given.model, given.dtype = (["bert", "llama"], ["fp32"]) if given.quick else (list(MODELS), list(DTYPES))
+        given.method = ["lora"] if given.quick else list(SPECS)
+        given.way = ["frozen, again", "captured", "lorafx", "peft"] + ([] if given.quick else ["full"])
+        given.mode, given.memory = ["eager"] if given.quick else ["eager", "compiled"], given.all
+        given.rounds, given.out = 7 if given.quick else 15, given.out or Path(__file__).parent.parent / "docs"
+    if given.quick:
+        os.environ["TAX_LAYERS"] = "1"
     ways = ["frozen", *given.way]
-    cases = [Case(m, d, r, k) for m in given.model for d in given.dtype for r in given.r for k in given.method]
-    for case in cases:
-        row: dict[str, Any] = {"case": asdict(case)}
+    rows = []
+    for case in cases_of(given):
+        row: dict[str, Any] = {"case": asdict(case), "layers": layers()}
         for mode in given.mode if not given.no_time else ():
             row[mode] = measure(case, ways, given.rounds, mode)
             shown = "  ".join(
@@ -315,9 +332,16 @@ def main() -> None:
             floor = row["memory"]["frozen"]
             shown = "  ".join(f"{w}: {v / 2**20:.0f} MiB ({v / floor:.3f})" for w, v in row["memory"].items())
             print(f"{case} memory  {shown}", flush=True)
-        if given.json:
-            with given.json.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        rows.append(row)
+        if given.out:
+            command = " ".join(["python", "benchmarks/tax.py", *sys.argv[1:]])
+            tax_report.write(rows, given.out, "tax-quick" if given.quick else "tax", command)
+
+
+def cases_of(given: argparse.Namespace) -> list[Case]:
+    """Every combination asked for; with ``--all`` also rank 64, where it counts most."""
+    cases = [Case(m, d, r, k) for m in given.model for d in given.dtype for r in given.r for k in given.method]
+    return cases + ([Case("llama", "bf16", 64, k) for k in ("lora", "dropout", "dora")] if given.all else [])
 
 
 if __name__ == "__main__":
