@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -74,7 +74,9 @@ class Group:
         return made
 
 
-def _tensors(adapter: Adapter, matrix: Tensor, dtype: torch.dtype, draw, *, fresh: bool) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+def _tensors(
+    adapter: Adapter, matrix: Tensor, dtype: torch.dtype, draw: Callable[..., Tensor], *, fresh: bool
+) -> dict[str, Tensor]:
     variant, (n, k), r = VARIANTS[adapter.variant], matrix.shape, adapter.r
     shapes = {**variant.shapes(n, k, r)}
     found = {name: (draw(*shape) / math.sqrt(r)).to(dtype) for name, shape in shapes.items()}
@@ -89,7 +91,7 @@ def _tensors(adapter: Adapter, matrix: Tensor, dtype: torch.dtype, draw, *, fres
         off = torch.ones(n, dtype=torch.float64) if fresh else 1 + 0.2 * draw(n)
         found["lora_magnitude_vector"] = (norm * off).to(wide)
         if fresh:
-            first = list(updates(matrix, found.values(), [adapter.variant], [adapter.scaling]))[0].gain
+            first = next(updates(matrix, iter(found.values()), [adapter.variant], [adapter.scaling])).gain
             assert first is not None
             found["lora_magnitude_vector"] /= first
     found = {name: tensor.requires_grad_() for name, tensor in found.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ def kept_by(gm: nn.Module, call: Callable[[], Any]) -> int:
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes of each ``s`` and its masks, as they are made."""
     sizes: list[int] = []
     down = Cpu.down
@@ -70,15 +70,15 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         return s, kept
 
     monkeypatch.setattr(Cpu, "down", watched)
-    yield sizes
+    return sizes
 
 
 #: Rows of each family's inputs: batch times tokens.
 FAMILY_ROWS = {"bert": 22, "llama": 22, "gpt2": 22, "vit": 20}
 
-#: Of each family the parameter below its first layer, trained in all graphs so that gradients pass through everything;
-#: and how many inputs of layers are kept besides, since no operator keeps what they could be computed from: BERT's first
-#: one is behind a dropout, and the pooler's is a part of the last hidden state.
+#: Of each family the parameter below its first layer, trained so that gradients pass through everything; and how many
+#: inputs of layers are kept besides, since no operator keeps what they could be computed from: BERT's first one is
+#: behind a dropout, and the pooler's is a part of the last hidden state.
 FIRST = {
     "bert": ("bert.embeddings.word_embeddings.weight", 2),
     "llama": ("model.embed_tokens.weight", 0),
