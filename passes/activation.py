@@ -15,16 +15,17 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
-from lorafx.passes.views import behind_row_views
+from lorafx.passes.views import behind_views
 
 aten = torch.ops.aten
 
 
 def find_activation(x: Node) -> tuple[str, list[Node]] | None:
     """The name (:data:`lorafx.kernels.base.ACTIVATIONS`) and the sources of an activation, or None."""
-    if len(x.users) > 1:
-        return None
-    if (found := behind_row_views(x)) is not x and len(found.users) > 1:
+    found = x
+    while len(found.users) == 1 and (source := behind_views(found, 1)) is not found:
+        found = source
+    if len(found.users) > 1:
         return None
     if (single := _single(found)) is not None:
         return single[0], [single[1]]
@@ -33,7 +34,7 @@ def find_activation(x: Node) -> tuple[str, list[Node]] | None:
         for inner, other in ((a, b), (b, a)):
             if not isinstance(inner, Node) or not isinstance(other, Node) or len(inner.users) > 1 or inner is other:
                 continue
-            if (single := _single(inner)) is not None and _alike(inner, other):
+            if (single := _single(inner)) is not None:
                 return f"{single[0]}_mul", [single[1], other]
     return None
 
@@ -95,11 +96,3 @@ def _close(found: tuple[object, ...], wanted: tuple[float, ...]) -> bool:
     return all(
         isinstance(a, (int, float)) and math.isclose(a, b, rel_tol=1e-6) for a, b in zip(found, wanted, strict=True)
     )
-
-
-def _alike(a: Node, b: Node) -> bool:
-    """Whether two values have one shape and dtype, so that their product broadcasts nothing."""
-    x, y = a.meta.get("val"), b.meta.get("val")
-    if not isinstance(x, torch.Tensor) or not isinstance(y, torch.Tensor):
-        return False
-    return x.dtype == y.dtype and tuple(map(str, x.shape)) == tuple(map(str, y.shape))

@@ -16,7 +16,7 @@ from torch.fx.node import map_aggregate
 
 from lorafx.graph import CapturedModule, get_path
 from lorafx.kernels.recipe import Value, write_recipe
-from lorafx.passes.views import ALIASES, behind_row_views
+from lorafx.passes.views import ALIASES, behind_views
 
 aten = torch.ops.aten
 
@@ -103,7 +103,7 @@ class Kept:
 
     def recipe(self, x: Node) -> tuple[list[Node], str]:
         """The values to compute the rows of ``x`` from again and how; nothing and ``""`` if it is to be kept itself."""
-        x = behind_row_views(x)
+        x = behind_views(x)
         sources: dict[Node, None] = {}
         steps: dict[Node, None] = {}
         if self.keeps(x) or not self._collect(x, sources, steps) or all(n.op == "get_attr" for n in sources):
@@ -113,7 +113,7 @@ class Kept:
     def recipe_from(self, x: Node, sources: Sequence[Node]) -> tuple[list[Node], str]:
         """As :meth:`recipe`, from just these values."""
         given, steps = dict.fromkeys(sources), dict[Node, None]()
-        return _write(given, steps) if self._collect(behind_row_views(x), given, steps, only=True) else ([], "")
+        return _write(given, steps) if self._collect(behind_views(x), given, steps, only=True) else ([], "")
 
     def _collect(self, node: Node, sources: dict[Node, None], steps: dict[Node, None], only: bool = False) -> bool:
         """Add a value to the sources, or what makes it to the steps; False if it cannot be computed again."""

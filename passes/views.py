@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 aten = torch.ops.aten
@@ -17,14 +16,14 @@ ALIASES = frozenset(
     }
 )  # fmt: skip
 
-_ROW_VIEWS = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints})
+_REGROUPED = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints})
 
 
-def behind_row_views(x: Node) -> Node:
-    """What has the same rows, grouped otherwise: a product with a matrix takes its rows one by one."""
-    while x.target in _ROW_VIEWS and isinstance(source := x.args[0], Node):
-        before, after = source.meta.get("val"), x.meta.get("val")
-        if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.shape[-1] != after.shape[-1]:
+def behind_views(x: Node, at_most: int = 100) -> Node:
+    """What has the same elements in the same order, grouped otherwise: a product takes its rows out of either."""
+    for _ in range(at_most):
+        source = x.args[0] if x.target in _REGROUPED else None
+        if not isinstance(source, Node):
             break
         x = source
     return x

@@ -28,7 +28,7 @@ from lorafx.variants.base import Update, full_precision
 _SCHEMA = (
     "(Tensor x, str[] kinds, Tensor[] weights, Tensor?[] biases, int[] counts, bool[] training, Tensor[] tensors, "
     "str[] variants, float[] scaling, float[] dropout, str provider, Tensor[] sources, str recipe, "
-    "str activation) -> Tensor[]"
+    "str activation=\"\") -> Tensor[]"
 )
 
 
@@ -96,7 +96,7 @@ def grouped_reference(
     provider_name: str,
     sources: Sequence[Tensor],
     recipe: str,
-    activation: str,
+    activation: str = "",
 ) -> list[Tensor]:
     """See the module; under autocast in its dtype, as ``linear`` is."""
     if torch._C._functorch.maybe_current_level() is not None:  # function transforms see plain torch
@@ -120,8 +120,8 @@ def grouped_reference(
     call = Call(x.device, x.dtype, x.shape[-1], tuple(s.weight.shape[0] for s in siblings), sum(ranks))
     if chosen.rejects(call) is not None:
         chosen = provider("torch")
-    if activation not in chosen.activations:
-        activation = ""
+    if activation not in chosen.activations or len({(source.shape, source.dtype) for source in sources}) > 1:
+        activation = ""  # the sources get their gradients by autograd, as where factors broadcast
     group = make_group(chosen, tuple(counts), Dropout(ranks, tuple(p)), recipe, activation)
     operands = Operands(
         [s.weight.to(x.dtype) for s in siblings],
