@@ -28,7 +28,7 @@ from lorafx.variants.base import Update, full_precision
 _SCHEMA = (
     "(Tensor x, str[] kinds, Tensor[] weights, Tensor?[] biases, int[] counts, bool[] training, Tensor[] tensors, "
     "str[] variants, float[] scaling, float[] dropout, str provider, Tensor[] sources, str recipe, "
-    "str activation=\"\") -> Tensor[]"
+    'str activation="") -> Tensor[]'
 )
 
 
