@@ -28,6 +28,7 @@ from lorafx.errors import FixedDimensionWarning
 from lorafx.graph import CapturedModule
 from lorafx.passes.huggingface import configs
 from lorafx.passes.insert import Insert
+from lorafx.passes.lower import lower
 from lorafx.passes.match import match
 from lorafx.spec import LoraSpec
 from zoo import FAMILIES, Family
@@ -182,7 +183,9 @@ class Zoo:
         gm = self.captured(family)
         specs = (spec,)
         generator = torch.Generator().manual_seed(seed)
-        return Insert(match(gm, specs), specs, generator)(gm).gm
+        Insert(match(gm, specs), specs, generator)(gm)
+        lower(gm)
+        return gm
 
     @cache  # noqa: B019  # lives as long as the session
     def trained(self, family: Family) -> tuple[CapturedModule, tuple[float, ...]]:
