@@ -39,8 +39,8 @@ class Plan:
 
     ``trainable`` and ``total`` count parameters (the model's own plus the adapters');
     ``optimizer_bytes`` is AdamW's state (two float32 values a trainable parameter);
-    ``activation_bytes`` is what the adapters keep for the backward pass at the example's sizes:
-    the rank-r activations, and with dropout a dropped input and its mask a site; where a parameter is
+    ``activation_bytes`` is what the adapters keep for the backward pass at the example's sizes, before lowering, which
+    keeps less: the rank-r activations, and with dropout a dropped input and its mask a site; where a parameter is
     adapted and not a layer, a weight of its size.
     """
 
