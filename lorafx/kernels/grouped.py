@@ -54,6 +54,10 @@ def _sibling(weight: Tensor, bias: Tensor | None, changes: Sequence[Update]) -> 
     return _Sibling(weight, bias, gain, lefts, [u.right for u in changes])
 
 
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape
+
+
 def _by_twins(
     x: Tensor,
     kinds: Sequence[str],
@@ -120,7 +124,7 @@ def grouped_reference(
     call = Call(x.device, x.dtype, x.shape[-1], tuple(s.weight.shape[0] for s in siblings), sum(ranks))
     if chosen.rejects(call) is not None:
         chosen = provider("torch")
-    if activation not in chosen.activations or len({(source.shape, source.dtype) for source in sources}) > 1:
+    if activation not in chosen.activations or not all(_alike(source, sources[0]) for source in sources):
         activation = ""  # the sources get their gradients by autograd, as where factors broadcast
     group = make_group(chosen, tuple(counts), Dropout(ranks, tuple(p)), recipe, activation)
     operands = Operands(
