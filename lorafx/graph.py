@@ -101,12 +101,12 @@ class CapturedModule(GraphModule):
         backward (:mod:`lorafx.checkpointing`). The graph itself stays the one that passes work on.
         """
         flat, meta = self._graph, getattr(self, "meta", {})
-        if (lowering := meta.get("lowering")) is not None:
-            self._graph = lowering.derive(self, flat)
-        if (choice := meta.get("checkpointing")) is not None:
-            self._graph = self._checkpointed(choice)
-        ran = self._graph
         try:
+            if (lowering := meta.get("lowering")) is not None:
+                self._graph = lowering.derive(self, flat)
+            if (choice := meta.get("checkpointing")) is not None:
+                self._graph = self._checkpointed(choice)
+            ran = self._graph
             code = super().recompile()
         finally:
             self._graph = flat

@@ -21,7 +21,7 @@ from lorafx.checkpointing import layer_of
 from lorafx.graph import by_mode, notes
 from lorafx.ops import ADAPTED, ADAPTER_ARGUMENTS, LAYERS
 from lorafx.passes.layers import arguments_of, find_operands
-from lorafx.passes.views import ALIASES
+from lorafx.passes.views import memory_of, written
 from lorafx.variants import VARIANTS
 
 #: The kinds that are a product with a matrix.
@@ -115,10 +115,7 @@ def fixed_inputs(node: Node) -> Iterator[Node]:
 
 def _is_written(node: Node) -> bool:
     """Whether something writes into a result, which the gradient of a gain reads again."""
-    return any(
-        (_writes(user) and user.args[0] is node) or (user.target in ALIASES and _is_written(user))
-        for user in node.users
-    )
+    return any(node in written(user) or (memory_of(user) is node and _is_written(user)) for user in node.users)
 
 
 def _writes(node: Node) -> bool:

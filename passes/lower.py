@@ -58,7 +58,7 @@ class Lowering:
 
     def derive(self, gm: CapturedModule, graph: Graph) -> Graph:
         """The graph that runs; ``graph`` itself, which stays as it is, where there is nothing to lower."""
-        if not decide(gm, graph, self.backend):
+        if self.backend == REFERENCE or not find_groups(graph):
             return graph
         derived = copy.deepcopy(graph)
         decisions = decide(gm, derived, self.backend)

@@ -16,7 +16,7 @@ from torch.fx.node import map_aggregate
 
 from lorafx.graph import CapturedModule, get_path
 from lorafx.kernels.recipe import Value, write_recipe
-from lorafx.passes.views import ALIASES, behind_views
+from lorafx.passes.views import ALIASES, behind_views, memory_of, written
 
 aten = torch.ops.aten
 
@@ -89,6 +89,12 @@ class Kept:
             aliased = node.args[0] if node.target in ALIASES and node.args else None
             roots[node] = roots[aliased] if isinstance(aliased, Node) else node
         self._roots = roots
+        memory: dict[Node, Node] = {}
+        for node in graph.nodes:
+            source = memory_of(node)
+            memory[node] = node if source is None else memory[source]
+        self._memory = memory
+        self._written = {memory[value] for node in graph.nodes for value in written(node)}
         self._kept = {
             roots[value]
             for node in grads
@@ -113,12 +119,16 @@ class Kept:
     def recipe_from(self, x: Node, sources: Sequence[Node]) -> tuple[list[Node], str]:
         """As :meth:`recipe`, from just these values."""
         given, steps = dict.fromkeys(sources), dict[Node, None]()
+        if any(self._memory[node] in self._written for node in given):
+            return [], ""
         return _write(given, steps) if self._collect(behind_views(x), given, steps, only=True) else ([], "")
 
     def _collect(self, node: Node, sources: dict[Node, None], steps: dict[Node, None], only: bool = False) -> bool:
         """Add a value to the sources, or what makes it to the steps; False if it cannot be computed again."""
         if node in sources or node in steps:
             return True
+        if self._memory[node] in self._written:
+            return False  # backward would read something else
         if not only and self.keeps(node):
             sources[node] = None
             return True

@@ -1,4 +1,4 @@
-"""The gradient of a group of adapted linear layers, over any provider's four functions (:mod:`.base`)."""
+"""The gradient of a group of adapted linear layers, over any provider's five functions (:mod:`.base`)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from lorafx.kernels.base import Dropout, GradUp, Provider, split
 from lorafx.kernels.recipe import recompute
 from lorafx.ops import LIBRARY
+from lorafx.variants.base import full_precision
 
 aten = torch.ops.aten
 
@@ -127,11 +128,25 @@ class LowRankLinear(torch.autograd.Function):
             ctx.save_for_backward(*again, s, kept, *tensors[sources:], *ys)
             ctx.group, ctx.sources, ctx.shape = group, sources, x.shape
             ctx.set_materialize_grads(False)
+            idle = (
+                y
+                for i, y in enumerate(outputs)
+                if group.counts[i] == 0 and not (ctx.needs_input_grad[1] or needs.weights[i] or needs.biases[i])
+            )
+            ctx.mark_non_differentiable(*idle)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
+        given = next((dy for dy in dys if dy is not None), None)
+        if given is None:
+            return (None,) * len(ctx.needs_input_grad)
+        with full_precision(given):  # whatever autocast says where backward is called
+            return LowRankLinear._backward(ctx, *dys)
+
+    @staticmethod
+    def _backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         group: Group = ctx.group
         provider, dropout = group.provider, group.dropout
         saved, ends = ctx.saved_tensors, ctx.sources or 1
@@ -165,21 +180,26 @@ class LowRankLinear(torch.autograd.Function):
         if dx is not None and group.activation:
             x, found = provider.grad_activation(group.activation, again, dx)
             dx, dsources = None, [*found]
-        else:
+        elif any((*needs.rights, *needs.weights, *needs.gains)):
             x = recompute(group.recipe, again) if group.recipe else again[0]
-        x = x.reshape(-1, ctx.shape[-1])
-
-        dright = provider.grad_right(x, ds, dropout, kept)
-        grads.rights = _like(split(dright, dropout.ranks, 0), operands.rights)
+        if any(needs.rights):
+            dright = provider.grad_right(x.reshape(-1, ctx.shape[-1]), ds, dropout, kept)
+            grads.rights = _like(split(dright, dropout.ranks, 0), operands.rights)
+        for i, mine in enumerate(group.adapters):
+            if i not in ups:
+                grads.rights[mine] = [None] * group.counts[i]
         for i, up in ups.items():
             if needs.gains[i]:
                 left = operands.left(group.adapters[i])
                 dy = dys[i].reshape(up.base.shape)  # type: ignore[union-attr]
-                grads.gains[i] = grad_gain(up, x, operands.weights[i], operands.biases[i], left, operands.gains[i], dy)
+                rows = x.reshape(-1, ctx.shape[-1])
+                grads.gains[i] = grad_gain(
+                    up, rows, operands.weights[i], operands.biases[i], left, operands.gains[i], dy
+                )
             if needs.biases[i]:
                 (grads.biases[i],) = _like([up.total], [operands.biases[i]])
             if needs.weights[i]:
-                grads.weights[i] = torch.mm(up.base.t(), x)
+                grads.weights[i] = torch.mm(up.base.t(), x.reshape(-1, ctx.shape[-1]))
         dx = None if dx is None else dx.view(ctx.shape)
         return (None, dx, None, *dsources, *grads.flatten())
 

@@ -115,7 +115,8 @@ def grouped_reference(
         changes = list(updates(weight, remaining, variants[mine], scaling[mine]))
         siblings.append(_sibling(weight, bias, changes))
         p += [chance if trains else 0.0 for chance in dropout[mine]]
-    if torch.is_autocast_enabled(device):
+    autocast = torch.is_autocast_enabled(device) and x.dtype is not torch.float64
+    if autocast:
         dtype = torch.get_autocast_dtype(device)
         x, sources, recipe, activation = x.to(dtype), [], "", ""  # the recipe would give the input before the cast
     rights = [right for s in siblings for right in s.rights]
@@ -127,15 +128,21 @@ def grouped_reference(
     if activation not in chosen.activations or not all(_alike(source, sources[0]) for source in sources):
         activation = ""  # the sources get their gradients by autograd, as where factors broadcast
     group = make_group(chosen, tuple(counts), Dropout(ranks, tuple(p)), recipe, activation)
+    apart = [s.bias if s.bias is not None and s.bias.shape != s.weight.shape[:1] else None for s in siblings]
     operands = Operands(
-        [s.weight.to(x.dtype) for s in siblings],
-        [None if s.bias is None else s.bias.to(x.dtype) for s in siblings],
+        [s.weight.to(x.dtype) if autocast else s.weight for s in siblings],
+        [
+            None if s.bias is None or late is not None else s.bias.to(x.dtype)
+            for s, late in zip(siblings, apart, strict=True)
+        ],
         [s.gain for s in siblings],
         [left for s in siblings for left in s.lefts],
         rights,
     )
     with full_precision(x):
-        return list(LowRankLinear.apply(group, x, len(sources), *sources, *operands.flatten()))  # type: ignore[no-untyped-call]
+        ys = LowRankLinear.apply(group, x, len(sources), *sources, *operands.flatten())  # type: ignore[no-untyped-call]
+        # a bias that broadcasts (addmm takes them) is added by itself
+        return [y if late is None else y + late.to(x.dtype) for y, late in zip(ys, apart, strict=True)]
 
 
 grouped = define_op("grouped", _SCHEMA, grouped_reference)

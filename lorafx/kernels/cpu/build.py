@@ -42,7 +42,7 @@ def load() -> ctypes.CDLL:
         if not built.exists():
             _build(compiler, built)
         return ctypes.CDLL(str(built))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         raise BuildError(f"the compiled kernels could not be kept or loaded: {error}") from error
 
 

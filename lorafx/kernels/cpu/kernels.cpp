@@ -10,6 +10,7 @@
 // OpenMP; bfloat16 uses the processor's dot products where it has them.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -434,17 +435,25 @@ void outer_block(const T *x, int64_t ldx, int64_t count, int64_t K, const uint16
 // Sums of each thread, [threads, size], added up in thread order. Their memory is kept for the next call: new pages
 // would cost as much as the sums.
 struct PerThread {
+  static constexpr int64_t KEPT = 1 << 24;  // 64 MiB; more is given back
   int64_t size;
   int threads;
+  Buffer<float> own;
   float *values;
-  PerThread(int64_t size_, int threads_) : size(size_), threads(threads_) {
+  PerThread(int64_t size_, int threads_) : size(size_), threads(threads_), own(0) {
     static thread_local Buffer<float> kept(0);
     static thread_local int64_t held = 0;
-    if (held < size * threads) {
-      kept = Buffer<float>(size * threads);
-      held = size * threads;
+    const int64_t needed = size * threads;
+    if (needed > KEPT) {
+      own = Buffer<float>(needed);
+      values = own.data();
+      return;
+    }
+    if (held < needed) {
+      kept = Buffer<float>(needed);
+      held = needed;
     } else {
-      std::fill_n(kept.data(), size * threads, 0.0f);
+      std::fill_n(kept.data(), needed, 0.0f);
     }
     values = kept.data();
   }
@@ -503,7 +512,7 @@ void outer(const T *x, int64_t ldx, int64_t M, int64_t K, const uint16_t *bits, 
   for (int64_t j = 0; j < r; ++j) sums.total(j * ldg, K, scale, g + j * K);
 }
 
-// base may be dy itself
+// base = gain * dy [count, N], and sums of dy and dy * y added to total and dot
 template <typename T>
 void scale_and_sum(const T *dy, const T *y, int64_t ld, int64_t ldy, int64_t count, int64_t N, const float *gain, T *base,
                    float *total, float *dot) {
@@ -552,7 +561,7 @@ inline vec choose(vec a, vec b, vec if_less, vec otherwise) {  // a < b ? if_les
   return vec((uvec(mask) & uvec(if_less)) | (~uvec(mask) & uvec(otherwise)));
 }
 
-// exp to about one unit in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; NaN stays NaN.
+// exp to about one unit in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; 0 below -87, inf above 88.
 inline vec exponential(vec x) {
   const vec clamped = choose(x, all(-87.0f), all(-87.0f), choose(all(88.0f), x, all(88.0f), x));
   const vec shifted = clamped * 1.44269504088896341f + 12582912.0f;  // rounds: the low bits of the sum are n
@@ -565,7 +574,8 @@ inline vec exponential(vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * vec((uvec(shifted) + (127u - 0x4b400000u)) << 23);
+  p *= vec((uvec(shifted) + (127u - 0x4b400000u)) << 23);
+  return choose(x, all(-87.0f), all(0.0f), choose(all(88.0f), x, all(INFINITY), p));
 }
 
 // f(h) and f'(h).
@@ -601,7 +611,7 @@ struct Gelu {
   }
 };
 
-// x = f(h) u and its gradients, from one pass; without u it is 1. dh may be h's memory's neighbour, never h itself.
+// x = f(h) u and its gradients, from one pass; without u it is 1.
 template <typename F, typename T>
 void activation(const T *h, const T *u, const T *dx, T *x, T *dh, T *du, int64_t n, int threads) {
   const int64_t chunks = (n + LANES - 1) / LANES;
