@@ -35,7 +35,7 @@ def write_recipe(steps: Sequence[tuple[Any, Any, Any]]) -> str | None:
 
 
 def recompute(recipe: str, sources: Sequence[Tensor]) -> Tensor:
-    """Run a recipe."""
+    """The value that a recipe computes from its sources: its last step's result."""
     values = list(sources)
     for operator, args, kwargs in _steps(recipe):
         values.append(operator(*_fill(args, values), **_fill(kwargs, values)))
