@@ -22,7 +22,7 @@ from lorafx.kernels.triton.up import up
 
 @dataclass(frozen=True)
 class Launch:
-    """A recorded launch."""
+    """A kernel's launch as it was asked for: the grid, the arguments and the compile-time options."""
 
     kernel: Any
     grid: tuple[int, ...]
