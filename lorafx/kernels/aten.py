@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafx.kernels.base import Call, Dropout, GradUp, Provider, split
+from lorafx.kernels.base import Adapters, Call, GradUp, Layer, Provider, Upstream, like, split
 
 #: Random numbers are 16 bits an element, so that p is exact to 2^-16; one int64 has those of four elements.
 _LEVELS = 1 << 16
@@ -31,63 +31,72 @@ class Aten(Provider):
     def rejects(self, call: Call) -> str | None:
         return None
 
-    def random(self, x: Tensor, dropout: Dropout) -> Tensor:
+    def random(self, x: Tensor, adapters: Adapters) -> Tensor:
         """The masks' random numbers themselves, one set an adapter that drops: int64 ``[adapters, M, k / 4]``."""
-        count = sum(p > 0.0 for p in dropout.p)
+        count = sum(p > 0.0 for p in adapters.p)
         return torch.randint(_LOWEST, -_LOWEST - 1, (count, x.shape[0], (x.shape[1] + 3) // 4), device=x.device)
 
-    def down(self, x: Tensor, right: Tensor, dropout: Dropout, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def down(
+        self, x: Tensor, rights: Sequence[Tensor], adapters: Adapters, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         if seed is None:
-            return torch.mm(x, _turned(right, x.dtype)), None
-        kept = _kept(seed, x, dropout)
-        parts = [
-            torch.mm(dropped, _turned(part, x.dtype))
-            for dropped, part in zip(_dropped(x, dropout, kept), split(right, dropout.ranks), strict=True)
-        ]
-        return torch.cat(parts, 1), kept
+            return torch.mm(x, _turned(torch.cat(list(rights)), x.dtype)), None
+        kept = _kept(seed, x, adapters)
+        dropped = _dropped(x, adapters, kept)
+        return torch.cat([torch.mm(d, _turned(r, x.dtype)) for d, r in zip(dropped, rights, strict=True)], 1), kept
 
-    def up(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None
-    ) -> Tensor:
-        base = F.linear(x, weight, bias).reshape(-1, weight.shape[0])
-        if gain is not None:  # in this form a gain of 1 changes no bit
-            base = base + (gain - 1).to(x.dtype) * (base if bias is None else base - bias)
-        return base.addmm_(s, _turned(left, x.dtype))
+    def up(self, x: Tensor, s: Tensor, layers: Sequence[Layer], adapters: Adapters) -> list[Tensor]:
+        ys = []
+        for layer in layers:
+            gain, bias, left = layer.gain, layer.bias, layer.left(adapters)
+            base = F.linear(x, layer.weight, bias).reshape(-1, layer.weight.shape[0])
+            if gain is not None:  # in this form a gain of 1 changes no bit
+                base = base + (gain - 1).to(x.dtype) * (base if bias is None else base - bias)
+            ys.append(base.addmm_(s[:, layer.columns(adapters)], _turned(left, x.dtype)))
+        return ys
 
     def grad_up(
-        self, dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
-    ) -> GradUp:
-        return GradUp(
-            ds=torch.mm(dy, left.to(dy.dtype)),
-            dleft=torch.mm(dy.t(), s),
-            base=dy if gain is None else dy * gain.to(dy.dtype),
-            total=_sum(dy) if needs_total else None,
-            dot=None if y is None else _sum(dy * y),
-        )
+        self, upstream: Sequence[Upstream], s: Tensor, layers: Sequence[Layer], adapters: Adapters
+    ) -> tuple[Tensor, list[GradUp | None]]:
+        ds, ups = torch.empty_like(s), []
+        for layer, given in zip(layers, upstream, strict=True):
+            columns, dy, y, gain = layer.columns(adapters), given.dy, given.y, layer.gain
+            if dy is None:
+                ds[:, columns] = 0
+                ups.append(None)
+                continue
+            ds[:, columns] = torch.mm(dy, layer.left(adapters).to(dy.dtype))
+            dlefts = layer.dlefts(torch.mm(dy.t(), s[:, columns]), adapters)
+            base = dy if gain is None else dy * gain.to(dy.dtype)
+            total, dot = _sum(dy) if given.needs_total else None, None if y is None else _sum(dy * y)
+            ups.append(GradUp(dlefts, base, total, dot))
+        return ds, ups
 
     def grad_x(
         self,
         bases: Sequence[Tensor],
         weights: Sequence[Tensor],
         ds: Tensor,
-        right: Tensor,
-        dropout: Dropout,
+        rights: Sequence[Tensor],
+        adapters: Adapters,
         kept: Tensor | None,
     ) -> Tensor:
-        dx, right = sum_of_products(bases, weights), right.to(ds.dtype)
+        dx, right = sum_of_products(bases, weights), torch.cat(list(rights)).to(ds.dtype)
         if kept is None:
             return dx.addmm_(ds, right)
-        columns, parts = split(ds, dropout.ranks, 1), split(right, dropout.ranks)
+        columns, parts = split(ds, adapters.ranks, 1), split(right, adapters.ranks)
         low = [torch.mm(c, p) for c, p in zip(columns, parts, strict=True)]
-        for dropped in _dropped(low, dropout, kept):
+        for dropped in _dropped(low, adapters, kept):
             dx += dropped
         return dx
 
-    def grad_right(self, x: Tensor, ds: Tensor, dropout: Dropout, kept: Tensor | None) -> Tensor:
+    def grad_right(
+        self, x: Tensor, ds: Tensor, rights: Sequence[Tensor], adapters: Adapters, kept: Tensor | None
+    ) -> list[Tensor]:
         if kept is None:
-            return torch.mm(x.t(), ds).t()
-        columns, dropped = split(ds, dropout.ranks, 1), _dropped(x, dropout, kept)
-        return torch.cat([torch.mm(d.t(), c).t() for d, c in zip(dropped, columns, strict=True)])
+            return like(split(torch.mm(x.t(), ds).t(), adapters.ranks), rights)
+        columns, dropped = split(ds, adapters.ranks, 1), _dropped(x, adapters, kept)
+        return like([torch.mm(d.t(), c).t() for d, c in zip(dropped, columns, strict=True)], rights)
 
 
 def sum_of_products(bases: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
@@ -107,17 +116,17 @@ def _sum(values: Tensor) -> Tensor:
     return values.sum(0, dtype=torch.promote_types(values.dtype, torch.float32))
 
 
-def _kept(numbers: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
+def _kept(numbers: Tensor, x: Tensor, adapters: Adapters) -> Tensor:
     """One mask an adapter that drops, bool ``[adapters, M, k]``."""
     bits = numbers.view(torch.int16)[..., : x.shape[1]]
-    least = [min(round(p * _LEVELS), _LEVELS - 1) - _LEVELS // 2 for p in dropout.p if p > 0.0]
+    least = [min(round(p * _LEVELS), _LEVELS - 1) - _LEVELS // 2 for p in adapters.p if p > 0.0]
     return torch.stack([part >= low for part, low in zip(bits.unbind(), least, strict=True)])
 
 
-def _dropped(x: Tensor | Sequence[Tensor], dropout: Dropout, kept: Tensor) -> list[Tensor]:
+def _dropped(x: Tensor | Sequence[Tensor], adapters: Adapters, kept: Tensor) -> list[Tensor]:
     """``x`` (or one tensor for each adapter) through each adapter's dropout."""
     masks = iter(kept.unbind())
-    each = [x] * len(dropout.p) if isinstance(x, Tensor) else x
+    each = [x] * len(adapters.p) if isinstance(x, Tensor) else x
     return [
-        part if p == 0.0 else part * next(masks) * (1.0 / (1.0 - p)) for part, p in zip(each, dropout.p, strict=True)
+        part if p == 0.0 else part * next(masks) * (1.0 / (1.0 - p)) for part, p in zip(each, adapters.p, strict=True)
     ]

@@ -1,19 +1,20 @@
 """What a provider is: five functions that together are the forward and backward of adapted linear layers.
 
-Layers that read the same ``x [M, k]`` are one *group*. Of sibling ``i``, ``W_i [n_i, k]`` is frozen, and its adapters,
-one beside the other, are ``left_i [n_i, R_i]`` and ``R_i`` rows of ``right [R, k]`` (``R`` is the sum of ``R_i``), in
-the order of the siblings. With ``D_j`` the dropout of adapter ``j`` (its own mask, kept elements over 1 - p):
+Layers that read the same ``x [M, k]`` are one *group*. Of layer ``i``, ``W_i [n_i, k]`` is frozen; its adapters ``j``
+are ``left_j [n_i, r_j]`` and ``right_j [r_j, k]`` with a factor ``scale_j``. ``R`` is the sum of all ``r_j``, and ``s``
+has one column for each, in the order of layers and adapters. With ``D_j`` the dropout of adapter ``j`` (its own mask,
+kept elements over 1 - p):
 
-    s   = D(x) right^T                                  down            [M, R]
-    y_i = gain_i * (x W_i^T) + s_i left_i^T + b_i       up              [M, n_i]
+    s_j = scale_j D_j(x) right_j^T                              down            [M, R]
+    y_i = gain_i * (x W_i^T) + sum_j s_j left_j^T + b_i         up              [M, n_i]
 
-    ds_i = dy_i left_i      dleft_i = dy_i^T s_i        grad_up
-    dx   = sum_i (gain_i * dy_i) W_i + D(ds right)      grad_x          [M, k]
-    dright = ds^T D(x)                                  grad_right      [R, k]
+    ds_j = scale_j dy_i left_j      dleft_j = dy_i^T s_j        grad_up
+    dx   = sum_i (gain_i * dy_i) W_i + sum_j D_j(ds_j right_j)  grad_x          [M, k]
+    dright_j = ds_j^T D_j(x)                                    grad_right      [r_j, k]
 
 The contraction through ``s`` keeps what is read and written at one pass over ``x``, ``y``, ``dy`` and ``dx`` each
 (RunLoRA, arXiv 2312.03415; LoRAFusion, arXiv 2510.00206, splits at ``s`` too). Sums are accumulated in float32 or
-better.
+better. Whether ``scale`` is in ``s`` and ``ds``, or at ``left``, is the provider's choice.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import ClassVar
 
 import torch
@@ -42,28 +45,72 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Dropout:
-    """Which columns of ``s`` see ``x`` through which dropout: ``ranks`` of each adapter, and its ``p``."""
+class Adapters:
+    """What of a group's adapters is no tensor: of each its rank, dropout's ``p``, and its scale."""
 
     ranks: tuple[int, ...]
     p: tuple[float, ...]
+    scales: tuple[float, ...]
 
     @property
     def drops(self) -> bool:
         """Whether anything is dropped."""
         return any(p > 0.0 for p in self.p)
 
+    @cached_property
+    def columns(self) -> tuple[slice, ...]:
+        """The columns of ``s`` of each."""
+        return tuple(slice(a, b) for a, b in pairwise(accumulate(self.ranks, initial=0)))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer with adapters, whose numbers in the group are ``adapters``: at least one."""
+
+    weight: Tensor
+    bias: Tensor | None
+    gain: Tensor | None
+    lefts: Sequence[Tensor]
+    adapters: slice
+
+    def columns(self, adapters: Adapters) -> slice:
+        """The columns of ``s`` that are its own."""
+        mine = adapters.columns[self.adapters]
+        return slice(mine[0].start, mine[-1].stop)
+
+    def left(self, adapters: Adapters) -> Tensor:
+        """``[n, R_i]``: ``scale_j left_j``, one beside the other."""
+        mine = [t if c == 1.0 else t * c for t, c in zip(self.lefts, adapters.scales[self.adapters], strict=True)]
+        return mine[0] if len(mine) == 1 else torch.cat(mine, 1)
+
+    def dlefts(self, grad: Tensor, adapters: Adapters) -> list[Tensor]:
+        """The gradient of each of ``lefts``, from that of :meth:`left`."""
+        parts = like(split(grad, adapters.ranks[self.adapters], 1), self.lefts)
+        return [t if c == 1.0 else t * c for t, c in zip(parts, adapters.scales[self.adapters], strict=True)]
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """What comes back to one layer: ``dy [M, n]``, None where nothing reads its output; and what is asked for.
+
+    With ``y`` the sums that the gradient of the gain needs, with ``needs_total`` that of the bias.
+    """
+
+    dy: Tensor | None
+    y: Tensor | None = None
+    needs_total: bool = False
+
 
 @dataclass(frozen=True)
 class GradUp:
-    """What :meth:`Provider.grad_up` gives.
+    """What :meth:`Provider.grad_up` gives of one layer.
 
-    ``base [M, n]`` is ``gain * dy`` (``dy`` itself without gain), ``total [n]`` the sum of ``dy`` over M, and
-    ``dot [n]`` that of ``dy * y``, both in float32 or better; from these the gradients of bias and gain follow.
+    ``dlefts`` are like the layer's ``lefts``, ``base [M, n]`` is ``gain * dy`` (``dy`` itself without gain),
+    ``total [n]`` the sum of ``dy`` over M, and ``dot [n]`` that of ``dy * y``, both in float32 or better; from these
+    the gradients of bias and gain follow.
     """
 
-    ds: Tensor
-    dleft: Tensor
+    dlefts: Sequence[Tensor]
     base: Tensor
     total: Tensor | None = None
     dot: Tensor | None = None
@@ -87,7 +134,7 @@ class Provider(ABC):
     def rejects(self, call: Call) -> str | None:
         """Why it does not serve this call, or None."""
 
-    def random(self, x: Tensor, dropout: Dropout) -> Tensor:
+    def random(self, x: Tensor, adapters: Adapters) -> Tensor:
         """What the masks of one call are made of, from torch's generator: a seed (int64, one element).
 
         So that a seed set by the user, and a checkpoint that computes the call again, give the same masks.
@@ -95,27 +142,26 @@ class Provider(ABC):
         return torch.empty(1, dtype=torch.int64, device=x.device).random_()
 
     @abstractmethod
-    def down(self, x: Tensor, right: Tensor, dropout: Dropout, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def down(
+        self, x: Tensor, rights: Sequence[Tensor], adapters: Adapters, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """``s``, and what the gradients need to drop the same elements again (None without dropout).
 
         ``seed`` is what :meth:`random` drew: all that the masks depend on beside their place.
         """
 
     @abstractmethod
-    def up(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None
-    ) -> Tensor:
-        """``y [M, n]`` of one sibling, bit for bit that of the frozen layer where gain is 1 and ``left`` 0.
+    def up(self, x: Tensor, s: Tensor, layers: Sequence[Layer], adapters: Adapters) -> list[Tensor]:
+        """``y [M, n]`` of each layer, bit for bit that of the frozen layer where gain is 1 and ``left`` 0.
 
         For that, ``x [..., k]`` is as the layer has it: a product of a strided input has its own way of adding a bias.
-        ``s [M, R_i]`` may be a view with a larger row stride.
         """
 
     @abstractmethod
     def grad_up(
-        self, dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
-    ) -> GradUp:
-        """The gradients of one sibling's own tensors; ``dot`` where ``y`` is given, ``total`` where asked for."""
+        self, upstream: Sequence[Upstream], s: Tensor, layers: Sequence[Layer], adapters: Adapters
+    ) -> tuple[Tensor, list[GradUp | None]]:
+        """``ds [M, R]``, and the gradients of each layer's own tensors; zeros and None where there is no ``dy``."""
 
     @abstractmethod
     def grad_x(
@@ -123,15 +169,17 @@ class Provider(ABC):
         bases: Sequence[Tensor],
         weights: Sequence[Tensor],
         ds: Tensor,
-        right: Tensor,
-        dropout: Dropout,
+        rights: Sequence[Tensor],
+        adapters: Adapters,
         kept: Tensor | None,
     ) -> Tensor:
         """``dx [M, k]``, in memory of its own; ``kept`` is what :meth:`down` gave."""
 
     @abstractmethod
-    def grad_right(self, x: Tensor, ds: Tensor, dropout: Dropout, kept: Tensor | None) -> Tensor:
-        """``dright [R, k]``."""
+    def grad_right(
+        self, x: Tensor, ds: Tensor, rights: Sequence[Tensor], adapters: Adapters, kept: Tensor | None
+    ) -> list[Tensor]:
+        """The gradient of each of ``rights``, like it."""
 
     #: The activations (:data:`ACTIVATIONS`) for which it has :meth:`grad_activation`.
     activations: ClassVar[frozenset[str]] = frozenset()
@@ -145,3 +193,9 @@ def split(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor
     """Views of these sizes along a dimension."""
     found: Sequence[Tensor] = torch.split_with_sizes(tensor, sizes, dim)
     return found
+
+
+def like(gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients in the dtypes of what they are gradients of."""
+    return [grad.to(tensor.dtype) for grad, tensor in zip(gradients, tensors, strict=True)]
+

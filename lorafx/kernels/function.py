@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorafx.kernels.base import Dropout, GradUp, Provider, split
+from lorafx.kernels.base import Adapters, GradUp, Layer, Provider, Upstream, like
 from lorafx.kernels.recipe import recompute
 from lorafx.ops import LIBRARY
 from lorafx.variants.base import full_precision
@@ -26,40 +26,35 @@ _SMALL_GAIN = 1 / 16
 
 @dataclass(frozen=True)
 class Group:
-    """What of a group is no tensor: ``counts`` of adapters of each sibling, and all adapters' ``dropout``."""
+    """What of a group is no tensor: ``counts`` of adapters of each sibling, and all adapters'."""
 
     provider: Provider
     counts: tuple[int, ...]
-    dropout: Dropout
+    adapters: Adapters
     recipe: str = ""
     activation: str = ""
 
     @cached_property
-    def adapters(self) -> list[slice]:
+    def mine(self) -> tuple[slice, ...]:
         """The adapters of each sibling."""
         return _slices(self.counts)
 
     @cached_property
-    def columns(self) -> list[slice]:
-        """The columns of ``s`` of each sibling."""
-        return _slices([sum(self.dropout.ranks[mine]) for mine in self.adapters])
+    def adapted(self) -> tuple[int, ...]:
+        """The siblings that have adapters."""
+        return tuple(i for i, count in enumerate(self.counts) if count)
 
     @cached_property
-    def places(self) -> list[slice]:
+    def places(self) -> tuple[slice, ...]:
         """Where :class:`Operands` have what, flattened."""
         n, count = len(self.counts), sum(self.counts)
         return _slices((n, n, n, count, count))
 
-    @property
-    def operands(self) -> int:
-        """How many operands there are."""
-        return 3 * len(self.counts) + 2 * sum(self.counts)
-
 
 @cache
-def make_group(provider: Provider, counts: tuple[int, ...], dropout: Dropout, recipe: str, activation: str) -> Group:
+def make_group(provider: Provider, counts: tuple[int, ...], adapters: Adapters, recipe: str, activation: str) -> Group:
     """The one group like this, so that what follows from it is computed once."""
-    return Group(provider, counts, dropout, recipe, activation)
+    return Group(provider, counts, adapters, recipe, activation)
 
 
 @dataclass
@@ -69,35 +64,31 @@ class Operands:
     Of the siblings ``W``, ``b`` and ``gain``; of the adapters their factors.
     """
 
-    weights: list[Any]
-    biases: list[Any]
-    gains: list[Any]
-    lefts: list[Any]
-    rights: list[Any]
+    weights: Sequence[Any]
+    biases: Sequence[Any]
+    gains: Sequence[Any]
+    lefts: Sequence[Any]
+    rights: Sequence[Any]
 
     @classmethod
     def unflatten(cls, group: Group, values: Sequence[Any]) -> Operands:
         """From the order in which the function takes them."""
-        return cls(*(list(values[place]) for place in group.places))
-
-    @classmethod
-    def nothing(cls, group: Group) -> Operands:
-        """None for each."""
-        return cls.unflatten(group, [None] * group.operands)
+        return cls(*[values[place] for place in group.places])
 
     def flatten(self) -> tuple[Any, ...]:
         """The inverse of :meth:`unflatten`."""
         return (*self.weights, *self.biases, *self.gains, *self.lefts, *self.rights)
 
-    def left(self, mine: slice) -> Tensor:
-        """``[n, R_i]`` of the adapters of one sibling."""
-        parts = self.lefts[mine]
-        found: Tensor = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return found
+    def layers(self, group: Group) -> list[Layer]:
+        """Those of the siblings that have adapters."""
+        return [
+            Layer(self.weights[i], self.biases[i], self.gains[i], self.lefts[group.mine[i]], group.mine[i])
+            for i in group.adapted
+        ]
 
 
 class LowRankLinear(torch.autograd.Function):
-    """``y_i = gain_i * (x W_i^T) + s_i left_i^T + b_i``, with gradients for all that is handed over.
+    """``y_i = gain_i * (x W_i^T) + sum_j s_j left_j^T + b_i``, with gradients for all that is handed over.
 
     Inputs after the group: ``x [..., k]``; how many and which tensors ``x`` can be computed from again; then the
     operands, :class:`Operands` flattened. ``W_i`` is ``[n_i, k]``, ``b_i`` and ``gain_i`` are ``[n_i]`` or None, an
@@ -109,31 +100,31 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, group: Group, x: Tensor, sources: int, *tensors: Any) -> tuple[Tensor, ...]:
         operands = Operands.unflatten(group, tensors[sources:])
+        provider, adapters = group.provider, group.adapters
         rows = x.reshape(-1, x.shape[-1])
-        seed = group.provider.random(rows, group.dropout) if group.dropout.drops else None
-        s, kept = group.provider.down(rows, torch.cat(operands.rights), group.dropout, seed)
-        rows_of_y = []
-        for i, (mine, columns) in enumerate(zip(group.adapters, group.columns, strict=True)):
-            weight, bias, gain = operands.weights[i], operands.biases[i], operands.gains[i]
-            if group.counts[i] == 0:
-                rows_of_y.append(F.linear(x, weight, bias))
-            else:
-                rows_of_y.append(group.provider.up(x, weight, bias, s[:, columns], operands.left(mine), gain))
+        seed = provider.random(rows, adapters) if adapters.drops else None
+        s, kept = provider.down(rows, operands.rights, adapters, seed)
+        found = iter(provider.up(x, s, operands.layers(group), adapters))
+        ys = [
+            next(found) if group.counts[i] else F.linear(x, weight, operands.biases[i])
+            for i, weight in enumerate(operands.weights)
+        ]
         # Not by view(): a view may not be written to, as an activation in place does.
-        outputs = tuple(aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1])) for y in rows_of_y)
+        outputs = tuple(aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1])) for y in ys)
         if any(ctx.needs_input_grad):
             needs = Operands.unflatten(group, ctx.needs_input_grad[3 + sources :])
-            ys = [y for y, needed in zip(outputs, needs.gains, strict=True) if needed]
+            kept_ys = [y for y, needed in zip(outputs, needs.gains, strict=True) if needed]
             again = tensors[:sources] if sources else (x,)
-            ctx.save_for_backward(*again, s, kept, *tensors[sources:], *ys)
+            ctx.save_for_backward(*again, s, kept, *tensors[sources:], *kept_ys)
             ctx.group, ctx.sources, ctx.shape = group, sources, x.shape
             ctx.set_materialize_grads(False)
-            idle = (
-                y
-                for i, y in enumerate(outputs)
-                if group.counts[i] == 0 and not (ctx.needs_input_grad[1] or needs.weights[i] or needs.biases[i])
-            )
-            ctx.mark_non_differentiable(*idle)
+            if len(group.adapted) < len(group.counts):
+                idle = (
+                    y
+                    for i, y in enumerate(outputs)
+                    if group.counts[i] == 0 and not (ctx.needs_input_grad[1] or needs.weights[i] or needs.biases[i])
+                )
+                ctx.mark_non_differentiable(*idle)
         return outputs
 
     @staticmethod
@@ -148,56 +139,53 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         group: Group = ctx.group
-        provider, dropout = group.provider, group.dropout
+        provider, adapters = group.provider, group.adapters
         saved, ends = ctx.saved_tensors, ctx.sources or 1
         again, (s, kept, *rest) = saved[:ends], saved[ends:]
-        operands, ys = Operands.unflatten(group, rest), iter(rest[group.operands :])
+        count = group.places[-1].stop
+        operands, ys = Operands.unflatten(group, rest[:count]), iter(rest[count:])
         needs = Operands.unflatten(group, ctx.needs_input_grad[3 + ctx.sources :])
-        grads = Operands.nothing(group)
 
-        ds = torch.empty_like(s)
-        ups: dict[int, GradUp] = {}
-        for i, (dy, mine, columns) in enumerate(zip(dys, group.adapters, group.columns, strict=True)):
-            y = next(ys) if needs.gains[i] else None
-            if dy is None:  # nothing reads this sibling's output
-                ds[:, columns] = 0
-                continue
-            dy = dy.reshape(-1, dy.shape[-1])
-            if group.counts[i] == 0:
-                ups[i] = GradUp(ds[:, columns], dy, dy, dy.sum(0) if needs.biases[i] else None)
-                continue
+        upstream = []
+        for dy, trains_gain, trains_bias in zip(dys, needs.gains, needs.biases, strict=True):
+            y = next(ys) if trains_gain else None
+            flat = None if dy is None else dy.reshape(-1, dy.shape[-1])
             y = None if y is None else y.reshape(-1, y.shape[-1])
-            left, needs_total = operands.left(mine), needs.biases[i] or y is not None
-            up = ups[i] = provider.grad_up(dy, s[:, columns], left, operands.gains[i], y, needs_total)
-            ds[:, columns] = up.ds
-            grads.lefts[mine] = _like(split(up.dleft, dropout.ranks[mine], 1), operands.lefts[mine])
+            upstream.append(Upstream(flat, y, trains_bias or trains_gain))
+        layers = operands.layers(group)
+        ds, ups = provider.grad_up([upstream[i] for i in group.adapted], s, layers, adapters)
+        found: dict[int, GradUp] = {i: up for i, up in zip(group.adapted, ups, strict=True) if up is not None}
+        for i, above in enumerate(upstream):
+            if group.counts[i] == 0 and above.dy is not None:
+                found[i] = GradUp((), above.dy, above.dy.sum(0) if needs.biases[i] else None)
 
         dx: Tensor | None = None
         dsources: list[Tensor | None] = [None] * ctx.sources
         if ctx.needs_input_grad[1]:
-            bases, weights = [up.base for up in ups.values()], [operands.weights[i] for i in ups]
-            dx = provider.grad_x(bases, weights, ds, torch.cat(operands.rights), dropout, kept)
+            bases, weights = [up.base for up in found.values()], [operands.weights[i] for i in found]
+            dx = provider.grad_x(bases, weights, ds, operands.rights, adapters, kept)
         if dx is not None and group.activation:
-            x, found = provider.grad_activation(group.activation, again, dx)
-            dx, dsources = None, [*found]
+            x, grads_of_sources = provider.grad_activation(group.activation, again, dx)
+            dx, dsources = None, [*grads_of_sources]
         elif any((*needs.rights, *needs.weights, *needs.gains)):
             x = recompute(group.recipe, again) if group.recipe else again[0]
+
+        grads = Operands(*([None] * (place.stop - place.start) for place in group.places))
         if any(needs.rights):
-            dright = provider.grad_right(x.reshape(-1, ctx.shape[-1]), ds, dropout, kept)
-            grads.rights = _like(split(dright, dropout.ranks, 0), operands.rights)
-        for i, mine in enumerate(group.adapters):
-            if i not in ups:
+            grads.rights = provider.grad_right(x.reshape(-1, ctx.shape[-1]), ds, operands.rights, adapters, kept)
+        for i, mine in enumerate(group.mine):
+            up, above = found.get(i), upstream[i]
+            if up is None:
                 grads.rights[mine] = [None] * group.counts[i]
-        for i, up in ups.items():
+                continue
+            grads.lefts[mine] = up.dlefts
             if needs.gains[i]:
-                left = operands.left(group.adapters[i])
-                dy = dys[i].reshape(up.base.shape)  # type: ignore[union-attr]
                 rows = x.reshape(-1, ctx.shape[-1])
                 grads.gains[i] = grad_gain(
-                    up, rows, operands.weights[i], operands.biases[i], left, operands.gains[i], dy
+                    up, rows, operands.weights[i], operands.biases[i], operands.lefts[mine], operands.gains[i], above.dy
                 )
             if needs.biases[i]:
-                (grads.biases[i],) = _like([up.total], [operands.biases[i]])
+                (grads.biases[i],) = like([up.total], [operands.biases[i]])
             if needs.weights[i]:
                 grads.weights[i] = torch.mm(up.base.t(), x.reshape(-1, ctx.shape[-1]))
         dx = None if dx is None else dx.view(ctx.shape)
@@ -205,13 +193,20 @@ class LowRankLinear(torch.autograd.Function):
 
 
 def grad_gain(
-    up: GradUp, x: Tensor, weight: Tensor, bias: Tensor | None, left: Tensor, gain: Tensor, dy: Tensor
+    up: GradUp,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lefts: Sequence[Tensor],
+    gain: Tensor,
+    dy: Tensor,
 ) -> Tensor:
     """``sum_M dy * (x W^T)``, without that product where the output tells it: ``gain * x W^T = y - s left^T - b``."""
     assert up.dot is not None
     assert up.total is not None
-    low = (up.dleft * left).sum(1)
-    rest = up.dot - low
+    rest = up.dot
+    for dleft, left in zip(up.dlefts, lefts, strict=True):
+        rest = rest - (dleft.to(rest.dtype) * left).sum(1)
     if bias is not None:
         rest = rest - bias * up.total
     found: Tensor = exact_where_small(rest, gain, dy, x, weight)
@@ -241,9 +236,5 @@ LIBRARY.impl("exact_where_small", _exact_fake, "Meta")
 exact_where_small = torch.ops.lorafx.exact_where_small.default
 
 
-def _like(grads: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [grad.to(tensor.dtype) for grad, tensor in zip(grads, tensors, strict=True)]
-
-
-def _slices(sizes: Sequence[int]) -> list[slice]:
-    return [slice(a, b) for a, b in pairwise(accumulate(sizes, initial=0))]
+def _slices(sizes: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(a, b) for a, b in pairwise(accumulate(sizes, initial=0)))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.kernels.base import Call, Dropout
+from lorafx.kernels.base import Adapters, Call
 from lorafx.kernels.function import LowRankLinear, Operands, make_group
 from lorafx.kernels.providers import provider
 from lorafx.ops import ADAPTED, LAYERS, define_op, updates
@@ -74,6 +74,7 @@ class _Sibling:
     gain: Tensor | None
     lefts: list[Tensor]
     rights: list[Tensor]
+    scales: list[float]
 
 
 def _sibling(layer: _Layer) -> _Sibling:
@@ -81,15 +82,15 @@ def _sibling(layer: _Layer) -> _Sibling:
     weight, bias = layer.weight, layer.bias
     changes = list(updates(weight, layer.tensors, layer.variants, layer.scaling))
     gains = [u.gain for u in changes if u.gain is not None]
-    lefts = [u.left if u.gain is None else u.gain.unsqueeze(-1) * u.left for u in changes]
+    lefts = [u.unscaled if u.gain is None else u.gain.unsqueeze(-1) * u.unscaled for u in changes]
     gain = gains[0] if len(gains) == 1 else 1 + torch.stack([g - 1 for g in gains]).sum(0) if gains else None
     for shift in (u.shift for u in changes):
         if shift is not None:
             bias = shift if bias is None else bias + shift
-    rights = [u.right for u in changes]
+    late = None
     if bias is not None and bias.shape != weight.shape[:1]:
-        return _Sibling(weight, None, bias, gain, lefts, rights)
-    return _Sibling(weight, bias, None, gain, lefts, rights)
+        bias, late = None, bias
+    return _Sibling(weight, bias, late, gain, lefts, [u.right for u in changes], [u.scaling for u in changes])
 
 
 def grouped_reference(
@@ -134,7 +135,8 @@ def grouped_reference(
         chosen = provider("torch")
     if activation not in chosen.activations or not all(_alike(source, sources[0]) for source in sources):
         activation = ""  # the sources get their gradients by autograd, as where factors broadcast
-    group = make_group(chosen, tuple(counts), Dropout(ranks, p), recipe, activation)
+    adapters = Adapters(ranks, p, tuple(scale for s in siblings for scale in s.scales))
+    group = make_group(chosen, tuple(counts), adapters, recipe, activation)
     operands = Operands(
         [s.weight.to(x.dtype) if autocast else s.weight for s in siblings],
         [None if s.bias is None else s.bias.to(x.dtype) for s in siblings],

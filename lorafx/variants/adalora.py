@@ -59,7 +59,7 @@ class AdaLora(Variant):
 
     def update(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Update:
         """``left = s P``, ``right = diag(E) Q``."""
-        return Update(tensors["lora_B"] * scaling, tensors["lora_A"] * tensors["lora_E"])
+        return Update(tensors["lora_B"], tensors["lora_A"] * tensors["lora_E"], scaling=scaling)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -18,7 +19,10 @@ from lorafx.checks import Check
 
 def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     """No autocast for what is computed from this tensor (which may be on the meta device)."""
-    found: AbstractContextManager[Any] = torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
+    device = "cpu" if tensor.is_meta else tensor.device.type
+    if not torch.is_autocast_enabled(device):  # the context costs more than the question
+        return nullcontext()
+    found: AbstractContextManager[Any] = torch.autocast(device, enabled=False)
     return found
 
 
@@ -29,12 +33,19 @@ class Update:
     ``left`` is ``[..., out, r]`` and ``right`` ``[..., r, in]``, the scaling included; ``gain`` (a factor for each row
     of the weight) and ``shift`` are ``[..., out]``. Leading dimensions are those of a stack of weights
     (experts). Every variant is of this form, so every kind of layer, the fold and the export take all of them.
+    ``left`` is ``scaling * unscaled``: what computes with the factors can multiply where it is cheapest.
     """
 
-    left: Tensor
+    unscaled: Tensor
     right: Tensor
     gain: Tensor | None = None
     shift: Tensor | None = None
+    scaling: float = 1.0
+
+    @cached_property
+    def left(self) -> Tensor:
+        """See the class."""
+        return self.unscaled if self.scaling == 1.0 else self.unscaled * self.scaling
 
     def fold(self, weight: Tensor) -> Tensor:
         """``W'`` for ``weight [..., out, in]``, in the dtype that the operands promote to."""

@@ -40,4 +40,4 @@ class Dora(Lora):
         a, b = tensors["lora_A"], tensors["lora_B"]
         norm = row_norm(weight, a, b, scaling)
         gain = tensors["lora_magnitude_vector"] / torch.where(norm > 0, norm, 1.0)
-        return Update(b * scaling, a, gain=gain)
+        return Update(b, a, gain=gain, scaling=scaling)

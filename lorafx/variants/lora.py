@@ -44,7 +44,7 @@ class Lora(Variant):
 
     def update(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Update:
         """``left = s B``, ``right = A``."""
-        return Update(tensors["lora_B"] * scaling, tensors["lora_A"])
+        return Update(tensors["lora_B"], tensors["lora_A"], scaling=scaling)
 
 
 class LoraWithBias(Lora):
@@ -67,4 +67,6 @@ class LoraWithBias(Lora):
 
     def update(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Update:
         """LoRA's, and the shift of the bias."""
-        return Update(tensors["lora_B"] * scaling, tensors["lora_A"], shift=tensors["lora_B_bias"] * scaling)
+        return Update(
+            tensors["lora_B"], tensors["lora_A"], shift=tensors["lora_B_bias"] * scaling, scaling=scaling
+        )

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
+_INCLUDED = ("activation.h", "dropout.h", "products.h", "vector.h")
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w")
 _TIMEOUT = 300.0
 
@@ -32,10 +33,10 @@ def load() -> ctypes.CDLL:
         BuildError: there is no compiler, or it failed; what it said is in the message.
     """
     compiler = _compiler()
-    source = _SOURCE.read_bytes()
+    sources = [path.read_bytes() for path in (_SOURCE, *map(_SOURCE.with_name, _INCLUDED))]
     # What -march=native means here, and which compiler this is.
     target = _run([compiler, *_FLAGS[:-2], "-dM", "-E", "-x", "c++", os.devnull])
-    key = hashlib.sha256(b"\0".join([source, " ".join(_FLAGS).encode(), target])).hexdigest()[:32]
+    key = hashlib.sha256(b"\0".join([*sources, " ".join(_FLAGS).encode(), target])).hexdigest()[:32]
     try:
         folder = _cache_folder()
         built = folder / f"kernels-{key}.so"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Callable, Iterator, Sequence
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,38 +12,145 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorafx.kernels.aten import sum_of_products
-from lorafx.kernels.cpu import build
+from lorafx.kernels.cpu import job
 from lorafx.ops import LIBRARY
 
-#: Elements that share one word of a mask.
-LANES = 16
 
-_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-DTYPES = frozenset(_NAMES)
-
-
-def _call(name: str, dtype: torch.dtype, *arguments: Any) -> None:
-    given = [a.value if isinstance(a, _Typed) else _pointer(a) for a in arguments]
-    getattr(build.load(), f"{name}_{_NAMES[dtype]}")(*given, ctypes.c_int(torch.get_num_threads()))
-
-
-class _Typed:
-    """A number as the C function takes it."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
+def _down(
+    x: Tensor, rights: Sequence[Tensor], p: Sequence[float], scales: Sequence[float], seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``s``, and one bit an element of what was kept: int16 ``[adapters that drop, M, k / 16]``."""
+    x, rights = _rows(x), _smalls(rights, x)
+    s, bits = _down_like(x, rights, p, scales, seed)
+    adapters = [
+        job.adapter(right, 0, mask, i, chance, scale)
+        for i, (right, mask, chance, scale) in enumerate(zip(rights, _masks(bits, p), p, scales, strict=True))
+    ]
+    job.run(x.dtype, [job.narrow(x, s, adapters, 0 if seed is None else int(seed))])
+    return s, bits
 
 
-def _int(value: int) -> _Typed:
-    return _Typed(ctypes.c_int64(value))
+def _down_like(
+    x: Tensor, rights: Sequence[Tensor], p: Sequence[float], scales: Sequence[float], seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    words, count = (x.shape[1] + job.LANES - 1) // job.LANES, sum(chance > 0.0 for chance in p)
+    return x.new_empty(x.shape[0], _total(rights, 0)), x.new_empty(count, x.shape[0], words, dtype=torch.int16)
 
 
-def _float(value: float) -> _Typed:
-    return _Typed(ctypes.c_float(value))
+def _up(
+    x: Tensor,
+    s: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gains: Sequence[Tensor | None],
+    lefts: Sequence[Tensor],
+    counts: Sequence[int],
+) -> list[Tensor]:
+    """The frozen layers' outputs; the rest is added to each in its memory, as soon as it is there."""
+    ys, column = [], 0
+    for weight, bias, gain, mine in zip(weights, biases, gains, _parts(_smalls(lefts, x), counts), strict=True):
+        y = F.linear(x, weight, bias).reshape(-1, weight.shape[0])
+        r = _total(mine, 1)
+        plain = None if bias is None or gain is None else _wide(bias)
+        adapters = [job.adapter(left, 1) for left in mine]
+        job.run(y.dtype, [job.expand(y, s[:, column : column + r], adapters, _wide(gain), plain)])
+        column += r
+        ys.append(y)
+    return ys
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _up_like(x: Tensor, s: Tensor, weights: Sequence[Tensor], *others: Any) -> list[Tensor]:
+    return [x.new_empty(math.prod(x.shape[:-1]), weight.shape[0]) for weight in weights]
+
+
+def _grad_up(
+    dys: Sequence[Tensor | None],
+    ys: Sequence[Tensor | None],
+    needs_total: Sequence[bool],
+    s: Tensor,
+    gains: Sequence[Tensor | None],
+    lefts: Sequence[Tensor],
+    counts: Sequence[int],
+    scales: Sequence[float],
+) -> list[Tensor]:
+    """``ds``; of each adapter ``dleft``; of each layer ``gain * dy``, the sums of ``dy`` and of ``dy * y``.
+
+    What is not asked for is empty. It is one call, so that the threads share out all layers' rows and columns.
+    """
+    dys, ys = [_rows_if(dy) for dy in dys], [_rows_if(y) for y in ys]
+    found = _grad_up_like(dys, ys, needs_total, s, gains, lefts, counts, scales)
+    ds, dlefts = found[0], found[1 : 1 + len(lefts)]
+    extras = _parts(found[1 + len(lefts) :], [3] * len(dys))
+    smalls, gains = _smalls(lefts, s), [_wide(gain) for gain in gains]
+    ways, jobs, column = iter(zip(smalls, dlefts, scales, strict=True)), [], 0
+    for dy, y, gain, count, (base, total, dot) in zip(dys, ys, gains, counts, extras, strict=True):
+        mine = list(islice(ways, count))
+        place = slice(column, column + sum(left.shape[1] for left, _, _ in mine))
+        column = place.stop
+        if dy is None:
+            ds[:, place] = 0
+            continue
+        adapters = [job.adapter(left, 1, factor=scale) for left, _, scale in mine]
+        jobs.append(job.narrow(dy, ds[:, place], adapters))
+        adapters = [job.adapter(dleft, 1) for _, dleft, _ in mine]
+        jobs.append(job.outer(dy, s[:, place], adapters, gain, *map(_given, (base, y, total, dot))))
+    job.run(s.dtype, jobs)
+    return found
+
+
+def _grad_up_like(
+    dys: Sequence[Tensor | None],
+    ys: Sequence[Tensor | None],
+    needs_total: Sequence[bool],
+    s: Tensor,
+    gains: Sequence[Tensor | None],
+    lefts: Sequence[Tensor],
+    counts: Sequence[int],
+    scales: Sequence[float],
+) -> list[Tensor]:
+    found = [s.new_empty(s.shape), *_gradients(lefts, s)]
+    for dy, y, total, gain in zip(dys, ys, needs_total, gains, strict=True):
+        n = 0 if dy is None else dy.shape[1]
+        found.append(s.new_empty(0 if dy is None or gain is None else dy.shape))
+        found.append(s.new_empty(n if total else 0, dtype=torch.float32))
+        found.append(s.new_empty(n if y is not None else 0, dtype=torch.float32))
+    return found
+
+
+def _grad_x(
+    bases: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    ds: Tensor,
+    rights: Sequence[Tensor],
+    p: Sequence[float],
+    bits: Tensor | None,
+) -> Tensor:
+    """``sum_i base_i W_i + sum_j D_j(ds_j right_j)``, through the masks that :func:`_down` gave."""
+    dx, masks = sum_of_products(bases, weights), _masks(bits, p)
+    smalls = _smalls(rights, ds)
+    adapters = [job.adapter(r, 0, mask, p=chance) for r, mask, chance in zip(smalls, masks, p, strict=True)]
+    job.run(dx.dtype, [job.expand(dx, ds, adapters)])
+    return dx
+
+
+def _grad_x_fake(
+    bases: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor, rights: Sequence[Tensor], p: Any, bits: Any
+) -> Tensor:
+    return ds.new_empty(ds.shape[0], rights[0].shape[1])
+
+
+def _grad_right(
+    x: Tensor, ds: Tensor, rights: Sequence[Tensor], p: Sequence[float], bits: Tensor | None
+) -> list[Tensor]:
+    """``ds_j^T D_j(x)``, through the same masks."""
+    x, found, masks = _rows(x), _gradients(rights, ds), _masks(bits, p)
+    adapters = [job.adapter(g, 0, mask, p=chance) for g, mask, chance in zip(found, masks, p, strict=True)]
+    job.run(x.dtype, [job.outer(x, ds, adapters)])
+    return found
+
+
+def _grad_right_fake(x: Tensor, ds: Tensor, rights: Sequence[Tensor], p: Any, bits: Any) -> list[Tensor]:
+    return _gradients(rights, ds)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -52,141 +158,42 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def _small(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype).contiguous()
+def _rows_if(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _rows(tensor)
 
 
-def _narrow(x: Tensor, right: Tensor, s: Tensor, bits: Tensor | None, p: float, adapter: int, seed: int) -> None:
-    m, k = x.shape
-    _call(
-        "narrow", x.dtype, x, _int(x.stride(0)), _int(m), _int(k), right, _int(right.shape[0]), s, _int(s.stride(0)),
-        bits, _float(p), _int(adapter), _Typed(ctypes.c_uint64(seed)),
-    )  # fmt: skip
+def _given(tensor: Tensor | None) -> Tensor | None:
+    """None for what is empty, which stands for what is not asked for."""
+    return tensor if tensor is not None and tensor.numel() else None
 
 
-def _expand(
-    y: Tensor, s: Tensor, right: Tensor, bits: Tensor | None = None, p: float = 0.0,
-    gain: Tensor | None = None, bias: Tensor | None = None,
-) -> None:  # fmt: skip
-    m, n = y.shape
-    _call(
-        "expand", y.dtype, y, _int(y.stride(0)), _int(m), _int(n), s, _int(s.stride(0)), _int(s.shape[1]), right,
-        _int(right.stride(0)), _int(right.stride(1)), bits, _float(p), gain, bias,
-    )  # fmt: skip
+def _wide(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.to(torch.float32).contiguous()
 
 
-def _outer(x: Tensor, s: Tensor, g: Tensor, bits: Tensor | None, p: float) -> None:
-    m, k = x.shape
-    _call(
-        "outer", x.dtype, x, _int(x.stride(0)), _int(m), _int(k), bits, _float(p), s, _int(s.stride(0)),
-        _int(s.shape[1]), g,
-    )  # fmt: skip
+def _smalls(factors: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """Factors as the kernels take them: float32, or of x's dtype."""
+    return [t if t.dtype in (torch.float32, x.dtype) else t.to(x.dtype) for t in factors]
 
 
-def _down(x: Tensor, right: Tensor, ranks: Sequence[int], p: Sequence[float], seed: Tensor) -> tuple[Tensor, Tensor]:
-    """``D(x) right^T``, and one bit an element of what was kept: int16 ``[adapters that drop, M, k / 16]``."""
-    x, right = _rows(x), _small(right, x.dtype)
-    s, bits = _down_like(x, right, p)
-    number = int(seed)
-    for i, (mine, mask, chance) in enumerate(_adapters(ranks, p, bits)):
-        _narrow(x, right[mine], s[:, mine], mask, chance, i, number)
-    return s, bits
+def _gradients(factors: Sequence[Tensor], x: Tensor) -> list[Tensor]:
+    """Memory for the gradients of factors, of dtypes that the kernels write."""
+    return [x.new_empty(t.shape, dtype=t.dtype if t.dtype is x.dtype else torch.float32) for t in factors]
 
 
-def _down_fake(x: Tensor, right: Tensor, ranks: Any, p: Sequence[float], seed: Tensor) -> tuple[Tensor, Tensor]:
-    return _down_like(x, right, p)
+def _masks(bits: Tensor | None, p: Sequence[float]) -> list[Tensor | None]:
+    """Of each adapter its part of ``bits``; None if it does not drop."""
+    remaining = iter(()) if bits is None else iter(bits.unbind())
+    return [next(remaining) if chance > 0.0 else None for chance in p]
 
 
-def _down_like(x: Tensor, right: Tensor, p: Sequence[float]) -> tuple[Tensor, Tensor]:
-    words = (x.shape[1] + LANES - 1) // LANES
-    count = sum(chance > 0.0 for chance in p)
-    return x.new_empty(x.shape[0], right.shape[0]), x.new_empty(count, x.shape[0], words, dtype=torch.int16)
+def _parts(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[list[Tensor]]:
+    remaining = iter(tensors)
+    return [list(islice(remaining, count)) for count in counts]
 
 
-def _up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None) -> Tensor:
-    """``gain * (x W^T) + s left^T + b``, the second product added to the first in its memory."""
-    y = F.linear(x, weight, bias).reshape(-1, weight.shape[0])
-    if gain is None:
-        return y.addmm_(s, left.to(y.dtype).t().contiguous())
-    wide = None if bias is None else _small(bias, torch.float32)
-    _expand(y, _rows(s), left.to(y.dtype).t(), gain=_small(gain, torch.float32), bias=wide)
-    return y
-
-
-def _up_fake(x: Tensor, weight: Tensor, bias: Any, s: Tensor, left: Tensor, gain: Any) -> Tensor:
-    return x.new_empty(math.prod(x.shape[:-1]), weight.shape[0])
-
-
-def _grad_up(
-    dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``ds``, ``dleft^T``, ``gain * dy``, the sums of ``dy`` and of ``dy * y``; empty what is not asked for."""
-    dy, s, left, y = _rows(dy), _rows(s), _small(left, dy.dtype), None if y is None else _rows(y)
-    ds, dleft, base, total, dot = _grad_up_like(dy, s, left, gain, y, needs_total)
-    m, n = dy.shape
-    _call(
-        "grad_up", dy.dtype, dy, _int(dy.stride(0)), _int(m), _int(n), left, _int(left.shape[1]), s, _int(s.stride(0)),
-        ds, _int(ds.stride(0)), dleft, None if gain is None else _small(gain, torch.float32),
-        base if base.numel() else None, y, _int(0 if y is None else y.stride(0)), total if total.numel() else None,
-        dot if dot.numel() else None,
-    )  # fmt: skip
-    return ds, dleft, base, total, dot
-
-
-def _grad_up_like(
-    dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wide, n = torch.float32, dy.shape[1]
-    return (
-        s.new_empty(s.shape),
-        dy.new_empty(s.shape[1], n, dtype=wide),
-        dy.new_empty(dy.shape if gain is not None else 0),
-        dy.new_empty(n if needs_total else 0, dtype=wide),
-        dy.new_empty(n if y is not None else 0, dtype=wide),
-    )
-
-
-def _grad_x(
-    bases: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    ds: Tensor,
-    right: Tensor,
-    ranks: Sequence[int],
-    p: Sequence[float],
-    bits: Tensor | None,
-) -> Tensor:
-    """``sum_i base_i W_i + D(ds right)``, through the masks that :func:`_down` gave."""
-    dx, right = sum_of_products(bases, weights), _small(right, ds.dtype)
-    if bits is None:
-        return dx.addmm_(ds, right)
-    for mine, mask, chance in _adapters(ranks, p, bits):
-        _expand(dx, ds[:, mine], right[mine], mask, chance)
-    return dx
-
-
-def _grad_x_fake(
-    bases: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor, right: Tensor, ranks: Any, p: Any, bits: Any
-) -> Tensor:
-    return ds.new_empty(ds.shape[0], right.shape[1])
-
-
-def _grad_right(x: Tensor, ds: Tensor, ranks: Sequence[int], p: Sequence[float], bits: Tensor) -> Tensor:
-    """``ds^T D(x)``, through the same masks."""
-    x, dright = _rows(x), x.new_empty(ds.shape[1], x.shape[1], dtype=torch.float32)
-    for mine, mask, chance in _adapters(ranks, p, bits):
-        _outer(x, ds[:, mine], dright[mine], mask, chance)
-    return dright
-
-
-def _grad_right_fake(x: Tensor, ds: Tensor, ranks: Any, p: Any, bits: Tensor) -> Tensor:
-    return x.new_empty(ds.shape[1], x.shape[1], dtype=torch.float32)
-
-
-def _adapters(ranks: Sequence[int], p: Sequence[float], bits: Tensor) -> Iterator[tuple[slice, Tensor | None, float]]:
-    """The columns of each adapter in ``s``, its mask if it drops, and its p."""
-    masks, ends = iter(bits.unbind()), accumulate(ranks, initial=0)
-    for (a, b), chance in zip(pairwise(ends), p, strict=True):
-        yield slice(a, b), next(masks) if chance > 0.0 else None, chance
+def _total(factors: Sequence[Tensor], rank: int) -> int:
+    return sum(t.shape[rank] for t in factors)
 
 
 def _grad_activation(name: str, sources: Sequence[Tensor], dx: Tensor) -> list[Tensor]:
@@ -195,7 +202,7 @@ def _grad_activation(name: str, sources: Sequence[Tensor], dx: Tensor) -> list[T
     dx = dx.contiguous()
     x, dh, du = torch.empty_like(h), torch.empty_like(h), [torch.empty_like(u) for u in factors]
     u, grad_u = (factors[0], du[0]) if factors else (None, None)
-    _call(name.removesuffix("_mul"), h.dtype, h, u, dx, x, dh, grad_u, _int(h.numel()))
+    job.activation(name.removesuffix("_mul"), [h, u, dx, x, dh, grad_u], h.dtype, h.numel())
     return [x, dh, *du]
 
 
@@ -215,28 +222,29 @@ def _define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[.
 
 cpu_down = _define(
     "cpu_down",
-    "(Tensor x, Tensor right, int[] ranks, float[] p, Tensor seed) -> (Tensor, Tensor)",
-    _down, _down_fake,
+    "(Tensor x, Tensor[] rights, float[] p, float[] scales, Tensor? seed) -> (Tensor, Tensor)",
+    _down, _down_like,
 )  # fmt: skip
 cpu_up = _define(
     "cpu_up",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor left, Tensor? gain) -> Tensor",
-    _up, _up_fake,
+    "(Tensor x, Tensor s, Tensor[] weights, Tensor?[] biases, Tensor?[] gains, Tensor[] lefts, int[] counts) "
+    "-> Tensor[]",
+    _up, _up_like,
 )  # fmt: skip
 cpu_grad_up = _define(
     "cpu_grad_up",
-    "(Tensor dy, Tensor s, Tensor left, Tensor? gain, Tensor? y, bool needs_total) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor?[] dys, Tensor?[] ys, bool[] needs_total, Tensor s, Tensor?[] gains, Tensor[] lefts, int[] counts, "
+    "float[] scales) -> Tensor[]",
     _grad_up, _grad_up_like,
 )  # fmt: skip
 cpu_grad_x = _define(
     "cpu_grad_x",
-    "(Tensor[] bases, Tensor[] weights, Tensor ds, Tensor right, int[] ranks, float[] p, Tensor? bits) -> Tensor",
+    "(Tensor[] bases, Tensor[] weights, Tensor ds, Tensor[] rights, float[] p, Tensor? bits) -> Tensor",
     _grad_x, _grad_x_fake,
 )  # fmt: skip
 cpu_grad_right = _define(
     "cpu_grad_right",
-    "(Tensor x, Tensor ds, int[] ranks, float[] p, Tensor bits) -> Tensor",
+    "(Tensor x, Tensor ds, Tensor[] rights, float[] p, Tensor? bits) -> Tensor[]",
     _grad_right, _grad_right_fake,
 )  # fmt: skip
 cpu_grad_activation = _define(

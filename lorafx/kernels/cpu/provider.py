@@ -1,22 +1,28 @@
-"""The provider for CPUs: library products where they are as fast, compiled kernels for dropout and gains."""
+"""The provider for CPUs: the large products are the library's, what adapters add is compiled."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import islice
 from typing import ClassVar
 
 from torch import Tensor
 
-from lorafx.kernels.aten import Aten
-from lorafx.kernels.base import ACTIVATIONS, Call, Dropout, GradUp, Provider
-from lorafx.kernels.cpu import build, ops
+from lorafx.kernels.base import (
+    ACTIVATIONS,
+    Adapters,
+    Call,
+    GradUp,
+    Layer,
+    Provider,
+    Upstream,
+    like,
+)
+from lorafx.kernels.cpu import build, job, ops
 
-#: Up to this rank one read of ``dy`` for two products is faster than a library product for each.
-_NARROW = 32
 
-
-class Cpu(Aten):
+class Cpu(Provider):
     """float32 and bfloat16. Masks are one bit an element, kept for backward."""
 
     name: ClassVar[str] = "cpu"
@@ -27,51 +33,68 @@ class Cpu(Aten):
     def rejects(self, call: Call) -> str | None:
         if call.device.type != "cpu":
             return f"it is for CPUs, and the layer is on {call.device}"
-        if call.dtype not in ops.DTYPES:
+        if call.dtype not in job.DTYPES:
             return f"it computes in float32 and bfloat16, and the layer is {call.dtype}"
         return None
 
-    random = Provider.random
+    def down(
+        self, x: Tensor, rights: Sequence[Tensor], adapters: Adapters, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        s, bits = ops.cpu_down(x, rights, adapters.p, adapters.scales, seed)
+        return s, None if seed is None else bits
 
-    def down(self, x: Tensor, right: Tensor, dropout: Dropout, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if seed is None:
-            return super().down(x, right, dropout, None)
-        s, bits = ops.cpu_down(x, right, dropout.ranks, dropout.p, seed)
-        return s, bits
-
-    def up(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None
-    ) -> Tensor:
-        y: Tensor = ops.cpu_up(x, weight, bias, s, left, gain)
-        return y
+    def up(self, x: Tensor, s: Tensor, layers: Sequence[Layer], adapters: Adapters) -> list[Tensor]:
+        ys: list[Tensor] = ops.cpu_up(
+            x,
+            s,
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers],
+            [layer.gain for layer in layers],
+            [left for layer in layers for left in layer.lefts],
+            [len(layer.lefts) for layer in layers],
+        )
+        return ys
 
     def grad_up(
-        self, dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
-    ) -> GradUp:
-        if s.shape[1] > _NARROW and gain is None and not needs_total:
-            return super().grad_up(dy, s, left, gain, y, needs_total)
-        ds, turned, base, total, dot = ops.cpu_grad_up(dy, s, left, gain, y, needs_total)
-        return GradUp(
-            ds, turned.t(), dy if gain is None else base, total if needs_total else None, None if y is None else dot
+        self, upstream: Sequence[Upstream], s: Tensor, layers: Sequence[Layer], adapters: Adapters
+    ) -> tuple[Tensor, list[GradUp | None]]:
+        lefts = [left for layer in layers for left in layer.lefts]
+        ds, *found = ops.cpu_grad_up(
+            [above.dy for above in upstream],
+            [above.y for above in upstream],
+            [above.needs_total for above in upstream],
+            s,
+            [layer.gain for layer in layers],
+            lefts,
+            [len(layer.lefts) for layer in layers],
+            adapters.scales,
         )
+        dlefts, extras, ups = iter(like(found[: len(lefts)], lefts)), iter(found[len(lefts) :]), []
+        for layer, above in zip(layers, upstream, strict=True):
+            mine, (base, total, dot) = list(islice(dlefts, len(layer.lefts))), islice(extras, 3)
+            if above.dy is None:
+                ups.append(None)
+                continue
+            base = above.dy if layer.gain is None else base
+            ups.append(GradUp(mine, base, total if above.needs_total else None, None if above.y is None else dot))
+        return ds, ups
 
     def grad_x(
         self,
         bases: Sequence[Tensor],
         weights: Sequence[Tensor],
         ds: Tensor,
-        right: Tensor,
-        dropout: Dropout,
+        rights: Sequence[Tensor],
+        adapters: Adapters,
         kept: Tensor | None,
     ) -> Tensor:
-        dx: Tensor = ops.cpu_grad_x(bases, weights, ds, right, dropout.ranks, dropout.p, kept)
+        dx: Tensor = ops.cpu_grad_x(bases, weights, ds, rights, adapters.p, kept)
         return dx
 
-    def grad_right(self, x: Tensor, ds: Tensor, dropout: Dropout, kept: Tensor | None) -> Tensor:
-        if kept is None:
-            return super().grad_right(x, ds, dropout, None)
-        dright: Tensor = ops.cpu_grad_right(x, ds, dropout.ranks, dropout.p, kept)
-        return dright
+    def grad_right(
+        self, x: Tensor, ds: Tensor, rights: Sequence[Tensor], adapters: Adapters, kept: Tensor | None
+    ) -> list[Tensor]:
+        return like(ops.cpu_grad_right(x, ds, rights, adapters.p, kept), rights)
 
     activations = frozenset(ACTIVATIONS)
 

@@ -15,7 +15,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lorafx.kernels.base import Dropout
+from lorafx.kernels.base import Adapters
 from lorafx.kernels.triton.tiles import MAX_RANKS, cdiv, jit, launch, on_device, rank_block
 
 #: Columns of ``s``, padded, that one launch takes at most; more are taken by several, each with its read of ``x``.
@@ -57,11 +57,11 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def plan(dropout: Dropout) -> Plan:
-    """The pieces that ``dropout`` makes of the columns."""
+def plan(adapters: Adapters) -> Plan:
+    """The pieces that dropout makes of the columns."""
     groups: list[tuple[int, int, int, int]] = []  # start, stop, branch, drop
     at = 0
-    for branch, (ranks, p) in enumerate(zip(dropout.ranks, dropout.p, strict=True)):
+    for branch, (ranks, p) in enumerate(zip(adapters.ranks, adapters.p, strict=True)):
         drop = round(p * 65536)
         if groups and groups[-1][3] == drop == 0:
             groups[-1] = (groups[-1][0], at + ranks, groups[-1][2], 0)

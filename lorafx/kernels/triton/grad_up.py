@@ -10,7 +10,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lorafx.kernels.base import GradUp
 from lorafx.kernels.triton.config import Config, choose, power_class, splits, stream_configs
 from lorafx.kernels.triton.device import device_of, precision
 from lorafx.kernels.triton.reduce import Sums
@@ -85,6 +84,9 @@ def grad_up_kernel(
             tl.store(dot + part * N + columns, dots, mask=columns < N)
 
 
+Found = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
 def parts(m: int, n: int, r: int, config: Config, processors: int) -> tuple[int, int, int]:
     """Strips of columns, parts of M, and the rows of a part (whole blocks; at least eight of them if there are)."""
     strips, steps = cdiv(n, config.columns), cdiv(m, config.depth)
@@ -95,8 +97,8 @@ def parts(m: int, n: int, r: int, config: Config, processors: int) -> tuple[int,
 
 def grad_up(
     dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
-) -> GradUp:  # fmt: skip
-    """See :meth:`Provider.grad_up`. ``ds [M, R]`` in dy's dtype, ``dleft [n, R]`` in left's, sums in float32."""
+) -> Found:  # fmt: skip
+    """See :meth:`Provider.grad_up`: ``ds, dleft, base, total, dot`` of one layer. ``ds [M, R]`` in dy's dtype, ``dleft [n, R]`` in left's, sums in float32."""
     (m, n), r = dy.shape, s.shape[1]
     device, aligned = device_of(dy.device), is_aligned(dy)
     ds = torch.empty(m, r, dtype=dy.dtype, device=dy.device)
@@ -104,7 +106,7 @@ def grad_up(
     base = dy if gain is None else torch.empty(m, n, dtype=dy.dtype, device=dy.device)
     total = torch.empty(n, dtype=torch.float32, device=dy.device) if needs_total else None
     dot = None if y is None else torch.empty(n, dtype=torch.float32, device=dy.device)
-    found = GradUp(ds, dleft, base, total, dot)
+    found = (ds, dleft, base, total, dot)
     if m == 0 or n == 0:
         for sum_over_nothing in (ds, dleft, total, dot):
             if sum_over_nothing is not None:
@@ -112,7 +114,7 @@ def grad_up(
         return found
     gain = None if gain is None else gain.contiguous()
 
-    def run(config: Config) -> GradUp:
+    def run(config: Config) -> Found:
         strips, split, chunk = parts(m, n, r, config, device.processors)
         sums = Sums()
         launch(grad_up_kernel, (cdiv(r, config.rows), strips, split),

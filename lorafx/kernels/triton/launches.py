@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.kernels.base import Dropout
+from lorafx.kernels.base import Adapters
 from lorafx.kernels.triton.device import Device, pretend
 from lorafx.kernels.triton.down import down
 from lorafx.kernels.triton.dropout import plan
@@ -60,7 +60,7 @@ def step(
 
     def calls() -> None:
         seed = torch.empty(1, dtype=torch.int64, device="meta") if p > 0 else None
-        columns = plan(Dropout(tuple(ranks), (p,) * len(ranks)))
+        columns = plan(Adapters(tuple(ranks), (p,) * len(ranks), (1.0,) * len(ranks)))
         x, right = make(m, k), make(sum(ranks), k, of=wide)
         weights = [make(n, k) for n in widths]
         s = down(x, right, columns, seed)

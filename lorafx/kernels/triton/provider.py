@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorafx.kernels.base import Call, Dropout, GradUp, Provider
+from lorafx.kernels.base import Adapters, Call, GradUp, Layer, Provider, Upstream, like, split
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,51 +48,69 @@ class TritonProvider(Provider):
             return "there are no ranks"
         return None
 
-    def down(self, x: Tensor, right: Tensor, dropout: Dropout, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def down(
+        self, x: Tensor, rights: Sequence[Tensor], adapters: Adapters, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """``s`` by one kernel (two where the sum over k is split), and the seed: all that the masks depend on."""
         from lorafx.kernels.triton.down import down
         from lorafx.kernels.triton.dropout import plan
 
-        kept = seed.to(x.device) if seed is not None and dropout.drops else None
-        return down(x, right, plan(dropout), kept), kept
+        kept = seed.to(x.device) if seed is not None and adapters.drops else None
+        return down(x, torch.cat(list(rights)), plan(adapters), kept), kept
 
-    def up(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None
-    ) -> Tensor:
-        """One kernel."""
+    def up(self, x: Tensor, s: Tensor, layers: Sequence[Layer], adapters: Adapters) -> list[Tensor]:
+        """One kernel a layer."""
         from lorafx.kernels.triton.up import up
 
-        return up(x.reshape(-1, x.shape[-1]), weight, bias, s, left, gain)
+        rows = x.reshape(-1, x.shape[-1])
+        return [
+            up(rows, layer.weight, layer.bias, s[:, layer.columns(adapters)], layer.left(adapters), layer.gain)
+            for layer in layers
+        ]
 
     def grad_up(
-        self, dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
-    ) -> GradUp:
-        """One kernel, and one that adds up its parts."""
+        self, upstream: Sequence[Upstream], s: Tensor, layers: Sequence[Layer], adapters: Adapters
+    ) -> tuple[Tensor, list[GradUp | None]]:
+        """One kernel a layer, and one that adds up its parts."""
         from lorafx.kernels.triton.grad_up import grad_up
 
-        return grad_up(dy, s, left, gain, y, needs_total)
+        ds, ups = torch.empty_like(s), list[GradUp | None]()
+        for layer, above in zip(layers, upstream, strict=True):
+            columns = layer.columns(adapters)
+            if above.dy is None:
+                ds[:, columns] = 0
+                ups.append(None)
+                continue
+            low, dleft, base, total, dot = grad_up(
+                above.dy, s[:, columns], layer.left(adapters), layer.gain, above.y, above.needs_total
+            )
+            ds[:, columns] = low
+            ups.append(GradUp(layer.dlefts(dleft, adapters), base, total, dot))
+        return ds, ups
 
     def grad_x(
         self,
         bases: Sequence[Tensor],
         weights: Sequence[Tensor],
         ds: Tensor,
-        right: Tensor,
-        dropout: Dropout,
+        rights: Sequence[Tensor],
+        adapters: Adapters,
         kept: Tensor | None,
     ) -> Tensor:
         """One kernel."""
         from lorafx.kernels.triton.dropout import plan
         from lorafx.kernels.triton.grad_down import grad_x
 
-        return grad_x(bases, weights, ds, right, plan(dropout), kept)
+        return grad_x(bases, weights, ds, torch.cat(list(rights)), plan(adapters), kept)
 
-    def grad_right(self, x: Tensor, ds: Tensor, dropout: Dropout, kept: Tensor | None) -> Tensor:
+    def grad_right(
+        self, x: Tensor, ds: Tensor, rights: Sequence[Tensor], adapters: Adapters, kept: Tensor | None
+    ) -> list[Tensor]:
         """One kernel, and one that adds up its parts; in float32."""
         from lorafx.kernels.triton.dropout import plan
         from lorafx.kernels.triton.grad_down import grad_right
 
-        return grad_right(ds, x, plan(dropout), kept, torch.float32)
+        return like(split(grad_right(ds, x, plan(adapters), kept, torch.float32), adapters.ranks), rights)
 
 
 def _interpreted() -> bool:

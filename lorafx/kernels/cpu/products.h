@@ -1,0 +1,344 @@
+// Three products with one narrow side, on a block of rows or columns, accumulated in float32.
+//
+//   narrow   s = kept x packed                 [rows, K] -> [rows, r]
+//   expand   y += scale * kept (s packed)      [rows, r] -> [rows, N]
+//   outer    g += s^T kept x                   [rows, r], [rows, columns] -> [r, columns]
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "vector.h"
+
+namespace {
+
+constexpr int64_t ROWS = 8;     // rows of a register tile
+constexpr int64_t DEPTH = 256;  // columns of a tile's rows that are copied together: they stay in the first-level cache
+constexpr int64_t RANKS = 8;    // rows of a register tile of an outer product
+constexpr int64_t WIDTH = 64;   // columns that an outer product works on together
+constexpr int64_t STEPS = 64;   // operands a column of them: a tile of both stays in the first-level cache
+
+// What the inner loops multiply: one float, or two neighbouring bfloat16 in 32 bits.
+template <typename T> struct Operand;
+template <> struct Operand<float> {
+  using type = float;
+  static constexpr int64_t width = 1;
+  static vec multiply(vec sum, vec left, vec right) { return sum + left * right; }
+  static vec spread(const float *p) { return vec{} + *p; }
+};
+#if defined(__AVX512BF16__)
+template <> struct Operand<bf16> {
+  using type = uint32_t;
+  static constexpr int64_t width = 2;
+  static vec multiply(vec sum, vec left, vec right) {
+    return vec(_mm512_dpbf16_ps(__m512(sum), __m512bh(left), __m512bh(right)));
+  }
+  static vec spread(const uint32_t *p) { return vec(_mm512_set1_epi32(bytes<int>(p))); }
+};
+#else
+template <> struct Operand<bf16> : Operand<float> {};
+#endif
+template <typename T> using OperandOf = typename Operand<T>::type;
+// Whether a row in memory is a row of operands already.
+template <typename T> constexpr bool IN_PLACE = sizeof(OperandOf<T>) == sizeof(T) * Operand<T>::width;
+
+// 16 operands of one row, or of two.
+inline void pair_up(float *out, vec a, vec) { store(out, a); }
+#if defined(__AVX512BF16__)
+inline void pair_up(bf16 *out, vec a, vec b) {
+  const __m512i low = _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(__m512(a))));
+  const __m512i high = _mm512_cvtepu16_epi32(__m256i(_mm512_cvtneps_pbh(__m512(b))));
+  _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+#endif
+
+// A matrix of operands [depth / width, n]: neighbours along the depth are neighbours in memory.
+template <typename T> struct Packed {
+  using Element = std::conditional_t<IN_PLACE<T>, T, float>;
+  static constexpr int64_t W = Operand<T>::width;
+  Element *values;
+  int64_t n;
+  template <typename S> void put(int64_t i, int64_t j, S v) const {
+    round_to(values[(i / W * n + j) * W + i % W], widen(v));
+  }
+  const OperandOf<T> *row(int64_t d) const { return reinterpret_cast<const OperandOf<T> *>(values) + d * n; }
+  static int64_t bytes(int64_t depth, int64_t n) { return up(depth, W) * n * int64_t(sizeof(Element)); }
+
+  // [depth, width] at (i, j), and zeros up to the next multiple of LANES columns; element (a, b) is at
+  // source[a * along_depth + b * along_n].
+  template <typename S>
+  void fill(int64_t i, int64_t j, const S *source, int64_t along_depth, int64_t along_n, int64_t depth, int64_t width) const {
+    if (i % W || depth % W || (along_depth != 1 && along_n != 1)) {
+      for (int64_t a = 0; a < depth; ++a)
+        for (int64_t b = 0; b < width; ++b) put(i + a, j + b, source[a * along_depth + b * along_n]);
+      return;
+    }
+    if (along_n == 1) {
+      for (int64_t a = 0; a < depth; a += W)
+        for (int64_t b = 0; b < width; b += LANES) {
+          const S *p = source + a * along_depth + b;
+          if (j + b + LANES > n) {
+            for (int64_t w = 0; w < W; ++w)
+              for (int64_t k = 0; k < width - b; ++k) put(i + a + w, j + b + k, p[w * along_depth + k]);
+            break;
+          }
+          pair_up(values + ((i + a) / W * n + j + b) * W, load(p, width - b), load(p + (W - 1) * along_depth, width - b));
+        }
+      return;
+    }
+    alignas(64) Element line[RUN];
+    for (int64_t b = 0; b < width; ++b)
+      for (int64_t a = 0; a < depth; a += RUN) {
+        const int64_t count = std::min(RUN, depth - a);
+        for (int64_t k = 0; k < count; k += LANES) store(line + k, load(source + a + k + b * along_n, count - k));
+        Element *out = values + ((i + a) / W * n + j + b) * W;
+        for (int64_t k = 0; k < count / W; ++k) std::memcpy(out + k * n * W, line + k * W, W * sizeof(Element));
+      }
+  }
+
+ private:
+  static constexpr int64_t RUN = 256;
+};
+
+// ---- narrow -------------------------------------------------------------------------------------------------------
+
+// sums[ROWS, VECTORS * LANES] += x[ROWS, depth] packed
+template <typename T, int VECTORS, typename O>
+inline void narrow_tile(const O *x, int64_t stride, const O *packed, int64_t n, int64_t depth, float *sums) {
+  vec sum[ROWS][VECTORS];
+  UNROLL
+  for (int64_t m = 0; m < ROWS; ++m)
+    UNROLL
+    for (int v = 0; v < VECTORS; ++v) sum[m][v] = load(sums + m * n + v * LANES);
+  for (int64_t d = 0; d < depth; ++d) {
+    vec right[VECTORS];
+    UNROLL
+    for (int v = 0; v < VECTORS; ++v) right[v] = bytes<vec>(packed + d * n + v * LANES);
+    UNROLL
+    for (int64_t m = 0; m < ROWS; ++m) {
+      const vec left = Operand<T>::spread(x + m * stride + d);
+      UNROLL
+      for (int v = 0; v < VECTORS; ++v) sum[m][v] = Operand<T>::multiply(sum[m][v], left, right[v]);
+    }
+  }
+  UNROLL
+  for (int64_t m = 0; m < ROWS; ++m)
+    UNROLL
+    for (int v = 0; v < VECTORS; ++v) store(sums + m * n + v * LANES, sum[m][v]);
+}
+
+template <typename T, typename O>
+inline void narrow_tiles(const O *x, int64_t stride, const O *packed, int64_t n, int64_t depth, float *sums) {
+  int64_t j = 0;
+  for (; j + 3 * LANES <= n; j += 3 * LANES) narrow_tile<T, 3>(x, stride, packed + j, n, depth, sums + j);
+  for (; j + 2 * LANES <= n; j += 2 * LANES) narrow_tile<T, 2>(x, stride, packed + j, n, depth, sums + j);
+  for (; j < n; j += LANES) narrow_tile<T, 1>(x, stride, packed + j, n, depth, sums + j);
+}
+
+// Some of a row as operands, and zeros after its end.
+inline void copy_row(float *out, const float *x, int64_t n, const uint16_t *bits) {
+  for (int64_t j = 0; j < n; j += LANES) {
+    const vec v = load(x + j, n - j);
+    store(out + j, bits ? keep(v, bits[j / LANES]) : v);
+  }
+}
+inline void copy_row(float *out, const bf16 *x, int64_t n, const uint16_t *bits) {
+  for (int64_t j = 0; j < n; j += LANES) {
+    const vec v = load(x + j, n - j);
+    store(out + j, bits ? keep(v, bits[j / LANES]) : v);
+  }
+}
+#if defined(__AVX512BF16__)
+inline void copy_row(uint32_t *out, const bf16 *x, int64_t n, const uint16_t *bits) {
+  for (int64_t j = 0; j < n; j += 2 * LANES, out += LANES) {
+    const __mmask32 there = n - j >= 2 * LANES ? ~0u : (1u << (n - j)) - 1;
+    const __mmask32 kept = !bits ? ~0u : bits[j / LANES] | (n - j > LANES ? uint32_t(bits[j / LANES + 1]) << 16 : 0);
+    _mm512_storeu_si512(out, _mm512_maskz_loadu_epi16(there & kept, x + j));
+  }
+}
+#endif
+
+// sums[ROWS, n] = (kept x)[rows, K] packed
+template <typename T>
+void narrow_rows(const T *x, int64_t ldx, int64_t rows, int64_t K, const Packed<T> &packed, const uint16_t *bits,
+                 int64_t chunks, float *sums) {
+  using O = OperandOf<T>;
+  constexpr int64_t W = Operand<T>::width;
+  const int64_t n = packed.n;
+  std::fill_n(sums, ROWS * n, 0.0f);
+  int64_t k = 0;
+  if constexpr (IN_PLACE<T>)
+    if (rows == ROWS && !bits && ldx % W == 0) {
+      const int64_t whole = K / W * W;
+      for (; k < whole; k += DEPTH)
+        narrow_tiles<T>(reinterpret_cast<const O *>(x + k), ldx / W, packed.row(k / W), n, std::min(DEPTH, whole - k) / W, sums);
+      k = whole;
+    }
+  constexpr int64_t stride = DEPTH / W;
+  alignas(64) O tile[ROWS * stride];
+  for (; k < K; k += DEPTH) {
+    const int64_t depth = std::min(DEPTH, K - k);
+    for (int64_t i = 0; i < ROWS; ++i)
+      if (i < rows)
+        copy_row(tile + i * stride, x + i * ldx + k, depth, bits ? bits + i * chunks + k / LANES : nullptr);
+      else
+        std::fill_n(tile + i * stride, stride, O(0));
+    narrow_tiles<T>(tile, stride, packed.row(k / W), n, up(depth, W) / W, sums);
+  }
+}
+
+// ---- expand -------------------------------------------------------------------------------------------------------
+
+// sum[ROWS, VECTORS * LANES] += s packed
+template <typename T, int VECTORS, typename O>
+inline void expand_sums(vec (&sum)[ROWS][VECTORS], const O *s, int64_t depth, const O *packed, int64_t ld) {
+  for (int64_t d = 0; d < depth; ++d) {
+    vec right[VECTORS];
+    UNROLL
+    for (int v = 0; v < VECTORS; ++v) right[v] = bytes<vec>(packed + d * ld + v * LANES);
+    UNROLL
+    for (int64_t m = 0; m < ROWS; ++m) {
+      const vec left = Operand<T>::spread(s + m * depth + d);
+      UNROLL
+      for (int v = 0; v < VECTORS; ++v) sum[m][v] = Operand<T>::multiply(sum[m][v], left, right[v]);
+    }
+  }
+}
+
+// y[ROWS, 2 * LANES] += s packed
+template <typename T, typename O>
+inline void expand_full(T *y, int64_t ldy, const O *s, int64_t depth, const O *packed, int64_t ld) {
+  vec sum[ROWS][2];
+  UNROLL
+  for (int64_t m = 0; m < ROWS; ++m) {
+    __builtin_prefetch(y + (m + ROWS) * ldy, 1);
+    load_two(y + m * ldy, sum[m][0], sum[m][1]);
+  }
+  expand_sums<T, 2>(sum, s, depth, packed, ld);
+  UNROLL
+  for (int64_t m = 0; m < ROWS; ++m) store_two(y + m * ldy, sum[m][0], sum[m][1]);
+}
+
+// y[rows, rest] += (gain - 1) * (y - bias) + scale * kept (s packed): exactly y where gain is 1 and s packed 0
+template <typename T, typename O>
+inline void expand_any(T *y, int64_t ldy, int64_t rows, int64_t rest, const O *s, int64_t depth, const O *packed, int64_t ld,
+                       const uint16_t *bits, int64_t chunks, float scale, const float *gain, const float *bias) {
+  vec sum[ROWS][1] = {};
+  expand_sums<T, 1>(sum, s, depth, packed, ld);
+  const vec excess = gain ? load(gain, rest) - 1.0f : vec{}, shift = bias ? load(bias, rest) : vec{};
+  for (int64_t m = 0; m < rows; ++m) {
+    vec value = load(y + m * ldy, rest), low = sum[m][0];
+    if (bits) low = keep(low, bits[m * chunks]) * scale;
+    if (gain) value += excess * (value - shift);
+    store(y + m * ldy, value + low, rest);
+  }
+}
+
+// s [ROWS, r] as operands
+template <typename T>
+void expand_rows(T *y, int64_t ldy, int64_t rows, int64_t N, const OperandOf<T> *s, int64_t r, const Packed<T> &packed,
+                 const uint16_t *bits, int64_t chunks, float scale, const float *gain, const float *bias) {
+  const int64_t depth = up(r, Operand<T>::width) / Operand<T>::width;
+  int64_t n = 0;
+  if (rows == ROWS && !bits && !gain)
+    for (; n + 2 * LANES <= N; n += 2 * LANES) expand_full<T>(y + n, ldy, s, depth, packed.row(0) + n, packed.n);
+  for (; n < N; n += LANES)
+    expand_any<T>(y + n, ldy, rows, N - n, s, depth, packed.row(0) + n, packed.n, bits ? bits + n / LANES : nullptr, chunks,
+               scale, gain ? gain + n : nullptr, bias ? bias + n : nullptr);
+}
+
+// ---- outer --------------------------------------------------------------------------------------------------------
+
+// g[RANKS, VECTORS * LANES] += s^T x, both as operands that pair up rows: s [steps, ld], x [steps, WIDTH]
+template <typename T, int VECTORS, typename O>
+inline void outer_tile(const O *x, const O *s, int64_t ld, int64_t steps, float *g) {
+  vec sum[RANKS][VECTORS] = {};
+  for (int64_t d = 0; d < steps; ++d) {
+    vec right[VECTORS];
+    UNROLL
+    for (int v = 0; v < VECTORS; ++v) right[v] = bytes<vec>(x + d * WIDTH + v * LANES);
+    UNROLL
+    for (int64_t r = 0; r < RANKS; ++r) {
+      const vec left = Operand<T>::spread(s + d * ld + r);
+      UNROLL
+      for (int v = 0; v < VECTORS; ++v) sum[r][v] = Operand<T>::multiply(sum[r][v], left, right[v]);
+    }
+  }
+  UNROLL
+  for (int64_t r = 0; r < RANKS; ++r)
+    UNROLL
+    for (int v = 0; v < VECTORS; ++v) store(g + r * WIDTH + v * LANES, load(g + r * WIDTH + v * LANES) + sum[r][v]);
+}
+
+// A row, or two, as operands; zeros after the end.
+template <typename T>
+inline void pair_rows(float *out, const T *a, const T *, int64_t n, const uint16_t *mask, const uint16_t *) {
+  copy_row(out, a, n, mask);
+}
+#if defined(__AVX512BF16__)
+inline void pair_rows(uint32_t *out, const bf16 *a, const bf16 *b, int64_t n, const uint16_t *mask, const uint16_t *next) {
+  int64_t j = 0;
+  if (!mask && b) {
+    const __m512i even = _mm512_set1_epi32(0x00200000), step = _mm512_set1_epi32(0x00010001);
+    const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i first = _mm512_add_epi32(even, _mm512_mullo_epi16(_mm512_or_si512(count, _mm512_slli_epi32(count, 16)), step));
+    const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+    for (; j + 2 * LANES <= n; j += 2 * LANES) {
+      const __m512i left = _mm512_loadu_si512(a + j), right = _mm512_loadu_si512(b + j);
+      _mm512_storeu_si512(out + j, _mm512_permutex2var_epi16(left, first, right));
+      _mm512_storeu_si512(out + j + LANES, _mm512_permutex2var_epi16(left, second, right));
+    }
+  }
+  for (; j < n; j += LANES) {
+    const __mmask16 there = n - j >= LANES ? 0xffff : (1u << (n - j)) - 1;
+    const __mmask16 first = mask ? mask[j / LANES] & there : there, second = next ? next[j / LANES] & there : there;
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first, a + j));
+    const __m512i high = b ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(second, b + j)) : _mm512_setzero_si512();
+    _mm512_storeu_si512(out + j, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+}
+#endif
+
+// g[up(r, RANKS), WIDTH] += s^T (kept x)[count, n], s as operands [count / width, ld]. The columns are copied, since rows
+// a power of two apart evict each other.
+template <typename T>
+void outer_block(const T *x, int64_t ldx, int64_t count, int64_t n, const uint16_t *bits, int64_t chunks,
+                 const OperandOf<T> *s, int64_t ld, int64_t r, float *g) {
+  using O = OperandOf<T>;
+  constexpr int64_t W = Operand<T>::width;
+  alignas(64) O tile[STEPS * WIDTH];
+  for (int64_t m = 0; m < count; m += W) {
+    const T *a = x + m * ldx, *b = m + 1 < count ? a + ldx : nullptr;
+    const uint16_t *mask = bits ? bits + m * chunks : nullptr, *next = bits ? mask + chunks : nullptr;
+    for (int64_t w = 0; w < W; ++w)
+      for (int64_t j = 0; j < WIDTH; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(a + (w + STEPS * W) * ldx + j);
+    pair_rows(tile + m / W * WIDTH, a, b, n, mask, next);
+  }
+  const int64_t steps = up(count, W) / W;
+  for (int64_t j = 0; j < r; j += RANKS) {
+    int64_t v = 0;
+    for (; v + LANES < n; v += 2 * LANES) outer_tile<T, 2>(tile + v, s + j, ld, steps, g + j * WIDTH + v);
+    for (; v < n; v += LANES) outer_tile<T, 1>(tile + v, s + j, ld, steps, g + j * WIDTH + v);
+  }
+}
+
+// base = gain * dy [count, n], and sums of dy and of dy * y added to total and dot
+template <typename T>
+void scale_and_sum(const T *dy, int64_t ld, const T *y, int64_t ldy, int64_t count, int64_t n, const float *gain, T *base,
+                   int64_t ldb, float *total, float *dot) {
+  for (int64_t j = 0; j < n; j += LANES) {
+    const int64_t rest = n - j;
+    vec sum = {}, product = {};
+    const vec factor = gain ? load(gain + j, rest) : vec{};
+    for (int64_t m = 0; m < count; ++m) {
+      const vec d = load(dy + m * ld + j, rest);
+      sum += d;
+      if (y) product += d * load(y + m * ldy + j, rest);
+      if (gain) store(base + m * ldb + j, d * factor, rest);
+    }
+    if (total) store(total + j, load(total + j) + sum);
+    if (dot) store(dot + j, load(dot + j) + product);
+  }
+}
+
+}  // namespace
