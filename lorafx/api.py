@@ -14,7 +14,7 @@ from lorafx.ir import Stage, format_graph, stage
 from lorafx.passes.capture import capture
 from lorafx.passes.example import ExampleInputs
 from lorafx.passes.insert import Insert, trained_base
-from lorafx.passes.lower import lower
+from lorafx.passes.lower import check_backend, lower
 from lorafx.passes.match import match, warn_of_frozen_heads
 from lorafx.passes.plan import Plan, make_plan
 from lorafx.spec import SpecLike, as_specs
@@ -47,9 +47,10 @@ def apply(
         parameters (and ``modules_to_save``, ``bias``) require gradients.
 
     Raises:
-        SpecError, CaptureError, MatchError: before anything is changed.
+        SpecError, CaptureError, MatchError, LoweringError: before anything is changed.
     """
     specs = as_specs(spec)
+    check_backend(backend)  # before the capture, which takes its time
     if seed is not None:
         if generator is not None:
             raise ValueError("give seed or generator, not both")

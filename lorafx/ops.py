@@ -42,6 +42,7 @@ def define_op(name: str, schema: str, reference: Callable[..., Tensor | list[Ten
     """Register ``lorafx::name`` with ``schema`` (``(Tensor x, ...) -> Tensor``, or several) and its reference."""
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, reference, "CompositeImplicitAutograd")
+    LIBRARY.impl(name, reference, "FuncTorchBatchedDecomposition")  # vmap, which composites are not open to by default
     overload: OpOverload = getattr(torch.ops.lorafx, name).default
     return overload
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from lorafx.graph import CapturedModule
 from lorafx.ir import Site, active_layers, layer_nodes
-from lorafx.passes.group import KINDS
+from lorafx.passes.group import why_left
 from lorafx.passes.lower import REFERENCE, Decision, backend_of, decide
 
 
@@ -61,23 +61,14 @@ def explain(gm: CapturedModule) -> Explanation:
     decisions = {m.node: d for d in decide(gm, gm.graph, backend) for m in d.members}
     rows = []
     for layer, found in active_layers(gm).items():
-        rows += [_row(gm, node, found, decisions.get(node), backend) for node in nodes[layer]]
+        rows += [_row(node, found, decisions.get(node), backend) for node in nodes[layer]]
     return Explanation(backend, tuple(rows))
 
 
-def _row(
-    gm: CapturedModule, node: Node, found: Sequence[Site], decision: Decision | None, backend: str
-) -> ExplanationRow:
+def _row(node: Node, found: Sequence[Site], decision: Decision | None, backend: str) -> ExplanationRow:
     site = found[0]
     if decision is not None:
         size = len(decision.members) if decision.provider != REFERENCE else 1
         return ExplanationRow(site.name, site.kind, decision.provider, size, tuple(decision.declined.items()))
-    if backend == REFERENCE:
-        return ExplanationRow(site.name, site.kind, REFERENCE, 1, ())
-    if site.kind not in KINDS:
-        reason = f"only {' and '.join(KINDS)} are lowered"
-    elif gm.meta.get("by_row", False):
-        reason = "each row of a batch goes through its own adapter"
-    else:
-        reason = f"an operand of %{node.name} is computed from the inputs"
-    return ExplanationRow(site.name, site.kind, REFERENCE, 1, (("all", reason),))
+    reason = None if backend == REFERENCE else why_left(node)
+    return ExplanationRow(site.name, site.kind, REFERENCE, 1, () if reason is None else (("all", reason),))

@@ -83,18 +83,33 @@ def _member(node: Node) -> Member | None:
     if node.op != "call_function":
         return None
     if (kind := _TWINS.get(node.target)) is not None:
-        own: tuple[Any, ...] = node.args[:-ADAPTER_ARGUMENTS]
-        adapters: tuple[Any, ...] = node.args[-ADAPTER_ARGUMENTS:]
-        by_row = adapters[-1] is not None
-        if by_row or (any(VARIANTS[v].scales_rows for v in adapters[1]) and _is_written(node)):
+        if why_left(node) is not None:
             return None
-        found = Member(node, kind, own, adapters)
-    elif (kind := _LAYERS.get(node.target)) is not None and find_operands(node) is not None:
-        found = Member(node, kind, arguments_of(node) or (), None)
-    else:
+        return Member(node, kind, node.args[:-ADAPTER_ARGUMENTS], node.args[-ADAPTER_ARGUMENTS:])
+    if (kind := _LAYERS.get(node.target)) is None or find_operands(node) is None:
         return None
-    operands = [n for n in node.all_input_nodes if n is not found.arguments[LAYERS[kind].x]]
-    return found if all(map(is_fixed, operands)) else None
+    found = Member(node, kind, arguments_of(node) or (), None)
+    return found if _computed_operand(node, found.x) is None else None
+
+
+def why_left(node: Node) -> str | None:
+    """Why a call with adapters is in no group, so that it is left to the reference; None: it is in one."""
+    kind = _TWINS.get(node.target)
+    if kind is None:
+        return f"only {' and '.join(KINDS)} are lowered"
+    _, variants, *_, rows = node.args[-ADAPTER_ARGUMENTS:]
+    if rows is not None:
+        return "each row of a batch goes through its own adapter"
+    if any(VARIANTS[v].scales_rows for v in variants) and _is_written(node):
+        return f"%{node.name} is written to in place, and the gradient of its magnitudes would read it again"
+    if (operand := _computed_operand(node, node.args[LAYERS[kind].x])) is not None:
+        return f"its operand %{operand.name} is computed from the inputs"
+    return None
+
+
+def _computed_operand(node: Node, x: Any) -> Node | None:
+    """What a call takes beside ``x`` that is not fixed."""
+    return next((n for n in node.all_input_nodes if n is not x and not is_fixed(n)), None)
 
 
 def is_fixed(node: Node) -> bool:

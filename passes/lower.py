@@ -85,18 +85,24 @@ def lower(gm: CapturedModule, backend: str = "auto") -> None:
         LoweringError: there is no such backend; or the provider named is not available or declines a group of
             linear layers. Nothing is changed.
     """
-    if backend not in BACKENDS:
-        raise LoweringError(
-            f"there is no backend {backend!r}{did_you_mean(backend, BACKENDS)}; choose one of {BACKENDS}"
-        )
+    check_backend(backend)
     stage(gm)  # refuses what is no graph of lorafx's
     if backend in PROVIDERS:
         for decision in decide(gm, gm.graph, backend):
             if reason := decision.declined.get(backend):
                 layers = [layer for m in decision.members for layer in notes(m.node).get("layers", ())]
                 raise LoweringError(f"backend '{backend}' cannot serve '{layers[0]}': {reason}. Choose 'auto'")
+        if reason := provider(backend).unavailable():  # though no layer needs it now, one added later would
+            raise LoweringError(f"backend '{backend}' is not available: {reason}. Choose 'auto'")
     gm.meta["lowering"] = Lowering(backend)
     gm.recompile()
+
+
+def check_backend(backend: str) -> None:
+    """Raise :class:`LoweringError` unless this is the name of a backend."""
+    if backend not in BACKENDS:
+        near = did_you_mean(str(backend), BACKENDS)
+        raise LoweringError(f"there is no backend {backend!r}{near}; choose one of {BACKENDS}")
 
 
 def backend_of(gm: CapturedModule) -> str:

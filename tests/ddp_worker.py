@@ -62,7 +62,7 @@ def main(directory: Path) -> None:
     alone = copy.deepcopy(gm)
     half = slice(2 * rank, 2 * rank + 2)
     ddp = DistributedDataParallel(gm)
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"providers": sorted({row.provider for row in lorafx.explain(gm).rows})}
 
     ddp.eval()  # without dropout, whose masks one process draws otherwise than two
     alone.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,15 +11,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorafx.kernels.base import quantised
 from lorafx.kernels.grouped import grouped
 from lorafx.ops import ADAPTED, LAYERS, STORAGE, updates
 from lorafx.variants import VARIANTS
 
-#: The compiled provider's dtypes; torch's has all.
+#: The dtypes of each provider that runs here; torch's has all. Triton's is interpreted (tests/test_triton_kernels.py
+#: runs the tests of all providers so), where bfloat16 is not what it is on a device.
 DTYPES = {
     "torch": (torch.float64, torch.float32, torch.bfloat16, torch.float16),
     "cpu": (torch.float32, torch.bfloat16),
 }
+if os.environ.get("TRITON_INTERPRET") == "1":
+    DTYPES["triton"] = (torch.float32, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,7 @@ def factors(provider: str, group: Group) -> list[Tensor]:
         probe.biases.append(None)
         probe.adapters.append({"lora_A": torch.eye(group.k), "lora_B": torch.eye(group.k)})
     chances = [a.p if s.training else 0.0 for s in group.siblings for a in s.adapters]
-    return [(y != 0).double() / (1 - p) for y, p in zip(probe.by(provider), chances, strict=True)]
+    return [(y != 0).double() / (1 - quantised(p)) for y, p in zip(probe.by(provider), chances, strict=True)]
 
 
 def dys_of(outputs: Sequence[Tensor], seed: int = 5) -> Iterator[Tensor]:

@@ -219,6 +219,30 @@ def test_rows_of_a_flattened_batch_and_of_a_diverged_adapter() -> None:
         given(rows=torch.zeros(4, dtype=torch.long))
 
 
+@fitting
+def test_vmap_over_adapters_and_over_what_a_layer_has_itself(name: str, kind: str) -> None:
+    """Of an ensemble each member's output is that of its own call; so it is of a batch of inputs."""
+    members = [operands(name, OTHERS[kind], torch.float64, seed=seed) for seed in (1, 2, 3)]
+    first = members[0]
+
+    def call(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> Tensor:
+        arguments = [own.get(str(i), value) for i, value in enumerate(first.own)]
+        return replace(first, own=tuple(arguments)).with_adapters(replace(first.adapters[0], tensors=tensors))()
+
+    def own(member: Adapted) -> dict[str, Tensor]:
+        return {str(i): v for i, v in enumerate(member.own) if isinstance(v, Tensor)}
+
+    each, adapters = [own(m) for m in members], [dict(m.adapters[0].tensors) for m in members]
+    together = {n: torch.stack([tensors[n] for tensors in adapters]) for n in adapters[0]}
+    owns = {n: torch.stack([tensors[n] for tensors in each]) for n in each[0]}
+    for found, alone in (
+        (torch.vmap(call, in_dims=(0, None))(together, each[0]), [call(a, each[0]) for a in adapters]),
+        (torch.vmap(call, in_dims=(None, 0))(adapters[0], owns), [call(adapters[0], o) for o in each]),
+        (torch.vmap(call)(together, owns), [call(a, o) for a, o in zip(adapters, each, strict=True)]),
+    ):
+        assert_close("layer", found, torch.stack(alone))
+
+
 class Layers(nn.Module):
     """A layer of every kind, one after the other."""
 

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import stat
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,95 +17,17 @@ from torch.nn import functional as F
 
 import lorafx
 from conftest import Zoo, leaves, loss_of, randomize, same
+from kinds import build as build_kinds
+from kinds import inputs
 from lorafx import LoraSpec, LoweringError, PassError
 from lorafx.graph import CapturedModule
 from lorafx.ir import format_graph
-from lorafx.kernels import providers
+from lorafx.kernels.aten import Aten
 from lorafx.kernels.base import Call
-from lorafx.kernels.cpu import build
 from lorafx.kernels.cpu.provider import Cpu
+from lowered import WIDTH, Model, X, applied, assert_equal_results, derived, grads, replaced, run
 from tolerances import assert_close
 from zoo import FAMILIES, Family
-
-WIDTH = 16
-X = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(0))
-
-
-class Layer(nn.Module):
-    """A block with a group of three, one of two, and two alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.q, self.k, self.v = (nn.Linear(WIDTH, WIDTH, bias=i > 0) for i in range(3))
-        self.o = nn.Linear(WIDTH, WIDTH)
-        self.gate, self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
-        self.drop = nn.Dropout(0.1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        x = x + self.drop(self.o(F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h))))
-        h = self.norm2(x)
-        result: Tensor = x + self.down(F.silu(self.gate(h)) * self.up(h))
-        return result
-
-
-class Model(nn.Module):
-    def __init__(self, layers: int = 2) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(layers))
-        self.head = nn.Linear(WIDTH, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x)
-        logits: Tensor = self.head(x)
-        return logits
-
-
-@cache
-def inserted(dtype: torch.dtype, layers: int, options: tuple[tuple[str, Any], ...]) -> CapturedModule:
-    """The model with adapters, as the reference. Shared: don't change it."""
-    torch.manual_seed(0)
-    spec = LoraSpec(**{"r": 3, **dict(options)})
-    gm = lorafx.apply(Model(layers).to(dtype), spec, (X.to(dtype),), seed=0, backend="reference")
-    randomize(gm)
-    return gm
-
-
-def applied(
-    backend: str = "auto", *, dtype: torch.dtype = torch.float32, layers: int = 1, **options: Any
-) -> CapturedModule:
-    """What ``lorafx.apply`` returns, from a cached capture, its adapters filled."""
-    gm = copy.deepcopy(inserted(dtype, layers, tuple(options.items())))
-    lorafx.lower(gm, backend)
-    return gm
-
-
-def grads(gm: nn.Module) -> dict[str, Tensor]:
-    return {n.removeprefix("_orig_mod."): p.grad.clone() for n, p in gm.named_parameters() if p.grad is not None}
-
-
-def run(gm: nn.Module, x: Tensor = X, seed: int = 1) -> dict[str, Tensor]:
-    """The output and all gradients, from this random state."""
-    gm.zero_grad()
-    torch.manual_seed(seed)
-    y = gm(x)
-    y.float().square().mean().backward()
-    return {"output": y.detach(), **grads(gm)}
-
-
-def assert_equal_results(found: dict[str, Tensor], expected: dict[str, Tensor], what: str = "model") -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert_close(what, found[name], value)
-
-
-def derived(gm: CapturedModule) -> list[str]:
-    """The provider of each group that runs."""
-    graph = gm.meta["lowering"].derive(gm, gm.graph)
-    return [n.args[10] for n in graph.nodes if str(n.target) == "lorafx.grouped.default"]
-
 
 # the zoo
 
@@ -168,9 +86,6 @@ def test_explain_says_who_computes_each_site() -> None:
 
 
 def test_explain_says_why_a_site_is_left() -> None:
-    from kinds import build as build_kinds
-    from kinds import inputs
-
     gm = lorafx.apply(build_kinds(), LoraSpec(r=2, target_modules=["up", "conv", "embed"]), inputs())
     rows = {row.site: row for row in lorafx.explain(gm).rows}
     for name, row in rows.items():
@@ -184,6 +99,49 @@ def test_explain_says_why_a_site_is_left() -> None:
     assert {(r.provider, r.declined) for r in lorafx.explain(gm).rows} == {("reference", ())}
     with pytest.raises(PassError, match=r"expected a graph made by lorafx\.apply"):
         lorafx.explain(Model())  # type: ignore[arg-type]
+
+
+class Written(nn.Module):
+    """A layer whose output is written to in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written, self.read = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.read(F.relu(self.written(x), inplace=True))
+        return y
+
+
+class Computed(nn.Module):
+    """A layer whose bias is computed from the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, x.mean((0, 1)))
+
+
+LEFT: dict[str, tuple[type[nn.Module], dict[str, Any], str, str]] = {
+    "written in place": (
+        Written,
+        {"variant": "dora"},
+        "written",
+        "%linear is written to in place, and the gradient of its magnitudes would read it again",
+    ),
+    "computed": (Computed, {"target_modules": "weight"}, "weight", "its operand %mean is computed from the inputs"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_explain_says_what_keeps_a_call_at_the_reference(case: str) -> None:
+    make, options, name, reason = LEFT[case]
+    gm = lorafx.apply(make(), LoraSpec(r=2, **options), (X,))
+    rows = {row.site: (row.provider, row.declined) for row in lorafx.explain(gm).rows}
+    assert rows.pop(name) == ("reference", (("all", reason),))
+    assert {found for found, _ in rows.values()} <= {"cpu"}
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -203,28 +161,13 @@ class Picky(Cpu):
         return "four are too few" if 4 in call.out_features else None
 
 
-@pytest.fixture
-def picky(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(providers, "PROVIDERS", {**providers.PROVIDERS, "cpu": Picky})
-    providers.provider.cache_clear()
-    yield
-    providers.provider.cache_clear()
-
-
-def test_a_provider_that_declines_is_passed_over(picky: None) -> None:
-    gm = applied(target_modules=("q", "head"))
-    assert derived(gm) == ["cpu", "torch"]
-    (row,) = (r for r in lorafx.explain(gm).rows if r.site == "head")
-    assert ("cpu", "four are too few") in row.declined
-    assert_equal_results(
-        run(gm.eval()),
-        run(
-            applied(
-                "reference",
-                target_modules=("q", "head"),
-            ).eval()
-        ),
-    )
+def test_a_provider_that_declines_is_passed_over() -> None:
+    with replaced("cpu", Picky):
+        gm = applied(target_modules=("q", "head"))
+        assert derived(gm) == ["cpu", "torch"]
+        (row,) = (r for r in lorafx.explain(gm).rows if r.site == "head")
+        assert ("cpu", "four are too few") in row.declined
+        assert_equal_results(run(gm.eval()), run(applied("reference", target_modules=("q", "head")).eval()))
 
 
 REFUSED: dict[str, tuple[Callable[[], CapturedModule], str, str]] = {
@@ -241,6 +184,79 @@ REFUSED: dict[str, tuple[Callable[[], CapturedModule], str, str]] = {
         r"torch\.float64\. Choose 'auto'$",
     ),
 }
+
+
+@pytest.mark.parametrize("backend", [None, 3, ("cpu", "torch")])
+def test_what_is_no_name_is_refused_with_the_names_there_are(backend: Any) -> None:
+    gm = applied()
+    for call in (
+        lambda: lorafx.lower(gm, backend),
+        lambda: lorafx.apply(Model(), LoraSpec(r=2), (X,), backend=backend),
+    ):
+        with pytest.raises(LoweringError) as refused:
+            call()
+        known = "('auto', 'reference', 'triton', 'cpu', 'torch')"
+        assert str(refused.value) == f"there is no backend {backend!r}; choose one of {known}"
+    assert lorafx.explain(gm).backend == "auto"
+
+
+class Counting(Aten):
+    """Counts what is asked of it."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("down", "up", "grad_up", "grad_x", "grad_right"):
+            self.calls[name] += 1
+        return super().__getattribute__(name)
+
+
+FORWARD = {"down": 1, "up": 1}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("x_trains", "trains", "backward"),
+    [
+        (True, "lora", {"grad_up": 1, "grad_x": 1, "grad_right": 1}),
+        (False, "lora", {"grad_up": 1, "grad_right": 1}),
+        (True, "lora_B", {"grad_up": 1, "grad_x": 1}),
+        (False, "lora_B", {"grad_up": 1}),
+        (True, "nothing", {"grad_up": 1, "grad_x": 1}),
+        (False, "nothing", {}),
+    ],
+)
+def test_a_group_reads_once_and_computes_what_is_needed(
+    x_trains: bool, trains: str, backward: dict[str, int], dropout: float
+) -> None:
+    """For q, k and v together: one read of x for s and one for dA, one update of dx; dx and dA where they are used."""
+    counting = Counting()
+    with replaced("torch", lambda: counting):
+        gm = applied("torch", target_modules=("q", "k", "v"), dropout=dropout)
+        for name, parameter in gm.named_parameters():
+            parameter.requires_grad_(trains in name)
+        counting.calls.clear()
+        y = gm(X.clone().requires_grad_(x_trains))
+        assert counting.calls == FORWARD
+        if y.requires_grad:
+            y.sum().backward()
+        assert counting.calls == {**FORWARD, **backward}
+
+
+class Absent(Cpu):
+    def unavailable(self) -> str | None:
+        return "it is not here"
+
+
+def test_a_provider_that_is_not_here_is_refused_though_nothing_needs_it_yet() -> None:
+    gm = lorafx.apply(build_kinds(), LoraSpec(r=2, target_modules=["conv"]), inputs())
+    with (
+        replaced("cpu", Absent),
+        pytest.raises(LoweringError, match=r"^backend 'cpu' is not available: it is not here\. Choose 'auto'$"),
+    ):
+        lorafx.lower(gm, "cpu")
+    assert lorafx.explain(gm).backend == "auto"
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -414,241 +430,3 @@ def test_freezing_after_lowering_needs_no_recompilation() -> None:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_("norm" in name or ("layers.1" in name and "lora_A" in name))
     assert_equal_results(run(gm.eval()), run(reference.eval()))
-
-
-# torch's own machinery
-
-
-def compiled_twice(gm: CapturedModule, backend: str) -> None:
-    torch._dynamo.reset()
-    compiled = torch.compile(gm, fullgraph=True, dynamic=True, backend=backend)
-    other = torch.randn(2, 7, WIDTH, generator=torch.Generator().manual_seed(3))
-    for training in (True, False):
-        compiled.train(training)
-        assert_equal_results(run(compiled, X), run(gm, X))
-        with torch.compiler.set_stance("fail_on_recompile"):
-            assert_equal_results(run(compiled, other), run(gm, other))
-
-
-@pytest.mark.parametrize(
-    ("backend", "variant", "checkpointed"),
-    [
-        ("torch", "dora", True),
-        ("torch", "lora", False),
-        ("cpu", "lora", True),
-        ("cpu", "dora", False),
-    ],
-)
-def test_compiles_as_one_graph(backend: str, variant: str, checkpointed: bool) -> None:
-    """In both modes, with dropout, at any size; the masks are those of the eager graph."""
-    gm = applied(backend, variant=variant, dropout=0.2)
-    if checkpointed:
-        gm.activation_checkpointing_enable()
-    compiled_twice(gm, "aot_eager")
-
-
-def test_compiles_with_inductor() -> None:
-    """Whose random numbers differ from torch's, so that only what needs none is compared."""
-    gm = applied(
-        target_modules=("q", "k"),
-    ).eval()
-    torch._dynamo.reset()
-    compiled = torch.compile(gm, fullgraph=True)
-    assert_equal_results(run(compiled), run(gm))
-
-
-@pytest.mark.parametrize(
-    ("backend", "dtype"),
-    [("torch", torch.bfloat16), ("torch", torch.float16), ("cpu", torch.bfloat16), ("cpu", torch.float16)],
-    ids=str,
-)
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_autocast_gives_the_dtypes_of_the_frozen_model(variant: str, backend: str, dtype: torch.dtype) -> None:
-    options: dict[str, Any] = {"variant": variant, "dropout": 0.0}
-    gm, reference = applied(backend, **options).eval(), applied("reference", **options).eval()
-    outputs: list[Tensor] = []
-    for module in (gm, reference, Model(1)):
-        x = X.clone().requires_grad_()
-        with torch.autocast("cpu", dtype):
-            y = module(x)
-        y.float().square().mean().backward()
-        assert y.dtype == dtype
-        assert x.grad is not None
-        assert x.grad.dtype == torch.float32
-        outputs.append(y.detach())
-    assert_close("model", outputs[0], outputs[1])
-    found, expected = grads(gm), grads(reference)
-    assert found.keys() == expected.keys()
-    for name, gradient in expected.items():
-        assert found[name].dtype == torch.float32
-        assert_close("autocast", found[name], gradient)
-
-
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
-def test_fresh_adapters_change_no_bit_under_autocast(backend: str) -> None:
-    torch.manual_seed(0)
-    model = Model().eval()
-    for variant in ("lora", "dora"):
-        gm = lorafx.apply(model, LoraSpec(r=2, variant=variant), (X,), backend=backend).eval()
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(gm(X), model(X))
-
-
-def test_bfloat16_models() -> None:
-    for variant in ("lora", "dora"):
-        gm, reference = (applied(b, dtype=torch.bfloat16, variant=variant).eval() for b in ("auto", "reference"))
-        assert set(derived(gm)) == {"cpu"}
-        assert_close("model", gm(X.bfloat16()), reference(X.bfloat16()))
-        run(gm, X.bfloat16())
-        for parameter in gm.parameters():
-            assert parameter.grad is None or parameter.grad.dtype == parameter.dtype
-
-
-def test_gradients_accumulate() -> None:
-    gm, reference = applied(variant="dora"), applied("reference", variant="dora")
-    for module in (gm.eval(), reference.eval()):
-        for part in X.split(1):
-            (module(part).square().mean() / len(X)).backward()
-    assert_equal_results(grads(gm), grads(reference))
-
-
-@pytest.mark.parametrize("variant", ["lora", "dora"])
-def test_function_transforms(variant: str) -> None:
-    gm, reference = applied(variant=variant).eval(), applied("reference", variant=variant).eval()
-    parameters = {n: p.detach() for n, p in gm.named_parameters() if p.requires_grad}
-
-    def loss(module: nn.Module, values: dict[str, Tensor], x: Tensor) -> Tensor:
-        result: Tensor = torch.func.functional_call(module, values, (x,)).square().mean()
-        return result
-
-    def transformed(module: nn.Module) -> dict[str, Tensor]:
-        per_row = torch.func.vmap(torch.func.grad(lambda v, x: loss(module, v, x[None])), in_dims=(None, 0))
-        return {
-            **torch.func.grad(lambda v: loss(module, v, X))(parameters),
-            **{f"{n} by row": g for n, g in per_row(parameters, X).items()},
-        }
-
-    assert_equal_results(transformed(gm), transformed(reference))
-
-
-def test_double_backward_is_refused_or_right() -> None:
-    """The lowered form is differentiated once; the reference again and again."""
-    gm = applied().eval()
-    parameter = next(p for p in gm.parameters() if p.requires_grad)
-    (first,) = torch.autograd.grad(gm(X).square().mean(), parameter, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.square().sum().backward()
-    lorafx.lower(gm, "reference")
-    (first,) = torch.autograd.grad(gm(X).square().mean(), parameter, create_graph=True)
-    first.square().sum().backward()
-    assert parameter.grad is not None
-
-
-def test_inference_mode_and_no_grad() -> None:
-    for variant in ("lora", "dora"):
-        gm = applied(variant=variant).eval()
-        expected = gm(X).detach()
-        with torch.inference_mode():
-            assert torch.equal(gm(X), expected)
-        with torch.no_grad():
-            y = gm(X)
-        assert torch.equal(y, expected)
-        assert not y.requires_grad
-
-
-def test_a_frozen_graph_keeps_nothing_for_backward() -> None:
-    gm = applied().eval()
-    for parameter in gm.parameters():
-        parameter.requires_grad_(False)
-    assert not gm(X).requires_grad
-
-
-# the compiler
-
-SCRIPT = """
-import torch, lorafx
-from torch import nn
-spec = lorafx.LoraSpec(r=2, dropout=0.1, target_modules=["0"])
-gm = lorafx.apply(nn.Sequential(nn.Linear(6, 6), nn.Tanh()), spec, (torch.ones(4, 6),))
-gm(torch.ones(4, 6)).sum().backward()
-(row,) = lorafx.explain(gm).rows
-print(row.provider, "|", dict(row.declined).get("cpu"))
-try:
-    lorafx.lower(gm, "cpu")
-except lorafx.LoweringError as error:
-    print("refused:", error)
-"""
-
-
-def in_fresh_cache(folder: Path, **environment: str) -> str:
-    """What the script says in a process of its own."""
-    paths = os.pathsep.join(sys.path)
-    given = {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=given, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_without_a_compiler_auto_falls_back_and_says_so(tmp_path: Path) -> None:
-    said = in_fresh_cache(tmp_path, CXX="/nonexistent")
-    reason = "there is no C++ compiler (/nonexistent) on PATH; install g++ or clang, or set CXX"
-    assert said.splitlines() == [
-        f"torch | {reason}",
-        f"refused: backend 'cpu' cannot serve '0': {reason}. Choose 'auto'",
-    ]
-
-
-def test_what_a_failing_compiler_says_is_told(tmp_path: Path) -> None:
-    compiler = tmp_path / "c++"
-    compiler.write_text("#!/bin/sh\necho 'this compiler is broken' >&2\nexit 3\n")
-    compiler.chmod(0o755)
-    said = in_fresh_cache(tmp_path / "cache", CXX=str(compiler))
-    assert said.startswith(f"torch | {compiler} failed: this compiler is broken\n")
-    assert not list((tmp_path / "cache").rglob("*.so"))
-
-
-@pytest.fixture
-def unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """No kernels are loaded yet, and the user's cache is this folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build.load.cache_clear()
-    yield tmp_path
-    build.load.cache_clear()
-
-
-def test_a_cache_that_others_can_write_to_is_refused(unloaded: Path) -> None:
-    folder = unloaded / "lorafx"
-    folder.mkdir()
-    folder.chmod(0o777)
-    with pytest.raises(
-        build.BuildError, match=r"lorafx can be written to by other users, and would hold code that runs"
-    ):
-        build.load()
-    assert list(folder.iterdir()) == []
-
-
-def test_the_kernels_are_built_once_for_this_user_alone(unloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built: list[Path] = []
-
-    def fake(compiler: str, to: Path) -> None:
-        built.append(to)
-        to.write_bytes(b"not a library")
-
-    monkeypatch.setattr(build, "_build", fake)
-    for _ in range(2):
-        with pytest.raises(build.BuildError, match="could not be kept or loaded"):
-            build.load()
-    assert len(built) == 1, "the second time it is there"
-    folder = unloaded / "lorafx"
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    monkeypatch.setattr(build, "_SOURCE", unloaded / "other.cpp")
-    (unloaded / "other.cpp").write_text("// another source")
-    with pytest.raises(build.BuildError):
-        build.load()
-    assert len({path.name for path in built}) == 2, "another source, another file"
-
-
-def test_a_cache_that_cannot_be_written_is_a_reason(unloaded: Path) -> None:
-    (unloaded / "lorafx").write_text("a file where the folder should be")
-    with pytest.raises(build.BuildError, match="could not be kept or loaded"):
-        build.load()

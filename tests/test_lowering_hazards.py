@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 import lorafx
 from lorafx.errors import PassError
 from lorafx.graph import CapturedModule
-from lorafx.kernels.base import Dropout
+from lorafx.kernels.base import Adapters, quantised
 from lorafx.kernels.providers import provider
 from tolerances import assert_close
 
@@ -161,7 +161,7 @@ def test_a_sibling_that_does_not_train_requires_no_gradient(backend: str) -> Non
 @pytest.mark.parametrize("name", BACKENDS)
 def test_nearly_everything_may_be_dropped(name: str) -> None:
     chosen, x = provider(name), torch.ones(40, 64)
-    dropout = Dropout((1,), (0.999995,))
+    dropout = Adapters((1,), (quantised(0.999995),), (1.0,))
     s, _ = chosen.down(x, torch.ones(1, 64), dropout, chosen.random(x, dropout))
     assert int((s != 0).sum()) <= 4, "of 2560 elements, one in 65536 is kept at most"
 

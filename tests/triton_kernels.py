@@ -8,9 +8,9 @@ is computed from float32 operands and stored truncated.
 from __future__ import annotations
 
 import runpy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,25 @@ import torch
 from torch import Tensor, nn
 
 import lorafx
-from lorafx.kernels.base import Dropout, GradUp
+from lorafx.kernels.base import Adapters, GradUp, Layer, Upstream, quantised
+from lorafx.kernels.triton import config, grad_down
+from lorafx.kernels.triton.config import Config
 from lorafx.kernels.triton.device import Device, pretend
 from lorafx.kernels.triton.dropout import Plan, mask, plan
+from lorafx.kernels.triton.grad_down import grad_x
 from lorafx.kernels.triton.launches import Launch
 from lorafx.kernels.triton.provider import TritonProvider
-from lorafx.kernels.triton.row_norm import row_gain
+from lorafx.kernels.triton.row_norm import row_norm
 from lorafx.kernels.triton.tiles import interpreted, recorded
 from lorafx.kernels.triton.traffic import traffic
+from lorafx.kernels.triton.up import up
+from lorafx.variants import row_norm as norms
 from lorafx.variants.row_norm import compute_norm, compute_squares
 from tolerances import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PROVIDER = TritonProvider()
+SCALES = (0.5, -1.3, 2.0, 0.9)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -63,44 +69,39 @@ class Run:
 
     case: Case
     x: Tensor
-    right: Tensor
-    weights: list[Tensor]
-    lefts: list[Tensor]
-    biases: list[Tensor | None]
-    gains: list[Tensor | None]
+    rights: Sequence[Tensor]
+    layers: list[Layer]
     dys: list[Tensor]
-    dropout: Dropout
+    adapters: Adapters
     seed: Tensor
     s: Tensor = field(init=False)
-    ys: list[Tensor] = field(default_factory=list)
-    ups: list[GradUp] = field(default_factory=list)
-    dx: Tensor | None = None
-    dright: Tensor = field(init=False)
+    ys: list[Tensor] = field(init=False)
+    ds: Tensor = field(init=False)
+    ups: list[GradUp] = field(init=False)
+    dx: Tensor = field(init=False)
+    drights: list[Tensor] = field(init=False)
 
     def run(self) -> Run:
         """Forward and backward, as the autograd function does it."""
-        self.s, kept = PROVIDER.down(self.x, self.right, self.dropout, self.seed)
-        first = 0
-        for weight, left, bias, gain, dy in zip(
-            self.weights, self.lefts, self.biases, self.gains, self.dys, strict=True
-        ):
-            s = self.s[:, first : first + left.shape[1]]
-            y = PROVIDER.up(self.x, weight, bias, s, left, gain)
-            self.ys.append(y)
-            self.ups.append(PROVIDER.grad_up(dy, s, left, gain, None if gain is None else y, bias is not None))
-            first += left.shape[1]
-        ds = torch.cat([up.ds for up in self.ups], dim=1)
+        layers, adapters = self.layers, self.adapters
+        self.s, kept = PROVIDER.down(self.x, self.rights, adapters, self.seed)
+        self.ys = PROVIDER.up(self.x, self.s, layers, adapters)
+        upstream = [
+            Upstream(dy, None if layer.gain is None else y, layer.bias is not None)
+            for dy, y, layer in zip(self.dys, self.ys, layers, strict=True)
+        ]
+        self.ds, ups = PROVIDER.grad_up(upstream, self.s, layers, adapters)
+        self.ups = [up for up in ups if up is not None]
         bases = [up.base for up in self.ups]
-        self.dx = PROVIDER.grad_x(bases, self.weights, ds, self.right, self.dropout, kept)
-        self.dright = PROVIDER.grad_right(self.x, ds, self.dropout, kept)
+        self.dx = PROVIDER.grad_x(bases, [layer.weight for layer in layers], self.ds, self.rights, adapters, kept)
+        self.drights = PROVIDER.grad_right(self.x, self.ds, self.rights, adapters, kept)
         return self
 
     @property
     def outputs(self) -> list[Tensor]:
         """Everything that was computed."""
-        parts = [t for up in self.ups for t in (up.ds, up.dleft, up.base, up.total, up.dot) if t is not None]
-        assert self.dx is not None
-        return [self.s, *self.ys, *parts, self.dx, self.dright]
+        parts = [t for up in self.ups for t in (*up.dlefts, up.base, up.total, up.dot) if t is not None]
+        return [self.s, *self.ys, self.ds, *parts, self.dx, *self.drights]
 
 
 def make(case: Case) -> Run:
@@ -115,17 +116,23 @@ def make(case: Case) -> Run:
         stored = normal(*shape, scale=case.k**-0.5)
         return stored.mT if case.transposed else stored
 
-    x = normal(case.m, case.k + 3)[:, : case.k] if case.transposed else normal(case.m, case.k)
+    layers = [
+        Layer(
+            weight(n),
+            normal(n) if case.bias else None,
+            1 + normal(n, of=case.adapters, scale=0.1) if case.gain else None,
+            [normal(n, r, of=case.adapters, scale=r**-0.5)],
+            slice(i, i + 1),
+        )
+        for i, (n, r) in enumerate(zip(case.widths, case.ranks, strict=True))
+    ]
     return Run(
         case,
-        x,
-        normal(sum(case.ranks), case.k, of=case.adapters, scale=case.k**-0.5),
-        [weight(n) for n in case.widths],
-        [normal(n, r, of=case.adapters, scale=r**-0.5) for n, r in zip(case.widths, case.ranks, strict=True)],
-        [normal(n) if case.bias else None for n in case.widths],
-        [1 + normal(n, of=case.adapters, scale=0.1) if case.gain else None for n in case.widths],
+        normal(case.m, case.k + 3)[:, : case.k] if case.transposed else normal(case.m, case.k),
+        [normal(r, case.k, of=case.adapters, scale=case.k**-0.5) for r in case.ranks],
+        layers,
         [normal(case.m, n) for n in case.widths],
-        Dropout(case.ranks, case.p),
+        Adapters(case.ranks, case.p, SCALES[: len(case.ranks)]),
         torch.tensor([case.seed], device=DEVICE),
     )
 
@@ -135,9 +142,8 @@ def masks(run: Run) -> list[Tensor]:
     shape = (run.case.m, run.case.k)
     found = []
     for branch, p in enumerate(run.case.p):
-        drop = round(p * 65536)
-        kept = mask(run.seed, branch, p, shape).double() if drop else torch.ones(shape, device=DEVICE).double()
-        found.append(kept * 65536 / (65536 - drop))
+        kept = mask(run.seed, branch, p, shape).double() if p else torch.ones(shape, device=DEVICE).double()
+        found.append(kept / (1 - quantised(p)))
     return found
 
 
@@ -155,6 +161,8 @@ CASES = [
     Case(70, 130, (65, 40, 20), (8, 8, 8), (0.0, 0.0, 0.1), F16, gain=True),
     Case(65, 70, (130, 7), (64, 3), (0.1, 0.3), F16, adapters=F16, transposed=True),
     Case(33, 65, (48,), (70,), (0.1,), F32, bias=False),
+    Case(21, 40, (33, 18), (1, 17), (0.1, 0.0), F16),
+    Case(21, 40, (33, 18), (17, 1), (0.0, 0.2), F16, adapters=F16, gain=True, transposed=True),
     Case(50, 64, (48, 80), (17, 64), (0.0, 0.0), BF16),
     Case(50, 64, (48, 80), (8, 1), (0.1, 0.1), BF16, adapters=BF16, gain=True),
     Case(260, 264, (40,), (8,), (0.1,), F32),  # every sum is split
@@ -165,43 +173,39 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_outputs_and_gradients(case: Case) -> None:
     run, dtype = make(case).run(), case.dtype
-    x = run.x.double().requires_grad_()
-    right = run.right.to(dtype).double().requires_grad_()
-    first, loss = 0, torch.zeros((), dtype=torch.float64, device=DEVICE)
-    leaves = []
-    for i, (weight, dy, up, b, g) in enumerate(
-        zip(run.weights, run.dys, run.ups, run.biases, run.gains, strict=True)
-    ):  # fmt: skip
-        left, n = run.lefts[i].to(dtype).double().requires_grad_(), weight.shape[0]
-        mine = slice(first, first := first + left.shape[1])
-        bias = torch.zeros(n, dtype=torch.float64, device=DEVICE) if b is None else b.double()
-        gain = torch.ones(n, dtype=torch.float64, device=DEVICE) if g is None else g.double()
-        s = (x * masks(run)[i]) @ right[mine].mT
-        y = gain * (x @ weight.double().mT) + s @ left.mT + bias
+    x, loss = run.x.double().requires_grad_(), torch.zeros((), dtype=torch.float64, device=DEVICE)
+    rights = [right.to(dtype).double().requires_grad_() for right in run.rights]
+    lefts = [layer.lefts[0].to(dtype).double().requires_grad_() for layer in run.layers]
+    for i, (layer, dy, up) in enumerate(zip(run.layers, run.dys, run.ups, strict=True)):
+        zero, one = (torch.full(dy.shape[1:], v, dtype=torch.float64, device=DEVICE) for v in (0.0, 1.0))
+        bias = zero if layer.bias is None else layer.bias.double()
+        gain = one if layer.gain is None else layer.gain.double()
+        s = (x * masks(run)[i]) @ rights[i].mT
+        y = gain * (x @ layer.weight.double().mT) + run.adapters.scales[i] * s @ lefts[i].mT + bias
         loss = loss + (y * dy.double()).sum()
-        check(run.s[:, mine], s.detach(), dtype)
+        check(run.s[:, run.adapters.columns[i]], s.detach(), dtype)  # here the scale is at left
         check(run.ys[i], y.detach(), dtype)
         check(up.base, gain * dy.double(), dtype)
-        leaves.append(left)
-        if b is None:
+        if layer.bias is None:
             assert up.total is None
         else:
             check(up.total, dy.double().sum(0), F32)
-        if g is None:
+        if layer.gain is None:
             assert up.dot is None
             assert up.base is dy
         else:
             check(up.dot, (dy.double() * run.ys[i].double()).sum(0), F32)
-    dx, dright, *dlefts = torch.autograd.grad(loss, [x, right, *leaves])
+    leaves = [*rights, *lefts]
+    dx, *expected = torch.autograd.grad(loss, [x, *leaves])
     check(run.dx, dx, dtype)
-    check(run.dright, dright, dtype)
-    for up, left, dleft in zip(run.ups, run.lefts, dlefts, strict=True):
-        check(up.dleft, dleft, dtype)
-        assert up.dleft.dtype == left.dtype
-    assert run.dright.dtype == F32
+    found = [*run.drights, *(up.dlefts[0] for up in run.ups)]
+    given = [*run.rights, *(layer.lefts[0] for layer in run.layers)]
+    for actual, gradient, value in zip(found, expected, given, strict=True):
+        check(actual, gradient, dtype)
+        assert actual.dtype == value.dtype
 
 
-@pytest.mark.parametrize("case", [CASES[2], CASES[9]], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [CASES[2], CASES[11]], ids=lambda case: case.id)
 def test_the_same_inputs_give_the_same_bits(case: Case) -> None:
     once, again = make(case).run(), make(case).run()
     assert all(torch.equal(a, b) for a, b in zip(once.outputs, again.outputs, strict=True))
@@ -210,9 +214,8 @@ def test_the_same_inputs_give_the_same_bits(case: Case) -> None:
 def test_no_rows() -> None:
     run = make(Case(0, 8, (4,), (2,), (0.1,), F32, gain=True)).run()
     assert run.ys[0].shape == (0, 4)
-    assert run.dx is not None
     assert run.dx.shape == (0, 8)
-    for sums in (run.ups[0].dleft, run.ups[0].total, run.ups[0].dot, run.dright):
+    for sums in (*run.ups[0].dlefts, run.ups[0].total, run.ups[0].dot, *run.drights):
         assert sums is not None
         assert not sums.any()
 
@@ -220,34 +223,35 @@ def test_no_rows() -> None:
 def test_everything_dropped() -> None:
     run = make(Case(20, 24, (16,), (4,), (1.0,), F32)).run()
     assert not run.s.any()
-    assert not run.dright.any()
-    check(run.dx, run.dys[0].double() @ run.weights[0].double(), F32)
+    assert not run.drights[0].any()
+    check(run.dx, run.dys[0].double() @ run.layers[0].weight.double(), F32)
 
 
-def test_library_products_take_the_same_rest() -> None:
-    """float32 takes the vendor's GEMM by default, half types Triton's: here the other way round."""
-    from lorafx.kernels.triton import config, grad_down, up
+@pytest.mark.parametrize("case", [CASES[3], CASES[5], CASES[10]], ids=lambda case: case.id)
+def test_both_ways_to_multiply(case: Case) -> None:
+    """The library's product with the rest added to it, and one kernel for both: equal to rounding."""
+    run = make(case).run()
+    for layer, y in zip(run.layers, run.ys, strict=True):
+        own = (run.s[:, layer.columns(run.adapters)], layer.left(run.adapters), layer.gain)
+        check(up(run.x, layer.weight, layer.bias, *own, fused=True), y.double(), case.dtype)
+    weights, bases = [layer.weight for layer in run.layers], [u.base for u in run.ups]
+    pieces, right = plan(case.ranks, case.p), torch.cat(list(run.rights))
+    for library in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(grad_down, "gemm_configs", lambda *_, given=library: [Config(32, 32, 16, 4, 2, given)])
+            patch.setattr(config, "_CHOSEN", {})
+            check(grad_x(bases, weights, run.ds, right, pieces, run.seed), run.dx.double(), case.dtype)
 
-    case = CASES[3]
-    with pytest.MonkeyPatch.context() as patch:
-        tiles = lambda *_: [config.Config(32, 32, 16, 4, 2)]  # noqa: E731 - a stand-in
-        patch.setattr(up, "gemm_configs", tiles)
-        patch.setattr(grad_down, "gemm_configs", tiles)
-        patch.setattr(config, "_CHOSEN", {})
-        fused = make(case).run()
-    library = make(case).run()
-    for one, other in zip(fused.outputs, library.outputs, strict=True):
-        check(one, other.double(), F32)
 
-
-def test_library_products_keep_the_frozen_bits() -> None:
-    run = make(CASES[3])
-    for weight, left, bias in zip(run.weights, run.lefts, run.biases, strict=True):
-        s = torch.ones(run.case.m, left.shape[1], device=DEVICE)
-        one = torch.ones(weight.shape[0], device=DEVICE)
+@pytest.mark.parametrize("case", [CASES[3], CASES[4], CASES[10]], ids=lambda case: case.id)
+def test_an_adapter_that_changes_nothing_keeps_the_frozen_bits(case: Case) -> None:
+    run = make(case)
+    for layer in run.layers:
+        (left,), one = layer.lefts, torch.ones(layer.weight.shape[0], device=DEVICE)
+        s = torch.ones(case.m, sum(case.ranks), dtype=case.dtype, device=DEVICE)
         for gain in (None, one):
-            y = PROVIDER.up(run.x, weight, bias, s, torch.zeros_like(left), gain)
-            assert torch.equal(y, torch.nn.functional.linear(run.x, weight, bias))
+            (y,) = PROVIDER.up(run.x, s, [replace(layer, gain=gain, lefts=[torch.zeros_like(left)])], run.adapters)
+            assert torch.equal(y, torch.nn.functional.linear(run.x, layer.weight, layer.bias))
 
 
 class Block(nn.Module):
@@ -262,24 +266,48 @@ class Block(nn.Module):
         return found
 
 
+INPUT = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+
+
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_lowered_model(variant: str) -> None:
-    model, x = Block().to(DEVICE), torch.randn(2, 9, 24, device=DEVICE)
-    spec = lorafx.LoraSpec(r=5, target_modules=["q", "k", "out"], variant=variant)
-    found: dict[str, dict[str, Tensor]] = {}
-    for backend in ("reference", "triton"):
-        gm = lorafx.apply(model, spec, (x,), seed=0, backend=backend)
-        trained = {n: p for n, p in gm.named_parameters() if p.requires_grad}
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                if "lora_B" in name:
-                    parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape).to(x) % 7 / 20)
-        x.requires_grad_()
-        loss = gm(x)
-        grads = torch.autograd.grad(loss, [x, *trained.values()])
-        found[backend] = dict(zip(["loss", "x", *trained], [loss.detach(), *grads], strict=True))
-    for name, expected in found["reference"].items():
-        check(found["triton"][name], expected.double(), F32)
+    found = {backend: step_of(adapted(variant, 0.0, backend)) for backend in ("reference", "triton")}
+    for actual, expected in zip(found["triton"], found["reference"], strict=True):
+        check(actual, expected.double(), F32)
+
+
+@pytest.mark.parametrize(("variant", "p"), [("lora", 0.0), ("lora", 0.3), ("dora", 0.0), ("dora", 0.3)])
+def test_compiled_model(variant: str, p: float) -> None:
+    """Traced, nothing is launched; run, it is what runs uncompiled, masks included."""
+    gm = adapted(variant, p, "triton").train()
+    launches: list[object] = []
+    with recorded(lambda *launch: launches.append(launch)):
+        torch.export.export(gm, (INPUT,)).run_decompositions({})
+    assert not launches
+    expected, other = step_of(gm, seed=3), step_of(gm, seed=4)
+    actual = step_of(torch.compile(gm, fullgraph=True, backend="aot_eager"), seed=3)
+    assert all(map(torch.equal, actual, expected))
+    assert all(map(torch.equal, other, expected)) == (p == 0.0)
+
+
+def adapted(variant: str, p: float, backend: str) -> Any:
+    """A block whose adapters change something."""
+    torch.manual_seed(2)
+    spec = lorafx.LoraSpec(r=5, alpha=8, dropout=p, target_modules=["q", "k", "out"], variant=variant)
+    gm = lorafx.apply(Block().to(DEVICE), spec, (INPUT,), seed=0, backend=backend)
+    with torch.no_grad():
+        for name, parameter in gm.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape).to(INPUT) % 7 / 20)
+    return gm
+
+
+def step_of(gm: Any, seed: int = 0) -> list[Tensor]:
+    """The output, and all gradients of it."""
+    torch.manual_seed(seed)
+    x = INPUT.clone().requires_grad_()
+    loss = gm(x)
+    return [loss.detach(), *torch.autograd.grad(loss, [x, *(p for p in gm.parameters() if p.requires_grad)])]
 
 
 # Masks
@@ -333,12 +361,12 @@ def test_mask_depends_on_place_and_seed_only() -> None:
     # From the kernels' own tiles: with right the identity, s is x where it is kept.
     x, right = torch.ones(70, 40, device=DEVICE), torch.eye(40, device=DEVICE)
     for rows in (70, 3):
-        s, _ = PROVIDER.down(x[:rows], right, Dropout((40,), (0.1,)), torch.tensor([5], device=DEVICE))
+        s, _ = PROVIDER.down(x[:rows], [right], Adapters((40,), (0.1,), (1.0,)), torch.tensor([5], device=DEVICE))
         assert torch.equal(s.cpu() != 0, large[:rows, :40])
 
 
 def test_probability_is_exact_to_16_bits() -> None:
-    assert plan(Dropout((4,), (0.3,))).drops == (round(0.3 * 65536),)
+    assert plan((4,), (0.3,)).drops == (round(0.3 * 65536),)
     # A mask with a larger p keeps a subset, and one more step of 2^-16 drops an element now and then.
     smaller, larger = keep_of(3, p=1000 / 65536), keep_of(3, p=1064 / 65536)
     assert bool((smaller | ~larger).all())
@@ -347,7 +375,7 @@ def test_probability_is_exact_to_16_bits() -> None:
 
 
 def test_plan() -> None:
-    both = plan(Dropout((8, 4, 70), (0.0, 0.0, 0.5)))
+    both = plan((8, 4, 70), (0.0, 0.0, 0.5))
     assert both == Plan((0, 12, 76), (12, 76, 82), (16, 64, 16), (0, 2, 2), (0, 32768, 32768))
     assert [p.starts for p in both.packs(80)] == [(0, 12), (76,)]
     assert [p.starts for p in both.packs(1)] == [(0,), (12,), (76,)]
@@ -360,27 +388,47 @@ def test_plan() -> None:
     ("shape", "r", "dtype", "adapters"),
     [((45, 70), 5, F32, F32), ((33, 140), 40, F16, F32), ((20, 33), 3, BF16, BF16)],
 )
-def test_row_gain(shape: tuple[int, int], r: int, dtype: torch.dtype, adapters: torch.dtype) -> None:
+def test_row_norm(shape: tuple[int, int], r: int, dtype: torch.dtype, adapters: torch.dtype) -> None:
     n, k = shape
-    weight, a = torch.randn(n, k).to(DEVICE, dtype), torch.randn(r, k).to(DEVICE, adapters)
-    b, magnitude = torch.randn(n, r).to(DEVICE, adapters), torch.rand(n).to(DEVICE)
+    weight, a, b = (torch.randn(size).to(DEVICE, of) for size, of in (((n, k), dtype), ((r, k), adapters), ((n, r), adapters)))
     weight[1], b[1] = 0, 0
     squares = compute_squares(weight)
-    found = row_gain(weight, a, b, squares, magnitude)
-    expected = (weight.double() + b.double() @ a.double()).norm(dim=1)
-    check(found.norm, expected, F32)
-    check(found.norm, compute_norm(squares, weight, a, b, 1.0).double(), F32)
-    gain = magnitude.double() / torch.where(expected > 0, expected, 1.0)
-    check(found.gain, gain, F32)
-    assert found.gain[1] == magnitude[1]
-    check(found.left, gain[:, None] * b.double(), adapters)
+    found = row_norm(weight, a, b, squares, 0.3)
+    check(found, (weight.double() + 0.3 * b.double() @ a.double()).norm(dim=1), F32)
+    assert found[1] == 0
+    # Where the change is zero, the base's norm bit for bit: a gain of 1 is 1 at any provider.
+    unchanged = row_norm(weight, a, torch.zeros_like(b), squares, 0.3)
+    assert torch.equal(unchanged, squares.sqrt().float())
+    assert torch.equal(unchanged, compute_norm(squares, weight, a, torch.zeros_like(b), 0.3))
 
 
-def test_norm_of_an_unchanged_weight_is_the_base_norm() -> None:
-    weight, a = torch.randn(20, 48).to(DEVICE, F16), torch.randn(4, 48, device=DEVICE)
-    squares = compute_squares(weight)
-    zero = torch.zeros(20, 4, device=DEVICE)
-    assert torch.equal(row_gain(weight, a, zero, squares, squares.sqrt().float()).norm, squares.sqrt().float())
+def test_the_operator_takes_the_kernel_and_keeps_the_base() -> None:
+    weight = nn.Parameter(torch.randn(20, 33, device=DEVICE), requires_grad=False)
+    a, b = torch.randn(3, 33, device=DEVICE), torch.randn(20, 3, device=DEVICE)
+    names: list[str] = []
+
+    def run(kernel: Any, grid: Any, args: Any, options: Any) -> None:
+        names.append(kernel.__name__)
+        kernel[tuple(grid)](*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch, recorded(run):
+        for change in (0.0, 0.0, 1.0):
+            with torch.no_grad():
+                weight += change
+            found = norms.row_norm(weight, a, b, 0.7)
+            check(found, (weight.double() + 0.7 * b.double() @ a.double()).norm(dim=1), F32)
+            patch.setattr(norms, "compute_squares", norms.compute_squares if change else _fails)
+            if not change:
+                check(norms.row_norm(weight, a, b, 0.7), found.double(), F32)
+                patch.undo()
+        wide = norms.row_norm(weight.double(), a, b, 0.7)  # not the kernel's
+    assert set(names) == {"row_norm_kernel"}
+    assert len(names) == 5
+    assert wide.dtype is torch.float64
+
+
+def _fails(weight: Tensor) -> Tensor:
+    raise AssertionError("the base's term was computed again")
 
 
 # Traffic
@@ -430,10 +478,10 @@ def test_model_of_traffic(case: Case) -> None:
     run = make(case)
     with counted() as launches:
         run.run()
-        row_gain(run.weights[0], run.right, torch.zeros(case.widths[0], sum(case.ranks)),
-                 compute_squares(run.weights[0]), torch.ones(case.widths[0]))  # fmt: skip
+        weight = run.layers[0].weight
+        row_norm(weight, run.rights[0], run.layers[0].lefts[0], compute_squares(weight), 2.0)
     names = {launch.name for launch, _ in launches}
-    assert names >= {"down", "up", "grad_up", "dx", "dright", "row_gain"}
+    assert names >= {"down", "up", "grad_up", "dx", "dright", "row_norm"}
     assert "reduce" in names or case.m < 100  # small sums are not split
     for launch, counts in launches:
         model = traffic(launch)
@@ -453,7 +501,7 @@ def test_check_of_the_gpu_benchmark() -> None:
 
 def test_splits_follow_the_processors() -> None:
     """More processors, more parts; the sums stay what they are."""
-    case = CASES[9]
+    case = CASES[11]
     few, many = [], []
     with pretend(Device(processors=1)), recorded(lambda *launch: few.append(Launch(*launch))):
         make(case).run()

@@ -119,7 +119,7 @@ def _sum(values: Tensor) -> Tensor:
 def _kept(numbers: Tensor, x: Tensor, adapters: Adapters) -> Tensor:
     """One mask an adapter that drops, bool ``[adapters, M, k]``."""
     bits = numbers.view(torch.int16)[..., : x.shape[1]]
-    least = [min(round(p * _LEVELS), _LEVELS - 1) - _LEVELS // 2 for p in adapters.p if p > 0.0]
+    least = [round(p * _LEVELS) - _LEVELS // 2 for p in adapters.p if p > 0.0]
     return torch.stack([part >= low for part, low in zip(bits.unbind(), least, strict=True)])
 
 

@@ -46,7 +46,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Adapters:
-    """What of a group's adapters is no tensor: of each its rank, dropout's ``p``, and its scale."""
+    """What of a group's adapters is no tensor: of each its rank, dropout's ``p`` (:func:`quantised`), and its scale."""
 
     ranks: tuple[int, ...]
     p: tuple[float, ...]
@@ -187,6 +187,11 @@ class Provider(ABC):
     def grad_activation(self, name: str, sources: Sequence[Tensor], dx: Tensor) -> tuple[Tensor, list[Tensor]]:
         """``x`` again, and the gradients of what it was computed from; may write over ``dx [M, k]``."""
         raise NotImplementedError(name)
+
+
+def quantised(p: float) -> float:
+    """``p`` as masks of 16 random bits an element have it: a multiple of 2^-16, below 1. What is kept is over 1 - p."""
+    return min(round(p * 65536), 65535) / 65536
 
 
 def split(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.kernels.base import Adapters, Call
+from lorafx.kernels.base import Adapters, Call, quantised
 from lorafx.kernels.function import LowRankLinear, Operands, make_group
 from lorafx.kernels.providers import provider
 from lorafx.ops import ADAPTED, LAYERS, define_op, updates
@@ -128,7 +128,7 @@ def grouped_reference(
         x, sources, recipe, activation = x.to(dtype), [], "", ""  # the recipe would give the input before the cast
     rights = [right for s in siblings for right in s.rights]
     ranks = tuple(right.shape[0] for right in rights)
-    p = tuple(chance if layer.training else 0.0 for layer in layers for chance in layer.dropout)
+    p = tuple(quantised(chance) if layer.training else 0.0 for layer in layers for chance in layer.dropout)
     chosen = provider(provider_name)
     call = Call(x.device, x.dtype, x.shape[-1], tuple(s.weight.shape[0] for s in siblings), sum(ranks))
     if chosen.rejects(call) is not None:

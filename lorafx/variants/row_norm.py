@@ -8,7 +8,8 @@ A and B by all of their values, which takes r (in + out) comparisons where the n
 frozen. Only a write that no version counter sees, as through ``.data``, and that misses all 64 would go unseen.)
 
 It is one operator, so that whatever traces a graph records a call, not what was kept, and compiled code keeps norms as
-eager code does. What is kept goes by memory, since compiled code has tensor objects of its own over it.
+eager code does. What is kept goes by memory, since compiled code has tensor objects of its own over it. A package with
+a kernel for some device registers it for that dispatch key (:mod:`lorafx.kernels.triton.ops`).
 
 Comparing values waits for the device, so elsewhere than on the CPU only the base's term is kept, and that of parameters
 only: the version counter then has to see every write, which a compiler's temporary buffers do not tell it of.
@@ -107,7 +108,7 @@ def _result_dtype(weight: Tensor, a: Tensor) -> torch.dtype:
 # What is kept
 
 
-def _kept_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def kept_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """The operator, for tensors with values. What it returns is the caller's: compiled code writes to its buffers."""
     if not _may_keep(weight):
         return _compute(weight, a, b, scaling)
@@ -123,6 +124,14 @@ def _kept_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
             norm = compute_norm(squares, weight, a, b, scaling)
         known = views[view] = _Norm(squares, scaling, a.clone(), b.clone(), norm)
     return known.values.clone()
+
+
+def squares_of(weight: Tensor) -> Tensor:
+    """:func:`compute_squares` of a base, kept where its next change would be seen."""
+    if _may_keep(weight):
+        return _kept_squares(weight)
+    with full_precision(weight):
+        return compute_squares(weight.detach())
 
 
 def _kept_squares(weight: Tensor) -> Tensor:
@@ -197,7 +206,7 @@ _LIBRARY.define(
     # A CUDA graph would take what is kept for its own, in memory that it uses again.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )
-_LIBRARY.impl("row_norm", _kept_norm, "CompositeExplicitAutograd")
+_LIBRARY.impl("row_norm", kept_norm, "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norm", torch.library.fallthrough_kernel, "Autograd")  # it takes no gradient
 torch.library.register_fake("lorafx::row_norm", _fake_norm, lib=_LIBRARY)
 torch.library.register_vmap("lorafx::row_norm", _batched_norm, lib=_LIBRARY)

@@ -1,12 +1,11 @@
-"""Build the compiled kernels with the machine's C++ compiler at first use, and keep them for the user.
+"""Build the compiled operators with the machine's C++ compiler at first use, and keep them for the user.
 
-They are built for this very processor. The file's name tells source, compiler, flags and processor, so that a home
-directory shared between machines holds one for each, and nothing stale is ever loaded.
+They are built for this very processor and torch. The file's name tells sources, compiler, flags, processor and torch,
+so that a home directory shared between machines holds one for each, and nothing stale is ever loaded.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import shutil
@@ -15,10 +14,13 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
-_INCLUDED = ("activation.h", "dropout.h", "products.h", "vector.h")
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w")
-_TIMEOUT = 300.0
+import torch
+
+_FOLDER = Path(__file__).parent
+_SOURCE = _FOLDER / "ops.cpp"
+_TORCH = Path(torch.__file__).parent
+_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-w", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+_TIMEOUT = 600.0
 
 
 class BuildError(Exception):
@@ -26,23 +28,24 @@ class BuildError(Exception):
 
 
 @cache
-def load() -> ctypes.CDLL:
-    """The kernels' library.
+def load() -> None:
+    """See to it that the operators are there.
 
     Raises:
         BuildError: there is no compiler, or it failed; what it said is in the message.
     """
     compiler = _compiler()
-    sources = [path.read_bytes() for path in (_SOURCE, *map(_SOURCE.with_name, _INCLUDED))]
+    sources = [path.read_bytes() for path in sorted(_FOLDER.iterdir()) if path.suffix in (".cpp", ".h")]
     # What -march=native means here, and which compiler this is.
-    target = _run([compiler, *_FLAGS[:-2], "-dM", "-E", "-x", "c++", os.devnull])
-    key = hashlib.sha256(b"\0".join([*sources, " ".join(_FLAGS).encode(), target])).hexdigest()[:32]
+    target = _run([compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    version = f"{torch.__version__} {torch.version.git_version} {' '.join(_FLAGS)}".encode()
+    key = hashlib.sha256(b"\0".join([*sources, version, target])).hexdigest()[:32]
     try:
         folder = _cache_folder()
-        built = folder / f"kernels-{key}.so"
+        built = folder / f"ops-{key}.so"
         if not built.exists():
             _build(compiler, built)
-        return ctypes.CDLL(str(built))
+        torch.ops.load_library(str(built))
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         raise BuildError(f"the compiled kernels could not be kept or loaded: {error}") from error
 
@@ -69,7 +72,8 @@ def _cache_folder() -> Path:
 def _build(compiler: str, built: Path) -> None:
     with tempfile.TemporaryDirectory(dir=built.parent) as made:
         new = Path(made) / built.name
-        _run([compiler, *_FLAGS, str(_SOURCE), "-o", str(new)])
+        torchs = [f"-I{_TORCH / 'include'}", f"-L{_TORCH / 'lib'}"]
+        _run([compiler, *_FLAGS, "-shared", *torchs, str(_SOURCE), "-o", str(new), "-lc10", "-ltorch_cpu"])
         new.replace(built)
 
 

@@ -62,7 +62,7 @@ template <typename T> struct Packed {
     round_to(values[(i / W * n + j) * W + i % W], widen(v));
   }
   const OperandOf<T> *row(int64_t d) const { return reinterpret_cast<const OperandOf<T> *>(values) + d * n; }
-  static int64_t bytes(int64_t depth, int64_t n) { return up(depth, W) * n * int64_t(sizeof(Element)); }
+  static int64_t bytes(int64_t depth, int64_t n) { return round_up(depth, W) * n * int64_t(sizeof(Element)); }
 
   // [depth, width] at (i, j), and zeros up to the next multiple of LANES columns; element (a, b) is at
   // source[a * along_depth + b * along_n].
@@ -183,7 +183,7 @@ void narrow_rows(const T *x, int64_t ldx, int64_t rows, int64_t K, const Packed<
         copy_row(tile + i * stride, x + i * ldx + k, depth, bits ? bits + i * chunks + k / LANES : nullptr);
       else
         std::fill_n(tile + i * stride, stride, O(0));
-    narrow_tiles<T>(tile, stride, packed.row(k / W), n, up(depth, W) / W, sums);
+    narrow_tiles<T>(tile, stride, packed.row(k / W), n, round_up(depth, W) / W, sums);
   }
 }
 
@@ -205,46 +205,77 @@ inline void expand_sums(vec (&sum)[ROWS][VECTORS], const O *s, int64_t depth, co
   }
 }
 
-// y[ROWS, 2 * LANES] += s packed
-template <typename T, typename O>
-inline void expand_full(T *y, int64_t ldy, const O *s, int64_t depth, const O *packed, int64_t ld) {
-  vec sum[ROWS][2];
+// What is added to y beside s packed: (gain - 1) * (y - bias), and which elements of s packed are kept, times scale.
+struct Rest {
+  const float *gain, *bias;
+  const uint16_t *bits;  // of the first row
+  int64_t chunks;        // words a row of them
+  float scale;
+};
+
+// y[ROWS, 2 * LANES] += the rest and s packed: exactly y where gain is 1 and s packed 0
+template <typename T, bool GAIN, bool BITS, typename O>
+inline void expand_full(T *y, int64_t ldy, int64_t n, const O *s, int64_t depth, const O *packed, int64_t ld, const Rest &rest) {
+  vec sum[ROWS][2] = {};
+  if constexpr (!GAIN && !BITS)
+    UNROLL
+    for (int64_t m = 0; m < ROWS; ++m) load_two(y + m * ldy + n, sum[m][0], sum[m][1]);
+  UNROLL
+  for (int64_t m = 0; m < ROWS; ++m) __builtin_prefetch(y + (m + ROWS) * ldy + n, 1);
+  expand_sums<T, 2>(sum, s, depth, packed + n, ld);
+  vec excess[2] = {}, shift[2] = {};
+  if constexpr (GAIN) {
+    load_two(rest.gain + n, excess[0], excess[1]);
+    excess[0] -= 1.0f, excess[1] -= 1.0f;
+    if (rest.bias) load_two(rest.bias + n, shift[0], shift[1]);
+  }
   UNROLL
   for (int64_t m = 0; m < ROWS; ++m) {
-    __builtin_prefetch(y + (m + ROWS) * ldy, 1);
-    load_two(y + m * ldy, sum[m][0], sum[m][1]);
+    if constexpr (GAIN || BITS) {
+      vec value[2];
+      load_two(y + m * ldy + n, value[0], value[1]);
+      UNROLL
+      for (int v = 0; v < 2; ++v) {
+        if constexpr (BITS) sum[m][v] = keep(sum[m][v], rest.bits[m * rest.chunks + n / LANES + v]) * rest.scale;
+        if constexpr (GAIN) value[v] += excess[v] * (value[v] - shift[v]);
+        sum[m][v] += value[v];
+      }
+    }
+    store_two(y + m * ldy + n, sum[m][0], sum[m][1]);
   }
-  expand_sums<T, 2>(sum, s, depth, packed, ld);
-  UNROLL
-  for (int64_t m = 0; m < ROWS; ++m) store_two(y + m * ldy, sum[m][0], sum[m][1]);
 }
 
-// y[rows, rest] += (gain - 1) * (y - bias) + scale * kept (s packed): exactly y where gain is 1 and s packed 0
+// The same for some rows and a last few columns.
 template <typename T, typename O>
-inline void expand_any(T *y, int64_t ldy, int64_t rows, int64_t rest, const O *s, int64_t depth, const O *packed, int64_t ld,
-                       const uint16_t *bits, int64_t chunks, float scale, const float *gain, const float *bias) {
+inline void expand_any(T *y, int64_t ldy, int64_t rows, int64_t n, int64_t columns, const O *s, int64_t depth, const O *packed,
+                       int64_t ld, const Rest &rest) {
   vec sum[ROWS][1] = {};
-  expand_sums<T, 1>(sum, s, depth, packed, ld);
-  const vec excess = gain ? load(gain, rest) - 1.0f : vec{}, shift = bias ? load(bias, rest) : vec{};
+  expand_sums<T, 1>(sum, s, depth, packed + n, ld);
+  const vec excess = rest.gain ? load(rest.gain + n, columns) - 1.0f : vec{};
+  const vec shift = rest.bias ? load(rest.bias + n, columns) : vec{};
   for (int64_t m = 0; m < rows; ++m) {
-    vec value = load(y + m * ldy, rest), low = sum[m][0];
-    if (bits) low = keep(low, bits[m * chunks]) * scale;
-    if (gain) value += excess * (value - shift);
-    store(y + m * ldy, value + low, rest);
+    vec value = load(y + m * ldy + n, columns), low = sum[m][0];
+    if (rest.bits) low = keep(low, rest.bits[m * rest.chunks + n / LANES]) * rest.scale;
+    if (rest.gain) value += excess * (value - shift);
+    store(y + m * ldy + n, value + low, columns);
   }
 }
 
 // s [ROWS, r] as operands
 template <typename T>
 void expand_rows(T *y, int64_t ldy, int64_t rows, int64_t N, const OperandOf<T> *s, int64_t r, const Packed<T> &packed,
-                 const uint16_t *bits, int64_t chunks, float scale, const float *gain, const float *bias) {
-  const int64_t depth = up(r, Operand<T>::width) / Operand<T>::width;
+                 const Rest &rest) {
+  using O = OperandOf<T>;
+  using Full = void (*)(T *, int64_t, int64_t, const O *, int64_t, const O *, int64_t, const Rest &);
+  static constexpr Full FULL[2][2] = {{expand_full<T, false, false, O>, expand_full<T, false, true, O>},
+                                      {expand_full<T, true, false, O>, expand_full<T, true, true, O>}};
+  const int64_t depth = round_up(r, Operand<T>::width) / Operand<T>::width;
   int64_t n = 0;
-  if (rows == ROWS && !bits && !gain)
-    for (; n + 2 * LANES <= N; n += 2 * LANES) expand_full<T>(y + n, ldy, s, depth, packed.row(0) + n, packed.n);
-  for (; n < N; n += LANES)
-    expand_any<T>(y + n, ldy, rows, N - n, s, depth, packed.row(0) + n, packed.n, bits ? bits + n / LANES : nullptr, chunks,
-               scale, gain ? gain + n : nullptr, bias ? bias + n : nullptr);
+  if (rows == ROWS) {
+    const Full full = FULL[rest.gain != nullptr][rest.bits != nullptr];
+    for (; n + 2 * LANES <= N; n += 2 * LANES) full(y, ldy, n, s, depth, packed.row(0), packed.n, rest);
+  }
+  for (; n < N; n += LANES) expand_any<T>(y, ldy, rows, n, N - n, s, depth, packed.row(0), packed.n, rest);
 }
 
 // ---- outer --------------------------------------------------------------------------------------------------------
@@ -299,7 +330,7 @@ inline void pair_rows(uint32_t *out, const bf16 *a, const bf16 *b, int64_t n, co
 }
 #endif
 
-// g[up(r, RANKS), WIDTH] += s^T (kept x)[count, n], s as operands [count / width, ld]. The columns are copied, since rows
+// g[round_up(r, RANKS), WIDTH] += s^T (kept x)[count, n], s as operands [count / width, ld]. The columns are copied, since rows
 // a power of two apart evict each other.
 template <typename T>
 void outer_block(const T *x, int64_t ldx, int64_t count, int64_t n, const uint16_t *bits, int64_t chunks,
@@ -314,7 +345,7 @@ void outer_block(const T *x, int64_t ldx, int64_t count, int64_t n, const uint16
       for (int64_t j = 0; j < WIDTH; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(a + (w + STEPS * W) * ldx + j);
     pair_rows(tile + m / W * WIDTH, a, b, n, mask, next);
   }
-  const int64_t steps = up(count, W) / W;
+  const int64_t steps = round_up(count, W) / W;
   for (int64_t j = 0; j < r; j += RANKS) {
     int64_t v = 0;
     for (; v + LANES < n; v += 2 * LANES) outer_tile<T, 2>(tile + v, s + j, ld, steps, g + j * WIDTH + v);
@@ -322,23 +353,29 @@ void outer_block(const T *x, int64_t ldx, int64_t count, int64_t n, const uint16
   }
 }
 
-// base = gain * dy [count, n], and sums of dy and of dy * y added to total and dot
+// base = gain * dy [count, n], and sums of dy and of dy * y added to total and dot [WIDTH]
 template <typename T>
 void scale_and_sum(const T *dy, int64_t ld, const T *y, int64_t ldy, int64_t count, int64_t n, const float *gain, T *base,
                    int64_t ldb, float *total, float *dot) {
-  for (int64_t j = 0; j < n; j += LANES) {
-    const int64_t rest = n - j;
-    vec sum = {}, product = {};
-    const vec factor = gain ? load(gain + j, rest) : vec{};
-    for (int64_t m = 0; m < count; ++m) {
-      const vec d = load(dy + m * ld + j, rest);
-      sum += d;
-      if (y) product += d * load(y + m * ldy + j, rest);
-      if (gain) store(base + m * ldb + j, d * factor, rest);
-    }
-    if (total) store(total + j, load(total + j) + sum);
-    if (dot) store(dot + j, load(dot + j) + product);
+  constexpr int64_t VECTORS = WIDTH / LANES;
+  vec sum[VECTORS], product[VECTORS], factor[VECTORS];
+  for (int64_t v = 0; v < VECTORS; ++v) {
+    sum[v] = load(total + v * LANES), product[v] = load(dot + v * LANES);
+    factor[v] = gain && v * LANES < n ? load(gain + v * LANES, n - v * LANES) : vec{};
   }
+  for (int64_t m = 0; m < count; ++m) {
+    if (y) __builtin_prefetch(y + (m + 16) * ldy);
+    UNROLL
+    for (int64_t v = 0; v < VECTORS; ++v) {
+      const int64_t at = v * LANES, rest = n - at;
+      if (rest <= 0) break;
+      const vec d = load(dy + m * ld + at, rest);
+      sum[v] += d;
+      if (y) product[v] += d * load(y + m * ldy + at, rest);
+      if (gain) store(base + m * ldb + at, d * factor[v], rest);
+    }
+  }
+  for (int64_t v = 0; v < VECTORS; ++v) store(total + v * LANES, sum[v]), store(dot + v * LANES, product[v]);
 }
 
 }  // namespace

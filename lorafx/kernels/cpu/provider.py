@@ -19,7 +19,7 @@ from lorafx.kernels.base import (
     Upstream,
     like,
 )
-from lorafx.kernels.cpu import build, job, ops
+from lorafx.kernels.cpu import build, ops
 
 
 class Cpu(Provider):
@@ -33,9 +33,9 @@ class Cpu(Provider):
     def rejects(self, call: Call) -> str | None:
         if call.device.type != "cpu":
             return f"it is for CPUs, and the layer is on {call.device}"
-        if call.dtype not in job.DTYPES:
+        if call.dtype not in ops.DTYPES:
             return f"it computes in float32 and bfloat16, and the layer is {call.dtype}"
-        return None
+        return self.unavailable()  # where this graph was lowered there may have been a compiler
 
     def down(
         self, x: Tensor, rights: Sequence[Tensor], adapters: Adapters, seed: Tensor | None

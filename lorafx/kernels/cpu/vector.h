@@ -21,7 +21,7 @@ struct bf16 {
   uint16_t bits;
 };
 
-inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 inline float widen(float v) { return v; }
 inline float widen(bf16 v) {

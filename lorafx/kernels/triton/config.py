@@ -18,7 +18,7 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from lorafx.kernels.triton.device import Device
-from lorafx.kernels.triton.tiles import interpreted
+from lorafx.kernels.triton.tiles import MAX_ADDED_RANKS, interpreted, rank_block
 
 T = TypeVar("T")
 
@@ -90,6 +90,20 @@ def stream_configs(columns: int, itemsize: int, ranks: int, device: Device, alig
         Config(ranks, width, depth, warps, _stages(depth * (width + ranks) * itemsize, device))
         for width, depth, warps in tiles
     ]
+
+
+def norm_configs(r: int, itemsize: int, device: Device, aligned: bool) -> list[Config]:
+    """For :mod:`row_norm`: few rows a program, so that all processors have one; W goes through in wide blocks.
+
+    ``depth`` is the block of ranks, ``itemsize`` that of the factors.
+    """
+    depth = rank_block(r, MAX_ADDED_RANKS)
+    if not aligned:
+        return [Config(16, 64, depth, 4, 2)]
+    stages = 3 if device.shared >= 96 * 1024 else 2
+    if r > MAX_ADDED_RANKS:
+        return [Config(32, 64, rank_block(r), 4, stages), Config(16, 64, rank_block(r), 4, stages)]
+    return [Config(rows, columns, depth, 4, stages) for rows, columns in ((32, 128), (16, 128), (32, 64))]
 
 
 def _stages(bytes_per_stage: int, device: Device) -> int:

@@ -15,7 +15,6 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from lorafx.kernels.base import Adapters
 from lorafx.kernels.triton.tiles import MAX_RANKS, cdiv, jit, launch, on_device, rank_block
 
 #: Columns of ``s``, padded, that one launch takes at most; more are taken by several, each with its read of ``x``.
@@ -57,17 +56,17 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def plan(adapters: Adapters) -> Plan:
-    """The pieces that dropout makes of the columns."""
+def plan(ranks: tuple[int, ...], p: tuple[float, ...]) -> Plan:
+    """The pieces that dropout makes of the columns of adapters of these ranks."""
     groups: list[tuple[int, int, int, int]] = []  # start, stop, branch, drop
     at = 0
-    for branch, (ranks, p) in enumerate(zip(adapters.ranks, adapters.p, strict=True)):
-        drop = round(p * 65536)
+    for branch, (r, chance) in enumerate(zip(ranks, p, strict=True)):
+        drop = round(chance * 65536)
         if groups and groups[-1][3] == drop == 0:
-            groups[-1] = (groups[-1][0], at + ranks, groups[-1][2], 0)
+            groups[-1] = (groups[-1][0], at + r, groups[-1][2], 0)
         else:
-            groups.append((at, at + ranks, branch, drop))
-        at += ranks
+            groups.append((at, at + r, branch, drop))
+        at += r
     pieces = [
         (first, min(first + MAX_RANKS, stop), branch, drop)
         for start, stop, branch, drop in groups

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafx.kernels.base import Adapters
 from lorafx.kernels.triton.device import Device, pretend
 from lorafx.kernels.triton.down import down
 from lorafx.kernels.triton.dropout import plan
 from lorafx.kernels.triton.grad_down import grad_right, grad_x
 from lorafx.kernels.triton.grad_up import grad_up
-from lorafx.kernels.triton.row_norm import row_gain
+from lorafx.kernels.triton.row_norm import row_norm
 from lorafx.kernels.triton.tiles import recorded
 from lorafx.kernels.triton.up import up
 
@@ -46,11 +45,13 @@ def record(calls: Callable[[], object], device: Device) -> list[Launch]:
 def step(
     device: Device, m: int, k: int, widths: Sequence[int], ranks: Sequence[int], dtype: torch.dtype,
     p: float = 0.1, dora: bool = False, aligned: bool = True, adapters: torch.dtype | None = None, bias: bool = True,
+    fused: bool = False,
 ) -> list[Launch]:  # fmt: skip
     """The launches of a training step of one group: siblings of ``widths`` with ``ranks``, M rows of k features.
 
     ``aligned`` tensors start at multiples of 16 bytes; otherwise each is a view with an odd offset and odd strides.
     ``adapters`` is the dtype of the factors, float32 unless given. ``bias``: whether the layers have one, trained.
+    ``fused``: forward's large products in Triton too, as tuning may choose.
     """
     wide = adapters or torch.float32
 
@@ -60,18 +61,16 @@ def step(
 
     def calls() -> None:
         seed = torch.empty(1, dtype=torch.int64, device="meta") if p > 0 else None
-        columns = plan(Adapters(tuple(ranks), (p,) * len(ranks), (1.0,) * len(ranks)))
+        columns = plan(tuple(ranks), (p,) * len(ranks))
         x, right = make(m, k), make(sum(ranks), k, of=wide)
         weights = [make(n, k) for n in widths]
         s = down(x, right, columns, seed)
         bases, first = [], 0
         for weight, n, r in zip(weights, widths, ranks, strict=True):
-            left, mine, gain = make(n, r, of=wide), s[:, first : first + r], None
-            if dora:
-                factor = right[first : first + r]
-                gain = row_gain(weight, factor, left, make(n, of=torch.float64), make(n, of=wide)).gain
-            y = up(x, weight, make(n) if bias else None, mine, left, gain)
-            bases.append(grad_up(make(m, n), mine, left, gain, y if dora else None, bias).base)
+            left, mine = make(n, r, of=wide), s[:, first : first + r]
+            norm = row_norm(weight, right[first : first + r], left, make(n, of=torch.float64), 2.0) if dora else None
+            y = up(x, weight, make(n) if bias else None, mine, left, norm, fused)
+            bases.append(grad_up(make(m, n), mine, left, norm, y if dora else None, bias)[2])
             first += r
         ds = make(m, sum(ranks))
         grad_x(bases, weights, ds, right, columns, seed)

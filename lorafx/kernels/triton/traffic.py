@@ -128,21 +128,20 @@ def _reduce(a: Mapping[str, Any], grid: Sequence[int]) -> Model:
     return reads, sum(size * _size(out) for size, out in zip(a["sizes"], a["outs"], strict=True)), 0
 
 
-def _row_gain(a: Mapping[str, Any], grid: Sequence[int]) -> Model:
+def _row_norm(a: Mapping[str, Any], grid: Sequence[int]) -> Model:
     n, k, r = a["N"], a["K"], a["R"]
-    left = _size(a["left"])
     reads = [
         _Reads(n * k * _size(a["weight"])),
-        _Reads(r * k * _size(a["right"]), grid[0]),
-        _Reads(n * r * left, cdiv(k, a["BLOCK_K"]) + 1),
-        _Reads(n * (_size(a["squares"]) + _size(a["magnitude"]))),
+        _Reads(r * k * _size(a["a"]), grid[0]),
+        _Reads(n * r * _size(a["b"]), cdiv(k, a["BLOCK_K"])),
+        _Reads(n * _size(a["squares"])),
     ]
-    return reads, n * (_size(a["norm"]) + _size(a["gain"])) + n * r * left, 2 * n * k * r
+    return reads, n * _size(a["norm"]), 2 * n * k * r
 
 
 _MODELS: Mapping[str, Callable[[Mapping[str, Any], Sequence[int]], Model]] = {
     "down": _down, "up": _up, "grad_up": _grad_up, "dx": _dx, "dright": _dright, "reduce": _reduce,
-    "row_gain": _row_gain,
+    "row_norm": _row_norm,
 }  # fmt: skip
 
 

@@ -1,4 +1,7 @@
-"""``y = gain * (x W^T) + s left^T + b``: the low-rank term in the GEMM's accumulator, the rest in its epilogue."""
+"""``y = gain * (x W^T) + s left^T + b`` in one pass over the library's ``x W^T + b``, or in one kernel with it.
+
+In the one kernel the low-rank term is in the GEMM's accumulator, and gain and bias are in its epilogue.
+"""
 
 from __future__ import annotations
 
@@ -79,25 +82,31 @@ def up_kernel(
     tl.store(at_y, acc.to(y.dtype.element_ty), mask=valid)
 
 
-def up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None) -> Tensor:
-    """``y [M, n]`` in x's dtype, contiguous; ``x [M, k]``, ``weight [n, k]``, ``s [M, R]``, ``left [n, R]``.
+def up(
+    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None, fused: bool = False
+) -> Tensor:
+    """``y [M, n]`` in x's dtype, contiguous; ``x [..., k]``, ``weight [n, k]``, ``s [M, R]``, ``left [n, R]``.
 
-    With the vendor's GEMM (``Config.library``) a gain of 1 and a ``left`` of 0 give the frozen layer's bits; the fused
-    one sums in an order of its own.
+    The large product is the library's, of ``x`` as it is, so that a gain of 1 and a ``left`` of 0 give the frozen
+    layer's bits. With ``fused``, or where tuning finds it to be faster, it is this kernel's, which sums in an order
+    of its own: then they are equal to rounding.
     """
-    (m, k), n, r = x.shape, weight.shape[0], s.shape[1]
-    device = device_of(x.device)
+    k, (m, r), n = x.shape[-1], s.shape, weight.shape[0]
+    device, rows = device_of(x.device), x.reshape(m, k)
     bias, gain = (None if v is None else v.contiguous() for v in (bias, gain))
 
-    aligned = is_aligned(x, weight)
+    aligned = is_aligned(rows, weight)
     block_r = rank_block(r, MAX_ADDED_RANKS if aligned else MIN_ADDED_RANKS)
 
     def run(config: Config) -> Tensor:
-        y = F.linear(x, weight, bias) if config.library else torch.empty(m, n, dtype=x.dtype, device=x.device)
+        if config.library:
+            y = F.linear(x, weight, bias).reshape(m, n).contiguous()
+        else:
+            y = torch.empty(m, n, dtype=x.dtype, device=x.device)
         grid = (cdiv(m, config.rows) * cdiv(n, config.columns),)
         launch(up_kernel, grid,
-            x, weight, bias, s, left, gain, y, m, n, k, r,
-            *x.stride(), *weight.stride(), *s.stride(), *left.stride(),
+            rows, weight, bias, s, left, gain, y, m, n, k, r,
+            *rows.stride(), *weight.stride(), *s.stride(), *left.stride(),
             config.library, k % config.depth == 0,
             config.rows, config.columns, config.depth, block_r, GROUP_ROWS,
             dot_dtype(x.dtype), precision(x.dtype, device), **config.options,
@@ -106,6 +115,7 @@ def up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, 
 
     if m == 0 or n == 0:
         return torch.empty(m, n, dtype=x.dtype, device=x.device)
-    key = ("up", device, x.dtype, left.dtype, power_class(m), n, k, r, aligned)
+    key = ("up", device, x.dtype, left.dtype, power_class(m), n, k, r, aligned, fused)
+    configs = sorted(gemm_configs(m, n, x.dtype.itemsize, device, aligned), key=lambda c: c.library, reverse=not fused)
     with on_device(x):
-        return choose(key, gemm_configs(m, n, x.dtype.itemsize, device, aligned), run)
+        return choose(key, configs, run)

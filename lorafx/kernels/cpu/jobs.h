@@ -10,48 +10,45 @@
 // the number of threads. Needs a C++17 compiler with vector extensions and OpenMP; bfloat16 uses the processor's dot
 // products where it has them.
 
+#pragma once
+
 #include <algorithm>
 #include <memory>
 #include <new>
 #include <omp.h>
 #include <vector>
 
-#include "activation.h"
 #include "dropout.h"
 #include "products.h"
 
-extern "C" {
+namespace {
 
-enum Kind : int64_t { NARROW, EXPAND, OUTER };
+enum Kind { NARROW, EXPAND, OUTER };
 
 struct Adapter {
   void *small;
   int64_t along_rank, along_wide;  // strides of small
-  int64_t is_float;                // its dtype: float32, or that of big
+  bool is_float;                   // its dtype: float32, or that of big
   int64_t r;
-  uint16_t *bits;  // [rows, columns / 16], or null without dropout
-  int64_t number;  // which mask
-  double p, factor;
+  uint16_t *bits = nullptr;  // [rows, columns / 16] if it drops
+  int64_t number = 0;        // which mask
+  float p = 0.0f, factor = 1.0f;
 };
 
 struct Job {
-  int64_t kind;
+  Kind kind;
   void *big;
   int64_t ld, rows, columns;
   void *s;
   int64_t lds;
-  Adapter *adapters;
-  int64_t count;
-  uint64_t seed;
-  const float *gain, *bias;
-  void *base;  // [rows, columns], one row after the other
-  const void *y;
-  int64_t ldy;
-  float *total, *dot;
+  std::vector<Adapter> adapters;
+  uint64_t seed = 0;
+  const float *gain = nullptr, *bias = nullptr;
+  void *base = nullptr;  // [rows, columns], one row after the other
+  const void *y = nullptr;
+  int64_t ldy = 0;
+  float *total = nullptr, *dot = nullptr;
 };
-}
-
-namespace {
 
 constexpr int64_t BLOCK = 64;          // rows that one thread works on together
 constexpr int64_t PACKED = 128;        // columns (or rows) that it packs together
@@ -90,8 +87,8 @@ template <typename T> struct Prepared {
     return job->kind == NARROW ? job->columns : job->kind == EXPAND ? panel.r : job->rows;
   }
   explicit Prepared(const Job &given) : job(&given) {
-    for (int64_t j = 0, column = 0; j < given.count; column += given.adapters[j++].r) {
-      const Adapter &adapter = given.adapters[j];
+    for (int64_t j = 0, column = 0; j < int64_t(given.adapters.size()); column += given.adapters[size_t(j++)].r) {
+      const Adapter &adapter = given.adapters[size_t(j)];
       if (!adapter.bits && !panels.empty() && !panels.back().adapters->bits) {
         panels.back().r += adapter.r;
         ++panels.back().count;
@@ -100,17 +97,17 @@ template <typename T> struct Prepared {
       }
     }
     for (Panel<T> &panel : panels)
-      panel.packed.n = given.kind == EXPAND ? up(given.columns, LANES) : up(panel.r, LANES);
+      panel.packed.n = given.kind == EXPAND ? round_up(given.columns, LANES) : round_up(panel.r, LANES);
   }
   int64_t bytes() const {
     int64_t sum = 0;
-    for (const Panel<T> &panel : panels) sum += up(Packed<T>::bytes(rows(panel), panel.packed.n), 64);
+    for (const Panel<T> &panel : panels) sum += round_up(Packed<T>::bytes(rows(panel), panel.packed.n), 64);
     return sum;
   }
   char *place(char *memory) {
     for (Panel<T> &panel : panels) {
       panel.packed.values = reinterpret_cast<typename Packed<T>::Element *>(memory);
-      memory += up(Packed<T>::bytes(rows(panel), panel.packed.n), 64);
+      memory += round_up(Packed<T>::bytes(rows(panel), panel.packed.n), 64);
     }
     return memory;
   }
@@ -134,12 +131,12 @@ template <typename T> void pack(const Task<T> &task) {
     const int64_t rows = task.prepared->rows(panel);
     // Zeros where operands go on after the end.
     if (job.kind == EXPAND) {
-      for (int64_t i = rows; i < up(rows, W); ++i)
+      for (int64_t i = rows; i < round_up(rows, W); ++i)
         for (int64_t k = task.from; k < task.to; ++k) packed.put(i, k, 0.0f);
     } else {
       for (int64_t k = task.from; k < task.to; ++k)
         for (int64_t i = panel.r; i < packed.n; ++i) packed.put(k, i, 0.0f);
-      for (int64_t k = rows; k < up(rows, W) && task.to == rows; ++k)
+      for (int64_t k = rows; k < round_up(rows, W) && task.to == rows; ++k)
         for (int64_t i = 0; i < packed.n; ++i) packed.put(k, i, 0.0f);
     }
     const int64_t from = task.from, wide = task.to - task.from;
@@ -180,7 +177,7 @@ template <typename T> void narrow(const Task<T> &task) {
       uint16_t *bits = first.bits ? first.bits + m * chunks : nullptr;
       if (bits)
         for (int64_t i = 0; i < rows; ++i)
-          draw_row(bits + i * chunks, chunks, m + i, first.number, job.seed, float(first.p));
+          draw_row(bits + i * chunks, chunks, m + i, first.number, job.seed, first.p);
       float *sums = own(ROWS * panel.packed.n);
       narrow_rows<T>(x + m * job.ld, job.ld, rows, job.columns, panel.packed, bits, chunks, sums);
       int64_t column = 0;
@@ -189,7 +186,7 @@ template <typename T> void narrow(const Task<T> &task) {
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t n = 0; n < a.r; n += LANES)
             store(s + (m + i) * job.lds + panel.column + column + n,
-                  load(sums + i * panel.packed.n + column + n, a.r - n) * float(a.factor), a.r - n);
+                  load(sums + i * panel.packed.n + column + n, a.r - n) * a.factor, a.r - n);
       }
     }
   }
@@ -204,18 +201,19 @@ template <typename T> void expand(const Task<T> &task) {
   const T *s = static_cast<const T *>(job.s);
   for (int64_t m = task.from; m < task.to; m += ROWS) {
     const int64_t rows = std::min(ROWS, task.to - m);
-    const float *gain = job.gain;  // once
+    Rest rest = {job.gain, job.bias, nullptr, chunks, 1.0f};
     for (const Panel<T> &panel : task.prepared->panels) {
-      const int64_t depth = up(panel.r, W);
+      const int64_t depth = round_up(panel.r, W);
       float *const memory = own(ROWS * depth);
       Packed<T> gathered{reinterpret_cast<typename Packed<T>::Element *>(memory), 1};
       for (int64_t i = 0; i < ROWS; ++i)
         for (int64_t d = 0; d < depth; ++d)
           gathered.put(i * depth + d, 0, i < rows && d < panel.r ? widen(s[(m + i) * job.lds + panel.column + d]) : 0.0f);
-      const uint16_t *bits = panel.adapters->bits ? panel.adapters->bits + m * chunks : nullptr;
+      rest.bits = panel.adapters->bits ? panel.adapters->bits + m * chunks : nullptr;
+      rest.scale = panel.adapters->factor;
       expand_rows<T>(y + m * job.ld, job.ld, rows, job.columns, reinterpret_cast<const O *>(memory), panel.r, panel.packed,
-                     bits, chunks, float(panel.adapters->factor), gain, job.bias);
-      gain = nullptr;
+                     rest);
+      rest.gain = nullptr;  // once
     }
   }
 }
@@ -260,7 +258,7 @@ template <typename T> void outer(const Task<T> &task) {
       const Adapter &a = panel.adapters[j];
       const auto write = [&](auto *small) {
         over(0, n, a.r, a.along_rank == 1, [&](int64_t k, int64_t i) {
-          round_to(small[(from + k) * a.along_wide + i * a.along_rank], row[i * WIDTH + k] * float(a.factor));
+          round_to(small[(from + k) * a.along_wide + i * a.along_rank], row[i * WIDTH + k] * a.factor);
         });
       };
       a.is_float ? write(static_cast<float *>(a.small)) : write(static_cast<T *>(a.small));
@@ -271,13 +269,14 @@ template <typename T> void outer(const Task<T> &task) {
   if (job.dot) std::copy_n(dot, n, job.dot + from);
 }
 
-template <typename T> void run(const Job *jobs, int64_t count, int64_t threads) {
+// All jobs at once: they must not need one another's results.
+template <typename T> void run(const std::vector<Job> &jobs, int64_t threads) {
   std::vector<Prepared<T>> prepared;
   int64_t bytes = 0, work = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    prepared.emplace_back(jobs[i]);
+  for (const Job &job : jobs) {
+    prepared.emplace_back(job);
     bytes += prepared.back().bytes();
-    for (const Panel<T> &panel : prepared.back().panels) work += panel.r * jobs[i].rows * jobs[i].columns;
+    for (const Panel<T> &panel : prepared.back().panels) work += panel.r * job.rows * job.columns;
   }
   if (work < SMALL) threads = 1;
   static thread_local Scratch scratch;
@@ -289,7 +288,7 @@ template <typename T> void run(const Job *jobs, int64_t count, int64_t threads) 
     const bool by_column = job.kind == OUTER;
     const int64_t length = by_column ? job.columns : job.rows, least = by_column ? LANES : ROWS;
     cut(packing, one, by_column ? job.rows : job.columns, PACKED);
-    cut(working, one, length, std::clamp(up((length + threads - 1) / threads, least), least, by_column ? WIDTH : BLOCK));
+    cut(working, one, length, std::clamp(round_up((length + threads - 1) / threads, least), least, by_column ? WIDTH : BLOCK));
   }
   static void (*const DO[])(const Task<T> &) = {narrow<T>, expand<T>, outer<T>};
 #pragma omp parallel num_threads(int(threads)) if (threads > 1)
@@ -302,15 +301,3 @@ template <typename T> void run(const Job *jobs, int64_t count, int64_t threads) 
 }
 
 }  // namespace
-
-extern "C" void run_float32(const Job *jobs, int64_t count, int64_t threads) { run<float>(jobs, count, threads); }
-extern "C" void run_bfloat16(const Job *jobs, int64_t count, int64_t threads) { run<bf16>(jobs, count, threads); }
-
-#define ACTIVATION(NAME, F, TYPE, T)                                                                                   \
-  extern "C" void NAME##_##TYPE(const T *h, const T *u, const T *dx, T *x, T *dh, T *du, int64_t n, int threads) {     \
-    activation<F>(h, u, dx, x, dh, du, n, threads);                                                                    \
-  }
-#define ACTIVATIONS(TYPE, T)                                                                                           \
-  ACTIVATION(gelu, Gelu, TYPE, T) ACTIVATION(gelu_tanh, GeluTanh, TYPE, T) ACTIVATION(silu, Silu, TYPE, T)
-ACTIVATIONS(float32, float)
-ACTIVATIONS(bfloat16, bf16)

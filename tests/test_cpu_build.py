@@ -1,0 +1,102 @@
+"""The compiled provider's kernels: built once by the machine's compiler, for this user alone; or a reason why not."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lorafx.kernels.cpu import build
+
+SCRIPT = """
+import torch, lorafx
+from torch import nn
+spec = lorafx.LoraSpec(r=2, dropout=0.1, target_modules=["0"])
+gm = lorafx.apply(nn.Sequential(nn.Linear(6, 6), nn.Tanh()), spec, (torch.ones(4, 6),))
+gm(torch.ones(4, 6)).sum().backward()
+(row,) = lorafx.explain(gm).rows
+print(row.provider, "|", dict(row.declined).get("cpu"))
+try:
+    lorafx.lower(gm, "cpu")
+except lorafx.LoweringError as error:
+    print("refused:", error)
+"""
+
+
+def in_fresh_cache(folder: Path, **environment: str) -> str:
+    """What the script says in a process of its own."""
+    paths = os.pathsep.join(sys.path)
+    given = {**os.environ, "PYTHONPATH": paths, "XDG_CACHE_HOME": str(folder), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env=given, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_a_compiler_auto_falls_back_and_says_so(tmp_path: Path) -> None:
+    said = in_fresh_cache(tmp_path, CXX="/nonexistent")
+    reason = "there is no C++ compiler (/nonexistent) on PATH; install g++ or clang, or set CXX"
+    assert said.splitlines() == [
+        f"torch | {reason}",
+        f"refused: backend 'cpu' cannot serve '0': {reason}. Choose 'auto'",
+    ]
+
+
+def test_what_a_failing_compiler_says_is_told(tmp_path: Path) -> None:
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'this compiler is broken' >&2\nexit 3\n")
+    compiler.chmod(0o755)
+    said = in_fresh_cache(tmp_path / "cache", CXX=str(compiler))
+    assert said.startswith(f"torch | {compiler} failed: this compiler is broken\n")
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@pytest.fixture
+def unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """No kernels are loaded yet, and the user's cache is this folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.load.cache_clear()
+    yield tmp_path
+    build.load.cache_clear()
+
+
+def test_a_cache_that_others_can_write_to_is_refused(unloaded: Path) -> None:
+    folder = unloaded / "lorafx"
+    folder.mkdir()
+    folder.chmod(0o777)
+    with pytest.raises(
+        build.BuildError, match=r"lorafx can be written to by other users, and would hold code that runs"
+    ):
+        build.load()
+    assert list(folder.iterdir()) == []
+
+
+def test_the_kernels_are_built_once_for_this_user_alone(unloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Path] = []
+
+    def fake(compiler: str, to: Path) -> None:
+        built.append(to)
+        to.write_bytes(b"not a library")
+
+    monkeypatch.setattr(build, "_build", fake)
+    for _ in range(2):
+        with pytest.raises(build.BuildError, match="could not be kept or loaded"):
+            build.load()
+    assert len(built) == 1, "the second time it is there"
+    folder = unloaded / "lorafx"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    monkeypatch.setattr(build, "_SOURCE", unloaded / "other.cpp")
+    (unloaded / "other.cpp").write_text("// another source")
+    with pytest.raises(build.BuildError):
+        build.load()
+    assert len({path.name for path in built}) == 2, "another source, another file"
+
+
+def test_a_cache_that_cannot_be_written_is_a_reason(unloaded: Path) -> None:
+    (unloaded / "lorafx").write_text("a file where the folder should be")
+    with pytest.raises(build.BuildError, match="could not be kept or loaded"):
+        build.load()
