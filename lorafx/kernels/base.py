@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,8 +63,7 @@ class Adapters:
         return tuple(slice(a, b) for a, b in pairwise(accumulate(self.ranks, initial=0)))
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """One layer with adapters, whose numbers in the group are ``adapters``: at least one."""
 
     weight: Tensor
@@ -89,8 +88,7 @@ class Layer:
         return [t if c == 1.0 else t * c for t, c in zip(parts, adapters.scales[self.adapters], strict=True)]
 
 
-@dataclass(frozen=True)
-class Upstream:
+class Upstream(NamedTuple):
     """What comes back to one layer: ``dy [M, n]``, None where nothing reads its output; and what is asked for.
 
     With ``y`` the sums that the gradient of the gain needs, with ``needs_total`` that of the bias.
@@ -101,8 +99,7 @@ class Upstream:
     needs_total: bool = False
 
 
-@dataclass(frozen=True)
-class GradUp:
+class GradUp(NamedTuple):
     """What :meth:`Provider.grad_up` gives of one layer.
 
     ``dlefts`` are like the layer's ``lefts``, ``base [M, n]`` is ``gain * dy`` (``dy`` itself without gain),
@@ -181,12 +178,22 @@ class Provider(ABC):
     ) -> list[Tensor]:
         """The gradient of each of ``rights``, like it."""
 
-    #: The activations (:data:`ACTIVATIONS`) for which it has :meth:`grad_activation`.
+    #: The activations (:data:`ACTIVATIONS`) for which it has :meth:`grad_sources`.
     activations: ClassVar[frozenset[str]] = frozenset()
 
-    def grad_activation(self, name: str, sources: Sequence[Tensor], dx: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """``x`` again, and the gradients of what it was computed from; may write over ``dx [M, k]``."""
-        raise NotImplementedError(name)
+    def grad_sources(
+        self,
+        bases: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        ds: Tensor,
+        rights: Sequence[Tensor],
+        adapters: Adapters,
+        kept: Tensor | None,
+        activation: str,
+        sources: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Instead of :meth:`grad_x`, where ``x`` is an activation: ``x`` again, and its sources' gradients."""
+        raise NotImplementedError(activation)
 
 
 def quantised(p: float) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,8 +57,7 @@ def make_group(provider: Provider, counts: tuple[int, ...], adapters: Adapters, 
     return Group(provider, counts, adapters, recipe, activation)
 
 
-@dataclass
-class Operands:
+class Operands(NamedTuple):
     """The tensors of a group, or one thing for each of them.
 
     Of the siblings ``W``, ``b`` and ``gain``; of the adapters their factors.
@@ -75,16 +74,33 @@ class Operands:
         """From the order in which the function takes them."""
         return cls(*[values[place] for place in group.places])
 
-    def flatten(self) -> tuple[Any, ...]:
-        """The inverse of :meth:`unflatten`."""
-        return (*self.weights, *self.biases, *self.gains, *self.lefts, *self.rights)
-
     def layers(self, group: Group) -> list[Layer]:
         """Those of the siblings that have adapters."""
-        return [
-            Layer(self.weights[i], self.biases[i], self.gains[i], self.lefts[group.mine[i]], group.mine[i])
-            for i in group.adapted
-        ]
+        weights, biases, gains, lefts, _ = self
+        return [Layer(weights[i], biases[i], gains[i], lefts[group.mine[i]], group.mine[i]) for i in group.adapted]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What gradients are wanted: of ``x``, of any ``right``, and of which siblings' own tensors."""
+
+    x: bool
+    rights: bool
+    weights: tuple[int, ...]
+    biases: tuple[int, ...]
+    gains: tuple[int, ...]
+    totals: tuple[bool, ...]
+    idle: tuple[int, ...]
+
+
+@cache
+def find_needs(group: Group, needed: tuple[bool, ...], sources: int) -> Needs:
+    """From ``ctx.needs_input_grad``, once for all steps. ``idle`` are outputs that depend on nothing that trains."""
+    x, own = needed[1], Operands.unflatten(group, needed[3 + sources :])
+    weights, biases, gains = (tuple(i for i, one in enumerate(each) if one) for each in own[:3])
+    idle = (i for i, count in enumerate(group.counts) if not (count or x or i in weights or i in biases))
+    totals = tuple(i in biases or i in gains for i in range(len(group.counts)))
+    return Needs(x, any(own.rights), weights, biases, gains, totals, tuple(idle))
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -95,6 +111,9 @@ class LowRankLinear(torch.autograd.Function):
     adapter's ``left`` is ``[n_i, r]`` and its ``right`` ``[r, k]``. Kept for backward are ``s``, and ``x`` or what it
     comes from. With an activation that the provider differentiates itself, the gradient goes to the sources, and
     none to ``x``.
+
+    Between two large products the caches hold nothing of the interpreter's: a line of Python costs ten times what it
+    does in a loop, so what can be found out once is.
     """
 
     @staticmethod
@@ -104,27 +123,20 @@ class LowRankLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         seed = provider.random(rows, adapters) if adapters.drops else None
         s, kept = provider.down(rows, operands.rights, adapters, seed)
-        found = iter(provider.up(x, s, operands.layers(group), adapters))
-        ys = [
-            next(found) if group.counts[i] else F.linear(x, weight, operands.biases[i])
-            for i, weight in enumerate(operands.weights)
-        ]
+        ys = provider.up(x, s, operands.layers(group), adapters)
+        for i, count in enumerate(group.counts):
+            if count == 0:
+                ys.insert(i, F.linear(x, operands.weights[i], operands.biases[i]))
         # Not by view(): a view may not be written to, as an activation in place does.
-        outputs = tuple(aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1])) for y in ys)
+        outputs = tuple([aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1])) for y in ys])
         if any(ctx.needs_input_grad):
-            needs = Operands.unflatten(group, ctx.needs_input_grad[3 + sources :])
-            kept_ys = [y for y, needed in zip(outputs, needs.gains, strict=True) if needed]
+            needs = find_needs(group, ctx.needs_input_grad, sources)
             again = tensors[:sources] if sources else (x,)
-            ctx.save_for_backward(*again, s, kept, *tensors[sources:], *kept_ys)
-            ctx.group, ctx.sources, ctx.shape = group, sources, x.shape
+            ctx.save_for_backward(*again, s, kept, *tensors[sources:], *[outputs[i] for i in needs.gains])
+            ctx.group, ctx.sources, ctx.shape, ctx.needs = group, sources, x.shape, needs
             ctx.set_materialize_grads(False)
-            if len(group.adapted) < len(group.counts):
-                idle = (
-                    y
-                    for i, y in enumerate(outputs)
-                    if group.counts[i] == 0 and not (ctx.needs_input_grad[1] or needs.weights[i] or needs.biases[i])
-                )
-                ctx.mark_non_differentiable(*idle)
+            if needs.idle:
+                ctx.mark_non_differentiable(*[outputs[i] for i in needs.idle])
         return outputs
 
     @staticmethod
@@ -139,57 +151,58 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def _backward(ctx: Any, *dys: Tensor | None) -> tuple[Any, ...]:
         group: Group = ctx.group
-        provider, adapters = group.provider, group.adapters
-        saved, ends = ctx.saved_tensors, ctx.sources or 1
-        again, (s, kept, *rest) = saved[:ends], saved[ends:]
-        count = group.places[-1].stop
-        operands, ys = Operands.unflatten(group, rest[:count]), iter(rest[count:])
-        needs = Operands.unflatten(group, ctx.needs_input_grad[3 + ctx.sources :])
+        needs: Needs = ctx.needs
+        provider, adapters, ends = group.provider, group.adapters, ctx.sources or 1
+        saved, count = ctx.saved_tensors, group.places[-1].stop
+        again, s, kept = saved[:ends], saved[ends], saved[ends + 1]
+        operands = Operands.unflatten(group, saved[ends + 2 : ends + 2 + count])
+        flat = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        ys = dict(zip(needs.gains, [y.reshape(-1, y.shape[-1]) for y in saved[ends + 2 + count :]], strict=True))
 
-        upstream = []
-        for dy, trains_gain, trains_bias in zip(dys, needs.gains, needs.biases, strict=True):
-            y = next(ys) if trains_gain else None
-            flat = None if dy is None else dy.reshape(-1, dy.shape[-1])
-            y = None if y is None else y.reshape(-1, y.shape[-1])
-            upstream.append(Upstream(flat, y, trains_bias or trains_gain))
-        layers = operands.layers(group)
-        ds, ups = provider.grad_up([upstream[i] for i in group.adapted], s, layers, adapters)
+        upstream = [Upstream(flat[i], ys.get(i), needs.totals[i]) for i in group.adapted]
+        ds, ups = provider.grad_up(upstream, s, operands.layers(group), adapters)
         found: dict[int, GradUp] = {i: up for i, up in zip(group.adapted, ups, strict=True) if up is not None}
-        for i, above in enumerate(upstream):
-            if group.counts[i] == 0 and above.dy is not None:
-                found[i] = GradUp((), above.dy, above.dy.sum(0) if needs.biases[i] else None)
+        for i, (of, dy) in enumerate(zip(group.counts, flat, strict=True)):
+            if of == 0 and dy is not None:
+                found[i] = GradUp((), dy, dy.sum(0) if i in needs.biases else None)
 
         dx: Tensor | None = None
         dsources: list[Tensor | None] = [None] * ctx.sources
-        if ctx.needs_input_grad[1]:
+        if needs.x:
             bases, weights = [up.base for up in found.values()], [operands.weights[i] for i in found]
-            dx = provider.grad_x(bases, weights, ds, operands.rights, adapters, kept)
-        if dx is not None and group.activation:
-            x, grads_of_sources = provider.grad_activation(group.activation, again, dx)
-            dx, dsources = None, [*grads_of_sources]
-        elif any((*needs.rights, *needs.weights, *needs.gains)):
+            low = (ds, operands.rights, adapters, kept)
+            if group.activation:
+                x, of_sources = provider.grad_sources(bases, weights, *low, group.activation, again)
+                dsources = [*of_sources]
+            else:
+                dx = provider.grad_x(bases, weights, *low).view(ctx.shape)
+        if not (needs.x and group.activation) and (needs.rights or needs.weights or needs.gains):
             x = recompute(group.recipe, again) if group.recipe else again[0]
 
-        grads = Operands(*([None] * (place.stop - place.start) for place in group.places))
-        if any(needs.rights):
-            grads.rights = provider.grad_right(x.reshape(-1, ctx.shape[-1]), ds, operands.rights, adapters, kept)
+        grads: list[Any] = [None] * count
+        of_weights, of_biases, of_gains, of_lefts, of_rights = (place.start for place in group.places)
+        if needs.rights:
+            rows = x.reshape(-1, ctx.shape[-1])
+            grads[of_rights:] = provider.grad_right(rows, ds, operands.rights, adapters, kept)
         for i, mine in enumerate(group.mine):
-            up, above = found.get(i), upstream[i]
-            if up is None:
-                grads.rights[mine] = [None] * group.counts[i]
-                continue
-            grads.lefts[mine] = up.dlefts
-            if needs.gains[i]:
-                rows = x.reshape(-1, ctx.shape[-1])
-                grads.gains[i] = grad_gain(
-                    up, rows, operands.weights[i], operands.biases[i], operands.lefts[mine], operands.gains[i], above.dy
+            up = found.get(i)
+            if up is not None:
+                grads[of_lefts + mine.start : of_lefts + mine.stop] = up.dlefts
+            else:
+                grads[of_rights + mine.start : of_rights + mine.stop] = [None] * group.counts[i]
+        for i in needs.gains:
+            if i in found:
+                rows, lefts = x.reshape(-1, ctx.shape[-1]), operands.lefts[group.mine[i]]
+                grads[of_gains + i] = grad_gain(
+                    found[i], rows, operands.weights[i], operands.biases[i], lefts, operands.gains[i], flat[i]
                 )
-            if needs.biases[i]:
-                (grads.biases[i],) = like([up.total], [operands.biases[i]])
-            if needs.weights[i]:
-                grads.weights[i] = torch.mm(up.base.t(), x.reshape(-1, ctx.shape[-1]))
-        dx = None if dx is None else dx.view(ctx.shape)
-        return (None, dx, None, *dsources, *grads.flatten())
+        for i in needs.biases:
+            if i in found:
+                (grads[of_biases + i],) = like([found[i].total], [operands.biases[i]])
+        for i in needs.weights:
+            if i in found:
+                grads[of_weights + i] = torch.mm(found[i].base.t(), x.reshape(-1, ctx.shape[-1]))
+        return (None, dx, None, *dsources, *grads)
 
 
 def grad_gain(

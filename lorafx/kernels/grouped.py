@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorafx.kernels.base import Adapters, Call, quantised
-from lorafx.kernels.function import LowRankLinear, Operands, make_group
+from lorafx.kernels.function import LowRankLinear, make_group
 from lorafx.kernels.providers import provider
 from lorafx.ops import ADAPTED, LAYERS, define_op, updates
 from lorafx.variants import VARIANTS
@@ -137,15 +137,15 @@ def grouped_reference(
         activation = ""  # the sources get their gradients by autograd, as where factors broadcast
     adapters = Adapters(ranks, p, tuple(scale for s in siblings for scale in s.scales))
     group = make_group(chosen, tuple(counts), adapters, recipe, activation)
-    operands = Operands(
-        [s.weight.to(x.dtype) if autocast else s.weight for s in siblings],
-        [None if s.bias is None else s.bias.to(x.dtype) for s in siblings],
-        [s.gain for s in siblings],
-        [left for s in siblings for left in s.lefts],
-        rights,
-    )
+    operands = (
+        *[s.weight.to(x.dtype) if autocast else s.weight for s in siblings],
+        *[None if s.bias is None else s.bias.to(x.dtype) for s in siblings],
+        *[s.gain for s in siblings],
+        *[left for s in siblings for left in s.lefts],
+        *rights,
+    )  # Operands, flattened
     with full_precision(x):
-        ys = LowRankLinear.apply(group, x, len(sources), *sources, *operands.flatten())  # type: ignore[no-untyped-call]
+        ys = LowRankLinear.apply(group, x, len(sources), *sources, *operands)  # type: ignore[no-untyped-call]
         return [y if s.late is None else y + s.late.to(x.dtype) for y, s in zip(ys, siblings, strict=True)]
 
 

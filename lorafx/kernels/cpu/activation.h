@@ -1,4 +1,4 @@
-// An activation computed again and differentiated, in one pass.
+// An activation computed again and differentiated.
 #pragma once
 
 #include <cmath>
@@ -63,25 +63,26 @@ struct Gelu {
   }
 };
 
-// x = f(h) u and its gradients, from one pass; without u it is 1.
-template <typename F, typename T>
-void activation(const T *h, const T *u, const T *dx, T *x, T *dh, T *du, int64_t n, int threads) {
-  const int64_t chunks = (n + LANES - 1) / LANES;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < chunks; ++i) {
-    const int64_t at = i * LANES, rest = n - at;
+// x = f(h) u again, and the gradients from dx, which dh is written over; without u it is 1.
+template <typename F, typename T> void activate(const T *h, const T *u, T *dx, T *x, T *du, int64_t n) {
+  for (int64_t at = 0; at < n; at += LANES) {
+    const int64_t rest = n - at;
     const Pair f = F::at(load(h + at, rest));
     const vec d = load(dx + at, rest);
     if (u) {
       const vec factor = load(u + at, rest);
       store(x + at, f.value * factor, rest);
-      store(dh + at, d * factor * f.slope, rest);
+      store(dx + at, d * factor * f.slope, rest);
       store(du + at, d * f.value, rest);
     } else {
       store(x + at, f.value, rest);
-      store(dh + at, d * f.slope, rest);
+      store(dx + at, d * f.slope, rest);
     }
   }
 }
+
+enum Activation { GELU, GELU_TANH, SILU };
+template <typename T> using Activate = void (*)(const T *, const T *, T *, T *, T *, int64_t);
+template <typename T> constexpr Activate<T> ACTIVATE[] = {activate<Gelu, T>, activate<GeluTanh, T>, activate<Silu, T>};
 
 }  // namespace

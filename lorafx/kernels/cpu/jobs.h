@@ -18,6 +18,7 @@
 #include <omp.h>
 #include <vector>
 
+#include "activation.h"
 #include "dropout.h"
 #include "products.h"
 
@@ -48,6 +49,10 @@ struct Job {
   const void *y = nullptr;
   int64_t ldy = 0;
   float *total = nullptr, *dot = nullptr;
+  // With h, what is made of big is the gradient of x = f(h) u: then x and the gradients follow, that of h in its place.
+  Activation f = GELU;
+  const void *h = nullptr, *u = nullptr;  // [rows, columns], one row after the other
+  void *x = nullptr, *du = nullptr;
 };
 
 constexpr int64_t BLOCK = 64;          // rows that one thread works on together
@@ -214,6 +219,11 @@ template <typename T> void expand(const Task<T> &task) {
       expand_rows<T>(y + m * job.ld, job.ld, rows, job.columns, reinterpret_cast<const O *>(memory), panel.r, panel.packed,
                      rest);
       rest.gain = nullptr;  // once
+    }
+    for (int64_t i = m; job.h && i < m + rows; ++i) {
+      const auto row = [&](auto *p) { return p ? static_cast<const T *>(p) + i * job.columns : nullptr; };
+      ACTIVATE<T>[job.f](row(job.h), row(job.u), y + i * job.ld, const_cast<T *>(row(job.x)), const_cast<T *>(row(job.du)),
+                         job.columns);
     }
   }
 }

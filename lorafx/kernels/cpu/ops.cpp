@@ -9,7 +9,6 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include "activation.h"
 #include "jobs.h"
 
 namespace {
@@ -173,13 +172,36 @@ std::vector<Tensor> grad_up(const Maybes &dys, const Maybes &ys, const c10::List
   return found;
 }
 
-Tensor grad_x(at::TensorList bases, at::TensorList weights, const Tensor &ds, at::TensorList rights, at::ArrayRef<double> p,
-              const Maybe &bits) {
+// The frozen layers' part of dx, and the job that adds the rest.
+std::pair<Tensor, Job> begin_grad_x(at::TensorList bases, at::TensorList weights, const Tensor &ds,
+                                    const std::vector<Tensor> &rights, at::ArrayRef<double> p, const Maybe &bits) {
   Tensor dx = at::mm(bases[0], weights[0]);
   for (size_t i = 1; i < bases.size(); ++i) dx.addmm_(bases[i], weights[i]);
+  return {dx, make(EXPAND, dx, ds, masked(rights, p, bits))};
+}
+
+Tensor grad_x(at::TensorList bases, at::TensorList weights, const Tensor &ds, at::TensorList rights, at::ArrayRef<double> p,
+              const Maybe &bits) {
   const std::vector<Tensor> small = smalls(rights, ds);
-  run(dx.scalar_type(), {make(EXPAND, dx, ds, masked(small, p, bits))});
+  const auto [dx, job] = begin_grad_x(bases, weights, ds, small, p, bits);
+  run(dx.scalar_type(), {job});
   return dx;
+}
+
+// x, and the gradients of the sources.
+std::vector<Tensor> grad_sources(at::TensorList bases, at::TensorList weights, const Tensor &ds, at::TensorList rights,
+                                 at::ArrayRef<double> p, const Maybe &bits, c10::string_view name, at::TensorList sources) {
+  const std::vector<Tensor> small = smalls(rights, ds);
+  auto [dx, job] = begin_grad_x(bases, weights, ds, small, p, bits);
+  const Tensor h = sources[0].contiguous(), u = sources.size() > 1 ? sources[1].contiguous() : Tensor();
+  std::vector<Tensor> found = {at::empty_like(h), dx.view(h.sizes())};
+  if (u.defined()) found.push_back(at::empty_like(u));
+  job.f = name.starts_with("gelu_tanh") ? GELU_TANH : name.starts_with("gelu") ? GELU : SILU;
+  job.h = h.data_ptr();
+  job.x = found[0].data_ptr();
+  if (u.defined()) job.u = u.data_ptr(), job.du = found[2].data_ptr();
+  run(dx.scalar_type(), {job});
+  return found;
 }
 
 std::vector<Tensor> grad_right(const Tensor &given, const Tensor &ds, at::TensorList rights, at::ArrayRef<double> p,
@@ -187,35 +209,6 @@ std::vector<Tensor> grad_right(const Tensor &given, const Tensor &ds, at::Tensor
   const Tensor x = rows(given);
   const std::vector<Tensor> found = gradients(rights, ds);
   run(x.scalar_type(), {make(OUTER, x, ds, masked(found, p, bits))});
-  return found;
-}
-
-template <typename F, typename T>
-void activate(const Tensor &h, const Tensor *u, const Tensor &dx, const std::vector<Tensor> &found) {
-  const auto pointer = [](const Tensor &t) { return static_cast<T *>(t.data_ptr()); };
-  activation<F>(pointer(h), u ? pointer(*u) : nullptr, pointer(dx), pointer(found[0]), pointer(found[1]),
-                u ? pointer(found[2]) : nullptr, h.numel(), at::get_num_threads());
-}
-
-std::vector<Tensor> grad_activation(c10::string_view name, at::TensorList sources, const Tensor &given) {
-  const Tensor h = sources[0].contiguous(), dx = given.contiguous();
-  const Tensor u = sources.size() > 1 ? sources[1].contiguous() : Tensor();
-  std::vector<Tensor> found = {at::empty_like(h), at::empty_like(h)};
-  if (u.defined()) found.push_back(at::empty_like(u));
-  const Tensor *factor = u.defined() ? &u : nullptr;
-  const auto by = [&](auto f) {
-    using F = decltype(f);
-    h.scalar_type() == at::kFloat ? activate<F, float>(h, factor, dx, found) : activate<F, bf16>(h, factor, dx, found);
-  };
-  const c10::string_view plain = factor ? name.substr(0, name.size() - 4) : name;  // without _mul
-  if (plain == "gelu")
-    by(Gelu{});
-  else if (plain == "gelu_tanh")
-    by(GeluTanh{});
-  else if (plain == "silu")
-    by(Silu{});
-  else
-    TORCH_CHECK(false, "no activation ", name);
   return found;
 }
 
@@ -227,5 +220,5 @@ TORCH_LIBRARY_IMPL(lorafx, CPU, m) {
   m.impl("cpu_grad_up", grad_up);
   m.impl("cpu_grad_x", grad_x);
   m.impl("cpu_grad_right", grad_right);
-  m.impl("cpu_grad_activation", grad_activation);
+  m.impl("cpu_grad_sources", grad_sources);
 }

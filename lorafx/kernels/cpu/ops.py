@@ -61,9 +61,9 @@ def _gradients(factors: Sequence[Tensor], x: Tensor) -> list[Tensor]:
     return [x.new_empty(t.shape, dtype=t.dtype if t.dtype is x.dtype else torch.float32) for t in factors]
 
 
-def _grad_activation(name: str, sources: Sequence[Tensor], dx: Tensor) -> list[Tensor]:
-    h = sources[0].contiguous()
-    return [torch.empty_like(h), *(torch.empty_like(s.contiguous()) for s in sources)]
+def _grad_sources(*given: Any) -> list[Tensor]:
+    h, *factors = (t.contiguous() for t in given[-1])
+    return [torch.empty_like(h), torch.empty_like(h), *map(torch.empty_like, factors)]
 
 
 def _define(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,7 +104,10 @@ cpu_grad_right = _define(
     "(Tensor x, Tensor ds, Tensor[] rights, float[] p, Tensor? bits) -> Tensor[]",
     _grad_right,
 )
-#: ``x`` again, and the gradients of the sources; one pass over all of them.
-cpu_grad_activation = _define(
-    "cpu_grad_activation", "(str name, Tensor[] sources, Tensor dx) -> Tensor[]", _grad_activation
+#: With dx the gradient of an activation: ``x`` again, and the gradients of its sources.
+cpu_grad_sources = _define(
+    "cpu_grad_sources",
+    "(Tensor[] bases, Tensor[] weights, Tensor ds, Tensor[] rights, float[] p, Tensor? bits, str activation, "
+    "Tensor[] sources) -> Tensor[]",
+    _grad_sources,
 )

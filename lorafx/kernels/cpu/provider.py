@@ -98,8 +98,18 @@ class Cpu(Provider):
 
     activations = frozenset(ACTIVATIONS)
 
-    def grad_activation(self, name: str, sources: Sequence[Tensor], dx: Tensor) -> tuple[Tensor, list[Tensor]]:
-        x, *grads = ops.cpu_grad_activation(name, sources, dx)
+    def grad_sources(
+        self,
+        bases: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        ds: Tensor,
+        rights: Sequence[Tensor],
+        adapters: Adapters,
+        kept: Tensor | None,
+        activation: str,
+        sources: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        x, *grads = ops.cpu_grad_sources(bases, weights, ds, rights, adapters.p, kept, activation, sources)
         return x, grads
 
 

@@ -50,14 +50,19 @@ class Layer:
         return self.m * self.k
 
     @property
+    def product(self) -> int:
+        """One product with the weight: ``x W^T``, or ``dy W``."""
+        return self.x + self.weight + self.y
+
+    @property
     def frozen(self) -> int:
-        """The layer without an adapter: ``x W^T`` and ``dy W``."""
-        return 2 * (self.x + self.weight + self.y)
+        """The layer without an adapter."""
+        return 2 * self.product
 
     @property
     def eager(self) -> int:
         """PyTorch, an operator after the other."""
-        base = self.x + self.weight + self.y
+        base = self.product
         dropout = 2 * self.x + self.mask
         down, up = self.x + self.a + self.s, self.s + self.b + self.y
         scale, add = 2 * self.y, 3 * self.y

@@ -68,7 +68,8 @@ def skinny_configs(rows: int, itemsize: int, ranks: int, device: Device, aligned
     """For :mod:`down`: many rows, few columns, a long sum."""
     warps = 4 if ranks <= 64 else 8
     if not aligned:
-        return [Config(h, ranks, 32, warps, 2) for h in ((32, 16) if ranks <= 32 else (16,))]
+        depth = 32 if ranks * itemsize <= 128 else 16
+        return [Config(h, ranks, depth, warps, 2) for h in ((32, 16) if ranks <= 32 else (16,))]
     depth = 128 // itemsize if ranks <= 64 else 16 if device.amd else 32
     heights = [16, 32] if rows <= 256 else [64, 32] if ranks <= 64 or itemsize == 2 else [32, 16]
     if ranks > 64 and device.amd:
@@ -84,8 +85,10 @@ def stream_configs(columns: int, itemsize: int, ranks: int, device: Device, alig
         tiles = [(128, 16, 8), (64, 16, 4)] if ranks <= 32 and columns > 64 else [(64, 16, 8), (32, 16, 4)]
     elif columns > 128 and ranks <= 32:
         tiles = [(256, 32, 8), (128, 32, 4), (256, 64, 8)]
-    else:
+    elif ranks <= 128:
         tiles = [(min(128, max(64, power_class(columns))), 16, 4 if ranks <= 64 else 8), (64, 16, 4), (64, 32, 4)]
+    else:
+        tiles = [(64, 16, 8), (64, 16, 4)]
     return [
         Config(ranks, width, depth, warps, _stages(depth * (width + ranks) * itemsize, device))
         for width, depth, warps in tiles
@@ -107,8 +110,8 @@ def norm_configs(r: int, itemsize: int, device: Device, aligned: bool) -> list[C
 
 
 def _stages(bytes_per_stage: int, device: Device) -> int:
-    """As many stages as fit, leaving a third for what the epilogue stages; 2 to 4."""
-    return max(2, min(4, (2 * device.shared // 3) // bytes_per_stage))
+    """As many stages as fit, leaving a third for what the epilogue stages; 2 to 4. On AMD's they pass through registers."""
+    return 2 if device.amd else max(2, min(4, (2 * device.shared // 3) // bytes_per_stage))
 
 
 def power_class(size: int) -> int:
