@@ -67,7 +67,7 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     In float32 or better, and without gradient (arXiv 2402.09353, section 4.3). The base's term is summed in float64, so
     that it is the same in whatever order it is summed: where B is zero, the norm is the same bit for bit on any layout.
     """
-    if any(is_traceable_wrapper_subclass(t) for t in (weight, a, b)):  # these know torch's operators, and not ours
+    if any(is_traceable_wrapper_subclass(t) for t in (weight, a, b)):
         return _compute(weight, a, b, scaling)
     norm: Tensor = torch.ops.lorafx.row_norm.default(weight, a, b, scaling)
     return norm
@@ -80,7 +80,14 @@ def compute_squares(weight: Tensor) -> Tensor:
 
 
 def compute_norm(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """The formula above, with the base's term given."""
+    """The formula above, with the base's term given. An operator, which compiled code may implement."""
+    if any(is_traceable_wrapper_subclass(t) for t in (weight, a, b)):  # these know torch's operators, and not ours
+        return _factored_norm(squares, weight, a, b, scaling)
+    norm: Tensor = torch.ops.lorafx.factored_norm.default(squares, weight, a, b, scaling)
+    return norm
+
+
+def _factored_norm(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     dtype = _result_dtype(weight, a)
     right, left = a.to(dtype), (b * scaling).to(dtype)
     terms = 2 * _product(weight, right) + left @ (right @ right.mT)
@@ -201,6 +208,8 @@ def _batched_norm(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> t
 
 
 _LIBRARY: Any = torch.library.Library("lorafx", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("factored_norm(Tensor squares, Tensor weight, Tensor a, Tensor b, float scaling) -> Tensor")
+_LIBRARY.impl("factored_norm", _factored_norm, "CompositeExplicitAutograd")
 _LIBRARY.define(
     "row_norm(Tensor weight, Tensor a, Tensor b, float scaling) -> Tensor",
     # A CUDA graph would take what is kept for its own, in memory that it uses again.

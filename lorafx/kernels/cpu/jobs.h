@@ -40,10 +40,11 @@ struct Job {
   Kind kind;
   void *big;
   int64_t ld, rows, columns;
-  void *s;
+  void *s;  // of big's dtype; what NARROW makes may be float32
   int64_t lds;
   std::vector<Adapter> adapters;
   uint64_t seed = 0;
+  bool s_is_float = false;
   const float *gain = nullptr, *bias = nullptr;
   void *base = nullptr;  // [rows, columns], one row after the other
   const void *y = nullptr;
@@ -174,7 +175,6 @@ template <typename T> void narrow(const Task<T> &task) {
   const Job &job = *task.prepared->job;
   const int64_t chunks = (job.columns + LANES - 1) / LANES;
   const T *x = static_cast<const T *>(job.big);
-  T *s = static_cast<T *>(job.s);
   for (int64_t m = task.from; m < task.to; m += ROWS) {
     const int64_t rows = std::min(ROWS, task.to - m);
     for (const Panel<T> &panel : task.prepared->panels) {
@@ -188,10 +188,13 @@ template <typename T> void narrow(const Task<T> &task) {
       int64_t column = 0;
       for (int64_t j = 0; j < panel.count; column += panel.adapters[j++].r) {
         const Adapter &a = panel.adapters[j];
-        for (int64_t i = 0; i < rows; ++i)
-          for (int64_t n = 0; n < a.r; n += LANES)
-            store(s + (m + i) * job.lds + panel.column + column + n,
-                  load(sums + i * panel.packed.n + column + n, a.r - n) * a.factor, a.r - n);
+        const auto write = [&](auto *s) {
+          for (int64_t i = 0; i < rows; ++i)
+            for (int64_t n = 0; n < a.r; n += LANES)
+              store(s + (m + i) * job.lds + panel.column + column + n,
+                    load(sums + i * panel.packed.n + column + n, a.r - n) * a.factor, a.r - n);
+        };
+        job.s_is_float ? write(static_cast<float *>(job.s)) : write(static_cast<T *>(job.s));
       }
     }
   }

@@ -4,8 +4,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
@@ -212,6 +214,32 @@ std::vector<Tensor> grad_right(const Tensor &given, const Tensor &ds, at::Tensor
   return found;
 }
 
+// weight right^T in float32 or better, right's dtype
+Tensor product(const Tensor &weight, const Tensor &right) {
+  const bool served = weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16;
+  if (weight.dim() == 2 && served && right.scalar_type() == at::kFloat && weight.stride(1) == 1) {
+    const Tensor found = right.new_empty({weight.size(0), right.size(0)});
+    Job job = {NARROW, weight.data_ptr(), weight.stride(0), weight.size(0), weight.size(1), found.data_ptr(),
+               found.stride(0), {adapter(right, 0)}};
+    job.s_is_float = true;
+    run(weight.scalar_type(), {job});
+    return found;
+  }
+  if (weight.scalar_type() == right.scalar_type()) return at::matmul(weight, right.mT());
+  std::vector<Tensor> parts;  // few enough elements to stay in the caches
+  for (const Tensor &part : weight.chunk(std::max<int64_t>(1, weight.numel() >> 19), -2))
+    parts.push_back(at::matmul(part.to(right.scalar_type()), right.mT()));
+  return at::cat(parts, -2);
+}
+
+// lorafx/variants/row_norm.py has the formula.
+Tensor factored_norm(const Tensor &squares, const Tensor &weight, const Tensor &a, const Tensor &b, double scaling) {
+  const auto dtype = at::promote_types(at::promote_types(weight.scalar_type(), a.scalar_type()), at::kFloat);
+  const Tensor right = a.to(dtype), left = b.mul(scaling).to(dtype);
+  const Tensor terms = product(weight, right).mul_(2).add_(at::matmul(left, at::matmul(right, right.mT())));
+  return squares.add(terms.mul_(left).sum(-1)).clamp_min_(0).sqrt_().to(dtype);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lorafx, CPU, m) {
@@ -221,4 +249,5 @@ TORCH_LIBRARY_IMPL(lorafx, CPU, m) {
   m.impl("cpu_grad_x", grad_x);
   m.impl("cpu_grad_right", grad_right);
   m.impl("cpu_grad_sources", grad_sources);
+  m.impl("factored_norm", factored_norm);
 }
