@@ -34,7 +34,7 @@ test: check install ## everything CI runs: check, then the tests against the bui
 	$(BIN)/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) $(CURDIR)/tests \
 		-n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
-bench: install ## what adapters cost beside the frozen model and PEFT (about 3 minutes; BENCH_ARGS= for all: about an hour)
+bench: install ## what adapters cost beside the frozen model and PEFT: 3 minutes (BENCH_ARGS=--all: everything, hours)
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/tax.py $(BENCH_ARGS)
 
 check: $(DEPS) ## lint, formatting, types, import directions

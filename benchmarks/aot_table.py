@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from rich.console import Console
@@ -21,13 +21,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COLUMNS = ("part", "dtype", "operands", "kernel", "tile", "registers", "spilled", "shared KiB", "tensor cores", "async")
 
 
-def binaries(part: Part, dtype: torch.dtype, aligned: bool, ranks: Sequence[int], p: float) -> Iterator[Binary]:
-    """The kernels of a step of three DoRA siblings at M = 8192, k = n = 4096, or a little less where not aligned."""
+def binaries(
+    part: Part, dtype: torch.dtype, aligned: bool, ranks: Sequence[int], p: float, only: Collection[str] = ()
+) -> Iterator[Binary]:
+    """The kernels of a step of three DoRA siblings at M = 8192, k = n = 4096, or a little less where not aligned.
+
+    Both those after the library's product and those that are fused with it; ``only`` those of these names.
+    """
     off = 0 if aligned else 1
-    widths = [4096 - 7 * off for _ in ranks]
-    launches = step(part.device, 8192 - 3 * off, 4096 - 5 * off, widths, ranks, dtype, p, dora=True, aligned=aligned)
-    for launch in unique(launches):
-        yield compile_launch(launch, part)
+    shape = (8192 - 3 * off, 4096 - 5 * off, [4096 - 7 * off for _ in ranks])
+    ways = [step(part.device, *shape, ranks, dtype, p, dora=True, aligned=aligned, fused=f) for f in (False, True)]
+    for launch in unique([launch for way in ways for launch in way]):
+        if not only or launch.name in only:
+            yield compile_launch(launch, part)
 
 
 def row(binary: Binary, dtype: str, aligned: bool) -> tuple[str, ...]:

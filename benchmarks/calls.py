@@ -12,6 +12,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import lorafx
 
 SPEC = {"r": 8, "alpha": 16, "target_modules": ["query", "key", "value", "dense"]}
-ROUNDS = 7
+ROUNDS, QUICK_ROUNDS = 7, 3
 
 
 def model() -> nn.Module:
@@ -36,11 +37,13 @@ def peft_model(base: nn.Module) -> nn.Module:
     return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=SPEC["target_modules"]))
 
 
-def compare(name: str, ours: Callable[[], Callable[[], object]], theirs: Callable[[], Callable[[], object]]) -> None:
-    """Each gives what is to be timed, prepared anew for each round."""
+def compare(
+    name: str, rounds: int, ours: Callable[[], Callable[[], object]], theirs: Callable[[], Callable[[], object]]
+) -> dict[str, Any]:
+    """Median ms of both, and their ratio. Each gives what is to be timed, prepared anew for each round."""
     taken: dict[str, list[float]] = {"lorafx": [], "peft": []}
     ways = [("lorafx", ours), ("peft", theirs)]
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         for way, prepare in ways if number % 2 == 0 else reversed(ways):
             run = prepare()
             start = time.perf_counter()
@@ -49,18 +52,15 @@ def compare(name: str, ours: Callable[[], Callable[[], object]], theirs: Callabl
                 taken[way].append(time.perf_counter() - start)
     a, b = (1e3 * statistics.median(taken[way]) for way in ("lorafx", "peft"))
     print(f"{name:12s} lorafx {a:8.1f} ms   peft {b:8.1f} ms   ratio {a / b:.2f}", flush=True)
+    return {"call": name, "lorafx": a, "peft": b, "ratio": a / b}
 
 
-def main() -> None:
+def measure(rounds: int = ROUNDS) -> list[dict[str, Any]]:
+    """Of each call."""
     base = model()
     inputs: dict[str, Tensor] = {
         "input_ids": torch.randint(0, 1000, (2, 16)), "attention_mask": torch.ones(2, 16, dtype=torch.int64)
     }  # fmt: skip
-    compare(
-        "apply",
-        lambda: lambda: lorafx.apply(base, SPEC, inputs),
-        lambda: (lambda mine: lambda: peft_model(mine))(copy.deepcopy(base)),
-    )
     gm = lorafx.apply(base, SPEC, inputs)
     lorafx.add_adapter(gm, SPEC, "other")
     wrapped = peft_model(copy.deepcopy(base))
@@ -70,18 +70,29 @@ def main() -> None:
         call("default")
         return lambda: call("other")
 
-    compare(
-        "set_adapter",
-        lambda: switch(gm, lambda name: lorafx.set_adapter(gm, name)),
-        lambda: switch(wrapped, wrapped.set_adapter),
-    )
+    found = [
+        compare(
+            "apply",
+            rounds,
+            lambda: lambda: lorafx.apply(base, SPEC, inputs),
+            lambda: (lambda mine: lambda: peft_model(mine))(copy.deepcopy(base)),
+        ),
+        compare(
+            "set_adapter",
+            rounds,
+            lambda: switch(gm, lambda name: lorafx.set_adapter(gm, name)),
+            lambda: switch(wrapped, wrapped.set_adapter),
+        ),
+    ]
     lorafx.set_adapter(gm, "default")
-    compare(
+    merged = compare(
         "merge",
+        rounds,
         lambda: lambda: lorafx.merge(gm),
         lambda: (lambda mine: mine.merge_and_unload)(peft_model(copy.deepcopy(base))),
     )
+    return [*found, merged]
 
 
 if __name__ == "__main__":
-    main()
+    measure()

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx.kernels.base import Dropout
+from lorafx.kernels.base import Adapters, Layers, Upstreams, quantised
 from lorafx.kernels.triton.provider import TritonProvider
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -91,37 +91,43 @@ def _outputs(
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
 
-    x, right, seed = normal(m, k), normal(2 * r, k, scale=k**-0.5), torch.tensor([r], device=device)
-    dropout = Dropout((r, r), (0.1, 0.0))
-    factor = mask(seed, 0, 0.1, (m, k)).double() * 65536 / (65536 - round(0.1 * 65536))
-    dropped = x.double() * factor
-    s, kept = provider.down(x, right, dropout, seed)
-    yield "s", s, torch.cat([dropped @ right[:r].double().mT, x.double() @ right[r:].double().mT], 1)
-    bases, weights, grads, base_dx = [], [], [], torch.zeros(m, k, dtype=torch.float64, device=device)
-    for i in range(2):
-        weight, left, bias, gain = normal(n, k, scale=k**-0.5), normal(n, r, scale=r**-0.5), normal(n), 1 + normal(n)
-        mine, dy = s[:, i * r : (i + 1) * r], normal(m, n)
-        y = provider.up(x, weight, bias, mine, left, gain)
-        exact = gain.double() * (x.double() @ weight.double().mT) + mine.double() @ left.double().mT + bias.double()
-        yield f"y{i}", y, exact
-        up = provider.grad_up(dy, mine, left, gain, y, True)
-        yield f"ds{i}", up.ds, dy.double() @ left.double()
-        yield f"dleft{i}", up.dleft, dy.double().mT @ mine.double()
-        yield f"base{i}", up.base, gain.double() * dy.double()
-        if up.total is not None and up.dot is not None:
-            yield f"total{i}", up.total, dy.double().sum(0)
-            yield f"dot{i}", up.dot, (dy.double() * y.double()).sum(0)
+    x, seed, dys = normal(m, k), torch.tensor([r], device=device), [normal(m, n) for _ in range(2)]
+    rights = [normal(r, k, scale=k**-0.5) for _ in range(2)]
+    lefts = [normal(n, r, scale=r**-0.5) for _ in range(2)]
+    weights = [normal(n, k, scale=k**-0.5) for _ in range(2)]
+    biases, gains = [normal(n) for _ in range(2)], [1 + normal(n) for _ in range(2)]
+    layers = Layers(weights, biases, gains, lefts, [1, 1], [slice(0, 1), slice(1, 2)])
+    adapters = Adapters((r, r), (0.1, 0.0), (2.0, 0.5))
+    factor = mask(seed, 0, 0.1, (m, k)).double() / (1 - quantised(0.1))
+    dropped = [x.double() * factor, x.double()]
+    s, kept = provider.down(x, rights, adapters, seed)
+    yield "s", s, torch.cat([d @ right.double().mT for d, right in zip(dropped, rights, strict=True)], 1)
+    ys = provider.up(x, s, layers, adapters)
+    ds, ups = provider.grad_up(Upstreams(dys, ys, [True, True]), s, layers, adapters)
+    exact_dx = torch.zeros(m, k, dtype=torch.float64, device=device)
+    bases = []
+    for i, (dy, y, up) in enumerate(zip(dys, ys, ups, strict=True)):
+        assert up is not None
+        assert up.total is not None
+        assert up.dot is not None
+        scale, mine = adapters.scales[i], s[:, adapters.columns[i]].double()
+        gain, left, weight = gains[i].double(), lefts[i], weights[i].double()
+        base = gain * (x.double() @ weight.mT) + biases[i].double()
+        yield f"y{i}", y, base + scale * mine @ left.double().mT
+        yield f"ds{i}", ds[:, adapters.columns[i]], scale * dy.double() @ left.double()
+        yield f"dleft{i}", up.dlefts[0], scale * dy.double().mT @ mine
+        yield f"base{i}", up.base, gain * dy.double()
+        yield f"total{i}", up.total, dy.double().sum(0)
+        yield f"dot{i}", up.dot, (dy.double() * y.double()).sum(0)
         bases.append(up.base)
-        weights.append(weight)
-        grads.append(up.ds)
-        base_dx += up.base.double() @ weight.double()
-    ds = torch.cat(grads, 1)
-    dx = provider.grad_x(bases, weights, ds, right, dropout, kept)
-    dright = provider.grad_right(x, ds, dropout, kept)
-    first, second = ds[:, :r].double(), ds[:, r:].double()
-    if dx is not None:
-        yield "dx", dx, base_dx + factor * (first @ right[:r].double()) + second @ right[r:].double()
-    yield "dright", dright, torch.cat([first.mT @ dropped, second.mT @ x.double()])
+        low = ds[:, adapters.columns[i]].double() @ rights[i].double()
+        exact_dx += up.base.double() @ weight + (low * factor if i == 0 else low)
+    yield "dx", provider.grad_x(bases, weights, ds, rights, adapters, kept), exact_dx
+    for i, dright in enumerate(provider.grad_right(x, ds, rights, adapters, kept)):
+        yield f"dright{i}", dright, ds[:, adapters.columns[i]].double().mT @ dropped[i]
+    norm = torch.ops.lorafx.row_norm.default(weights[0], rights[0], lefts[0], 2.0)
+    change = 2.0 * lefts[0].double() @ rights[0].double()
+    yield "row norm", norm, (weights[0].double() + change).norm(dim=1)
 
 
 class Block(nn.Module):
@@ -234,34 +240,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.tune:
         os.environ["LORAFX_AUTOTUNE"] = "1"
     device = torch.device("cuda")
+    results: dict[str, Any] = {
+        "device": torch.cuda.get_device_properties(device).name,
+        "torch": torch.__version__,
+        "tuned": options.tune,
+        "checks": [],
+        "timings": [],
+    }
     shapes = [(1, 64, 64), (70, 130, 65), (513, 1000, 777), (4096, 1024, 2048)]
     checks = list(check(device, shapes, [1, 3, 8, 17, 64], list(DTYPES)))
     wrong = [c for c in checks if not c.right]
     print(f"{len(checks) - len(wrong)} of {len(checks)} outputs are right", flush=True)
     for c in wrong:
         print(f"  {c.what}: error {c.error:.2g} > {c.limit:.2g} at M={c.m} k={c.k} n={c.n} r={c.r} {c.dtype}")
-    timings: list[Timing] = []
-    if not wrong and not options.check_only:
-        for m, features, r, dtype, p in itertools.product(
-            options.tokens, options.features, options.ranks, options.dtypes, options.dropout
-        ):
-            found = time_block(m, features, r, dtype, p, options.dora, options.rounds, device)
-            timings += found
-            for t in found:
-                shape = f"M={m} k=n={features} r={r} {dtype} p={p}"
-                cost = f"{t.milliseconds:.3f} ms, {t.over_frozen:.3f} of frozen, {t.step_bytes / 2**20:.0f} MiB"
-                print(f"{t.method:18} {shape}: {cost}", flush=True)
-    if options.json is not None:
-        properties = torch.cuda.get_device_properties(device)
-        results = {
-            "device": properties.name,
-            "torch": torch.__version__,
-            "tuned": options.tune,
-            "checks": [asdict(c) | {"right": c.right} for c in checks],
-            "timings": [asdict(t) for t in timings],
-        }
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    return 1 if wrong else 0
+    results["checks"] = [asdict(c) | {"right": c.right} for c in checks]
+    write(options.json, results)
+    if wrong:
+        return 1
+    every = itertools.product(options.tokens, options.features, options.ranks, options.dtypes, options.dropout)
+    for m, features, r, dtype, p in () if options.check_only else every:
+        for t in time_block(m, features, r, dtype, p, options.dora, options.rounds, device):
+            results["timings"].append(asdict(t))
+            shape = f"M={m} k=n={features} r={r} {dtype} p={p}"
+            cost = f"{t.milliseconds:.3f} ms, {t.over_frozen:.3f} of frozen, {t.step_bytes / 2**20:.0f} MiB"
+            print(f"{t.method:18} {shape}: {cost}", flush=True)
+        write(options.json, results)
+    return 0
+
+
+def write(path: Path | None, results: Mapping[str, Any]) -> None:
+    """What there is so far, so that a later failure loses none of it."""
+    if path is not None:
+        new = path.with_name(f"{path.name}.new")
+        new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        new.replace(path)
 
 
 if __name__ == "__main__":

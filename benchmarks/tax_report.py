@@ -18,24 +18,31 @@ from matplotlib import pyplot as plt
 #: What a row of the table is compared by; the rest of a measurement is in the JSON.
 COLUMNS = ("frozen, again", "captured", "lorafx", "lorafx, torch provider", "lorafx, reference", "peft", "full")
 
+MODES = ("eager", "compiled")
 
-def write(rows: Sequence[dict[str, Any]], folder: Path, name: str, command: str) -> None:
+
+def write(
+    rows: Sequence[dict[str, Any]], calls: Sequence[dict[str, Any]], folder: Path, name: str, command: str
+) -> None:
     """``name.json``, ``name.md`` and ``name.png`` in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (folder / f"{name}.md").write_text(markdown(rows, name, command))
+    (folder / f"{name}.json").write_text(json.dumps({"steps": rows, "calls": calls}, indent=1) + "\n")
+    (folder / f"{name}.md").write_text(markdown(rows, calls, name, command))
     picture(rows, folder / f"{name}.png")
 
 
-def markdown(rows: Sequence[dict[str, Any]], name: str, command: str) -> str:
-    ways = [c for c in COLUMNS if any(c in row.get(mode, {}) for row in rows for mode in ("eager", "compiled"))]
+def markdown(rows: Sequence[dict[str, Any]], calls: Sequence[dict[str, Any]], name: str, command: str) -> str:
+    measured = [row[mode]["ways"] for row in rows for mode in MODES if mode in row]
+    measured += [row["memory"] for row in rows if "memory" in row]
+    ways = [c for c in COLUMNS if any(c in found for found in measured)]
     lines = [
         "# What adapters cost",
         "",
         f"`{command}`, with {torch.get_num_threads()} threads on {processor()}, torch {torch.__version__}.",
         "A step (forward and backward) over the frozen model's in the same mode: median of the rounds, and quartiles.",
         "*frozen, again* is the frozen model over a copy of itself, so what it is off 1 is noise; *captured* the graph",
-        "without adapters. Memory is the peak of a step, of a process each.",
+        "without adapters. Where noise was above 2 %, a case was measured *again*, three times at most (quick: two);",
+        "*noisy*: it stayed above. Memory is the peak of a step, of a process each.",
         "",
         f"![the tax as bars]({name}.png)",
         "",
@@ -45,14 +52,30 @@ def markdown(rows: Sequence[dict[str, Any]], name: str, command: str) -> str:
     for row in rows:
         case = row["case"]
         head = f"| {case['model']} | {case['dtype']} | {case['r']} | {case['method']} |"
-        for mode in ("eager", "compiled"):
+        for mode in MODES:
             if mode in row:
-                lines.append(f"{head} {mode} | " + " | ".join(_ratio(row[mode].get(w)) for w in ways) + " |")
+                cells = " | ".join(_ratio(row[mode]["ways"].get(w)) for w in ways)
+                lines.append(f"{head} {mode}{mark(row[mode])} | {cells} |")
         if "memory" in row:
             floor = row["memory"]["frozen"]
             shown = (f"{row['memory'][w] / floor:.2f}" if w in row["memory"] else "" for w in ways)
             lines.append(f"{head} memory | " + " | ".join(shown) + " |")
+    if calls:
+        lines += [
+            "",
+            "Calls, on a BERT of MiniLM's size (`python benchmarks/calls.py`), median ms. `apply` captures the graph,",
+            "which PEFT has none of.",
+            "",
+            "| call | lorafx | PEFT | lorafx / PEFT |",
+            "| --- | ---: | ---: | ---: |",
+            *(f"| `{c['call']}` | {c['lorafx']:.1f} | {c['peft']:.1f} | {c['ratio']:.2f} |" for c in calls),
+        ]
     return "\n".join(lines) + "\n"
+
+
+def mark(found: dict[str, Any]) -> str:
+    """Whether a case was measured again, or is noisy still."""
+    return ", noisy" if not found["steady"] else ", again" if found["runs"] > 1 else ""
 
 
 def _ratio(found: dict[str, float] | None) -> str:
@@ -60,8 +83,8 @@ def _ratio(found: dict[str, float] | None) -> str:
 
 
 def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    timed = [(row["case"], mode, row[mode]) for row in rows for mode in ("eager", "compiled") if mode in row]
-    ways = [c for c in ("lorafx", "peft", "full") if any(c in found for _, _, found in timed)]
+    timed = [(row["case"], mode, row[mode]["ways"]) for row in rows for mode in MODES if mode in row]
+    ways = [c for c in ("lorafx", "lorafx, torch provider", "peft", "full") if any(c in found for _, _, found in timed)]
     figure, axes = plt.subplots(figsize=(max(6.0, 1.1 * len(timed)), 4.0), layout="constrained")
     width = 0.8 / max(1, len(ways))
     for i, way in enumerate(ways):

@@ -6,9 +6,9 @@
     y = op(x, W) + b + sum over the adapters of  (gain - 1) op(x, W) + gain op(drop(x), left right) + shift
 
 Each active adapter's update is relative to the frozen layer, so their order means nothing. The pure-torch
-reference *is* the meaning. It is registered as composite: under autograd, autocast, ``torch.func`` and
-``torch.compile`` it is the sum of its parts, and it stays one node in exported graphs. Faster implementations
-are operators of their own with the same schema; lowering exchanges one for the other.
+reference *is* the meaning. It is registered as composite: under autograd, autocast, ``torch.func`` (``vmap`` too) and
+``torch.compile`` it is the sum of its parts, and it stays one node in exported graphs. What is faster is an operator of
+its own for a group of layers (:mod:`lorafx.kernels.grouped`), which lowering puts in their place.
 """
 
 from __future__ import annotations

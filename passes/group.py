@@ -97,10 +97,10 @@ def why_left(node: Node) -> str | None:
     kind = _TWINS.get(node.target)
     if kind is None:
         return f"only {' and '.join(KINDS)} are lowered"
-    _, variants, *_, rows = node.args[-ADAPTER_ARGUMENTS:]
-    if rows is not None:
+    adapters: tuple[Any, ...] = node.args[-ADAPTER_ARGUMENTS:]
+    if adapters[-1] is not None:
         return "each row of a batch goes through its own adapter"
-    if any(VARIANTS[v].scales_rows for v in variants) and _is_written(node):
+    if any(VARIANTS[v].scales_rows for v in adapters[1]) and _is_written(node):
         return f"%{node.name} is written to in place, and the gradient of its magnitudes would read it again"
     if (operand := _computed_operand(node, node.args[LAYERS[kind].x])) is not None:
         return f"its operand %{operand.name} is computed from the inputs"

@@ -12,8 +12,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from lorafx.kernels.triton.aot import PARTS, compile_launch, unique  # noqa: E402 - after the check for Triton
-from lorafx.kernels.triton.launches import step  # noqa: E402
+from lorafx.kernels.triton.aot import PARTS  # noqa: E402 - after the check for Triton
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -26,25 +25,19 @@ CASES = {
 }
 #: float32 where it takes the most registers, as three products of TF32.
 COMPILED = [(part, case) for part in PARTS for case in CASES if case != "fp32" or part == "sm_90"]
+#: Kernels that nearly fill the registers: part, dtype, ranks, aligned, kernel.
+FULL = [
+    ("sm_80", torch.float32, (64,), False, "up"),
+    ("sm_80", torch.float32, (64,), True, "row_norm"),
+    ("sm_80", torch.float32, (256,), True, "dright"),
+    ("sm_100", torch.float32, (16, 16, 16), False, "down"),
+    ("gfx942", torch.float32, (64,), True, "grad_up"),
+    ("sm_100", torch.bfloat16, (256,), True, "dright"),
+    ("gfx942", torch.bfloat16, (256,), False, "down"),
+]
 
 
-@pytest.mark.parametrize(("part", "case"), COMPILED)
-def test_machine_code(part: str, case: str) -> None:
-    ranks, dtype, p, aligned = CASES[case]
-    off, to = (0 if aligned else 1), PARTS[part]
-    widths = [4096 - 7 * off for _ in ranks]
-    launches = step(to.device, 8192 - 3 * off, 4096 - 5 * off, widths, ranks, dtype, p, dora=True, aligned=aligned)
-    found = [compile_launch(launch, to) for launch in unique(launches)]
-    assert {"down", "up", "grad_up", "dx", "dright", "row_gain", "reduce"} == {b.launch.name for b in found}
-    for binary in found:
-        assert not binary.faults, f"{binary.launch.name}: {binary.faults}"
-        arguments = dict(zip(binary.launch.kernel.arg_names, binary.launch.args, strict=True))
-        streams = binary.launch.name != "reduce" and not arguments.get("BASE_GIVEN")  # has a product of large operands
-        if aligned and streams and not to.amd:
-            assert binary.asynchronous, f"{binary.launch.name} has no asynchronous copies"
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def table() -> ModuleType:
     path = Path(__file__).parents[1] / "benchmarks" / "aot_table.py"
     spec = importlib.util.spec_from_file_location("aot_table", path)
@@ -53,6 +46,29 @@ def table() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.mark.parametrize(("part", "case"), COMPILED)
+def test_machine_code(part: str, case: str, table: ModuleType) -> None:
+    ranks, dtype, p, aligned = CASES[case]
+    found = list(table.binaries(PARTS[part], dtype, aligned, ranks, p))
+    assert {"down", "up", "grad_up", "dx", "dright", "row_norm", "reduce"} == {b.launch.name for b in found}
+    for binary in found:
+        assert not binary.faults, f"{binary.launch.name}: {binary.faults}"
+        arguments = dict(zip(binary.launch.kernel.arg_names, binary.launch.args, strict=True))
+        streams = binary.launch.name != "reduce" and not arguments.get("BASE_GIVEN")  # has a product of large operands
+        if aligned and streams and not PARTS[part].amd:
+            assert binary.asynchronous, f"{binary.launch.name} has no asynchronous copies"
+
+
+@pytest.mark.parametrize(("part", "dtype", "ranks", "aligned", "kernel"), FULL)
+def test_nothing_spills_where_registers_are_short(
+    part: str, dtype: torch.dtype, ranks: tuple[int, ...], aligned: bool, kernel: str, table: ModuleType
+) -> None:
+    found = list(table.binaries(PARTS[part], dtype, aligned, ranks, 0.1, {kernel}))
+    assert found
+    for binary in found:
+        assert not binary.faults, binary.faults
 
 
 def test_table(table: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,10 +56,11 @@ def test_kernels_are_imported_by_the_first_call_only() -> None:
     """(PyTorch's compiler imports Triton itself, so that Triton's name says nothing.)"""
     code = (
         "import sys, lorafx, lorafx.kernels.triton.provider as p;"
-        "p.TritonProvider().unavailable(); print([m for m in sys.modules if m.startswith('lorafx.kernels.triton.')])"
+        "p.TritonProvider().unavailable();"
+        "print(sorted(m for m in sys.modules if m.startswith('lorafx.kernels.triton.')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['lorafx.kernels.triton.provider']"
+    assert done.stdout.strip() == "['lorafx.kernels.triton.ops', 'lorafx.kernels.triton.provider']"
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +84,23 @@ def test_benchmark_without_a_gpu(
     assert gpu["main"](["--json", str(tmp_path / "out.json")]) == 2
     assert "needs a GPU: there is no CUDA device" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_benchmark_writes_as_it_goes(gpu: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What was measured before a failure is kept."""
+    out = tmp_path / "out.json"
+    timing = gpu["Timing"]("frozen", 1, 64, 8, "fp32", 0.0, 1.0, (0.9, 1.1), 1.0, 0)
+    given = iter([[timing]])
+    state = gpu["main"].__globals__
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="a device"))
+    monkeypatch.setitem(state, "check", lambda *_: iter([gpu["Check"]("y", 1, 1, 1, 1, "fp32", 0.0, 0.0, 1e-4)]))
+    monkeypatch.setitem(state, "time_block", lambda *_: next(given))
+    with pytest.raises(StopIteration):
+        gpu["main"](["--features", "64", "128", "--ranks", "8", "--dropout", "0", "--json", str(out)])
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert [c["right"] for c in found["checks"]] == [True]
+    assert [t["features"] for t in found["timings"]] == [64]
 
 
 def test_benchmark_knows_a_wrong_output(gpu: dict[str, Any]) -> None:

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import lorafx
-from lorafx.kernels.base import Adapters, GradUp, Layer, Upstream, quantised
-from lorafx.kernels.triton import config, grad_down
-from lorafx.kernels.triton.config import Config
+from lorafx.kernels.base import Adapters, GradUp, Layers, Upstreams, quantised
 from lorafx.kernels.triton.device import Device, pretend
 from lorafx.kernels.triton.dropout import Plan, mask, plan
 from lorafx.kernels.triton.grad_down import grad_x
@@ -31,7 +31,6 @@ from lorafx.kernels.triton.row_norm import row_norm
 from lorafx.kernels.triton.tiles import interpreted, recorded
 from lorafx.kernels.triton.traffic import traffic
 from lorafx.kernels.triton.up import up
-from lorafx.variants import row_norm as norms
 from lorafx.variants.row_norm import compute_norm, compute_squares
 from tolerances import assert_close
 
@@ -70,7 +69,7 @@ class Run:
     case: Case
     x: Tensor
     rights: Sequence[Tensor]
-    layers: list[Layer]
+    layers: Layers
     dys: list[Tensor]
     adapters: Adapters
     seed: Tensor
@@ -86,14 +85,12 @@ class Run:
         layers, adapters = self.layers, self.adapters
         self.s, kept = PROVIDER.down(self.x, self.rights, adapters, self.seed)
         self.ys = PROVIDER.up(self.x, self.s, layers, adapters)
-        upstream = [
-            Upstream(dy, None if layer.gain is None else y, layer.bias is not None)
-            for dy, y, layer in zip(self.dys, self.ys, layers, strict=True)
-        ]
+        ys = [None if gain is None else y for y, gain in zip(self.ys, layers.gains, strict=True)]
+        upstream = Upstreams(self.dys, ys, [bias is not None for bias in layers.biases])
         self.ds, ups = PROVIDER.grad_up(upstream, self.s, layers, adapters)
         self.ups = [up for up in ups if up is not None]
         bases = [up.base for up in self.ups]
-        self.dx = PROVIDER.grad_x(bases, [layer.weight for layer in layers], self.ds, self.rights, adapters, kept)
+        self.dx = PROVIDER.grad_x(bases, layers.weights, self.ds, self.rights, adapters, kept)
         self.drights = PROVIDER.grad_right(self.x, self.ds, self.rights, adapters, kept)
         return self
 
@@ -116,16 +113,14 @@ def make(case: Case) -> Run:
         stored = normal(*shape, scale=case.k**-0.5)
         return stored.mT if case.transposed else stored
 
-    layers = [
-        Layer(
-            weight(n),
-            normal(n) if case.bias else None,
-            1 + normal(n, of=case.adapters, scale=0.1) if case.gain else None,
-            [normal(n, r, of=case.adapters, scale=r**-0.5)],
-            slice(i, i + 1),
-        )
-        for i, (n, r) in enumerate(zip(case.widths, case.ranks, strict=True))
-    ]
+    layers = Layers(
+        [weight(n) for n in case.widths],
+        [normal(n) if case.bias else None for n in case.widths],
+        [1 + normal(n, of=case.adapters, scale=0.1) if case.gain else None for n in case.widths],
+        [normal(n, r, of=case.adapters, scale=r**-0.5) for n, r in zip(case.widths, case.ranks, strict=True)],
+        [1] * len(case.widths),
+        [slice(i, i + 1) for i in range(len(case.widths))],
+    )
     return Run(
         case,
         normal(case.m, case.k + 3)[:, : case.k] if case.transposed else normal(case.m, case.k),
@@ -175,8 +170,8 @@ def test_outputs_and_gradients(case: Case) -> None:
     run, dtype = make(case).run(), case.dtype
     x, loss = run.x.double().requires_grad_(), torch.zeros((), dtype=torch.float64, device=DEVICE)
     rights = [right.to(dtype).double().requires_grad_() for right in run.rights]
-    lefts = [layer.lefts[0].to(dtype).double().requires_grad_() for layer in run.layers]
-    for i, (layer, dy, up) in enumerate(zip(run.layers, run.dys, run.ups, strict=True)):
+    lefts = [left.to(dtype).double().requires_grad_() for left in run.layers.lefts]
+    for i, (layer, dy, found) in enumerate(zip(run.layers, run.dys, run.ups, strict=True)):
         zero, one = (torch.full(dy.shape[1:], v, dtype=torch.float64, device=DEVICE) for v in (0.0, 1.0))
         bias = zero if layer.bias is None else layer.bias.double()
         gain = one if layer.gain is None else layer.gain.double()
@@ -185,22 +180,22 @@ def test_outputs_and_gradients(case: Case) -> None:
         loss = loss + (y * dy.double()).sum()
         check(run.s[:, run.adapters.columns[i]], s.detach(), dtype)  # here the scale is at left
         check(run.ys[i], y.detach(), dtype)
-        check(up.base, gain * dy.double(), dtype)
+        check(found.base, gain * dy.double(), dtype)
         if layer.bias is None:
-            assert up.total is None
+            assert found.total is None
         else:
-            check(up.total, dy.double().sum(0), F32)
+            check(found.total, dy.double().sum(0), F32)
         if layer.gain is None:
-            assert up.dot is None
-            assert up.base is dy
+            assert found.dot is None
+            assert found.base is dy
         else:
-            check(up.dot, (dy.double() * run.ys[i].double()).sum(0), F32)
+            check(found.dot, (dy.double() * run.ys[i].double()).sum(0), F32)
     leaves = [*rights, *lefts]
     dx, *expected = torch.autograd.grad(loss, [x, *leaves])
     check(run.dx, dx, dtype)
-    found = [*run.drights, *(up.dlefts[0] for up in run.ups)]
-    given = [*run.rights, *(layer.lefts[0] for layer in run.layers)]
-    for actual, gradient, value in zip(found, expected, given, strict=True):
+    actuals = [*run.drights, *(found.dlefts[0] for found in run.ups)]
+    given = [*run.rights, *run.layers.lefts]
+    for actual, gradient, value in zip(actuals, expected, given, strict=True):
         check(actual, gradient, dtype)
         assert actual.dtype == value.dtype
 
@@ -224,7 +219,7 @@ def test_everything_dropped() -> None:
     run = make(Case(20, 24, (16,), (4,), (1.0,), F32)).run()
     assert not run.s.any()
     assert not run.drights[0].any()
-    check(run.dx, run.dys[0].double() @ run.layers[0].weight.double(), F32)
+    check(run.dx, run.dys[0].double() @ run.layers.weights[0].double(), F32)
 
 
 @pytest.mark.parametrize("case", [CASES[3], CASES[5], CASES[10]], ids=lambda case: case.id)
@@ -234,23 +229,20 @@ def test_both_ways_to_multiply(case: Case) -> None:
     for layer, y in zip(run.layers, run.ys, strict=True):
         own = (run.s[:, layer.columns(run.adapters)], layer.left(run.adapters), layer.gain)
         check(up(run.x, layer.weight, layer.bias, *own, fused=True), y.double(), case.dtype)
-    weights, bases = [layer.weight for layer in run.layers], [u.base for u in run.ups]
+    weights, bases = run.layers.weights, [u.base for u in run.ups]
     pieces, right = plan(case.ranks, case.p), torch.cat(list(run.rights))
-    for library in (True, False):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(grad_down, "gemm_configs", lambda *_, given=library: [Config(32, 32, 16, 4, 2, given)])
-            patch.setattr(config, "_CHOSEN", {})
-            check(grad_x(bases, weights, run.ds, right, pieces, run.seed), run.dx.double(), case.dtype)
+    for fused in (True, False):
+        check(grad_x(bases, weights, run.ds, right, pieces, run.seed, fused), run.dx.double(), case.dtype)
 
 
 @pytest.mark.parametrize("case", [CASES[3], CASES[4], CASES[10]], ids=lambda case: case.id)
 def test_an_adapter_that_changes_nothing_keeps_the_frozen_bits(case: Case) -> None:
     run = make(case)
-    for layer in run.layers:
-        (left,), one = layer.lefts, torch.ones(layer.weight.shape[0], device=DEVICE)
-        s = torch.ones(case.m, sum(case.ranks), dtype=case.dtype, device=DEVICE)
-        for gain in (None, one):
-            (y,) = PROVIDER.up(run.x, s, [replace(layer, gain=gain, lefts=[torch.zeros_like(left)])], run.adapters)
+    s, layers = torch.ones(case.m, sum(case.ranks), dtype=case.dtype, device=DEVICE), run.layers
+    for gain in (False, True):
+        gains = [torch.ones(n, device=DEVICE) if gain else None for n in case.widths]
+        fresh = replace(layers, gains=gains, lefts=[torch.zeros_like(left) for left in layers.lefts])
+        for y, layer in zip(PROVIDER.up(run.x, s, fresh, run.adapters), layers, strict=True):
             assert torch.equal(y, torch.nn.functional.linear(run.x, layer.weight, layer.bias))
 
 
@@ -278,16 +270,28 @@ def test_lowered_model(variant: str) -> None:
 
 @pytest.mark.parametrize(("variant", "p"), [("lora", 0.0), ("lora", 0.3), ("dora", 0.0), ("dora", 0.3)])
 def test_compiled_model(variant: str, p: float) -> None:
-    """Traced, nothing is launched; run, it is what runs uncompiled, masks included."""
-    gm = adapted(variant, p, "triton").train()
-    launches: list[object] = []
-    with recorded(lambda *launch: launches.append(launch)):
-        torch.export.export(gm, (INPUT,)).run_decompositions({})
-    assert not launches
+    """Traced, all is operators and nothing is launched; run, it is what runs uncompiled, masks included."""
+    gm, called, launched, at_compilation = adapted(variant, p, "triton").train(), set[str](), list[str](), list[int]()
+
+    def compiler(graph: torch.fx.GraphModule, _: Sequence[Tensor]) -> Any:
+        called.update(str(node.target) for node in graph.graph.nodes)
+        at_compilation.append(len(launched))
+        return make_boxed_func(graph.forward)
+
+    def run(kernel: Any, grid: Any, args: Any, options: Any) -> None:
+        launched.append(kernel.__name__)
+        kernel[tuple(grid)](*args, **options)
+
     expected, other = step_of(gm, seed=3), step_of(gm, seed=4)
-    actual = step_of(torch.compile(gm, fullgraph=True, backend="aot_eager"), seed=3)
+    with recorded(run):
+        actual = step_of(torch.compile(gm, fullgraph=True, backend=aot_autograd(fw_compiler=compiler)), seed=3)
     assert all(map(torch.equal, actual, expected))
     assert all(map(torch.equal, other, expected)) == (p == 0.0)
+    assert at_compilation[0] == 0
+    assert launched
+    names = {"triton_down", "triton_up", "triton_grad_up", "triton_grad_x", "triton_grad_right"}
+    names |= {"row_norm"} if variant == "dora" else set()
+    assert called >= {f"lorafx.{name}.default" for name in names}
 
 
 def adapted(variant: str, p: float, backend: str) -> Any:
@@ -390,7 +394,9 @@ def test_plan() -> None:
 )
 def test_row_norm(shape: tuple[int, int], r: int, dtype: torch.dtype, adapters: torch.dtype) -> None:
     n, k = shape
-    weight, a, b = (torch.randn(size).to(DEVICE, of) for size, of in (((n, k), dtype), ((r, k), adapters), ((n, r), adapters)))
+    weight, a, b = (
+        torch.randn(size).to(DEVICE, of) for size, of in (((n, k), dtype), ((r, k), adapters), ((n, r), adapters))
+    )
     weight[1], b[1] = 0, 0
     squares = compute_squares(weight)
     found = row_norm(weight, a, b, squares, 0.3)
@@ -402,33 +408,24 @@ def test_row_norm(shape: tuple[int, int], r: int, dtype: torch.dtype, adapters: 
     assert torch.equal(unchanged, compute_norm(squares, weight, a, torch.zeros_like(b), 0.3))
 
 
-def test_the_operator_takes_the_kernel_and_keeps_the_base() -> None:
-    weight = nn.Parameter(torch.randn(20, 33, device=DEVICE), requires_grad=False)
-    a, b = torch.randn(3, 33, device=DEVICE), torch.randn(20, 3, device=DEVICE)
-    names: list[str] = []
+def test_the_operator_of_dora_is_the_kernel() -> None:
+    weight, a, b = (torch.randn(size, device=DEVICE) for size in ((20, 33), (3, 33), (20, 3)))
+    exact = (weight.double() + 0.7 * b.double() @ a.double()).norm(dim=1)
+    launched: list[str] = []
 
     def run(kernel: Any, grid: Any, args: Any, options: Any) -> None:
-        names.append(kernel.__name__)
+        launched.append(kernel.__name__)
         kernel[tuple(grid)](*args, **options)
 
-    with pytest.MonkeyPatch.context() as patch, recorded(run):
-        for change in (0.0, 0.0, 1.0):
-            with torch.no_grad():
-                weight += change
-            found = norms.row_norm(weight, a, b, 0.7)
-            check(found, (weight.double() + 0.7 * b.double() @ a.double()).norm(dim=1), F32)
-            patch.setattr(norms, "compute_squares", norms.compute_squares if change else _fails)
-            if not change:
-                check(norms.row_norm(weight, a, b, 0.7), found.double(), F32)
-                patch.undo()
-        wide = norms.row_norm(weight.double(), a, b, 0.7)  # not the kernel's
-    assert set(names) == {"row_norm_kernel"}
-    assert len(names) == 5
+    with recorded(run):
+        check(torch.ops.lorafx.row_norm.default(weight, a, b, 0.7), exact, F32)
+        assert launched == ["row_norm_kernel"]
+        wide = torch.ops.lorafx.row_norm.default(weight.double(), a, b, 0.7)  # nothing for the kernel
+        stack = torch.ops.lorafx.row_norm.default(weight.expand(2, 20, 33), a.expand(2, 3, 33), b.expand(2, 20, 3), 0.7)
+    assert launched == ["row_norm_kernel"]
     assert wide.dtype is torch.float64
-
-
-def _fails(weight: Tensor) -> Tensor:
-    raise AssertionError("the base's term was computed again")
+    check(wide, exact, F32)
+    check(stack[1], exact, F32)
 
 
 # Traffic
@@ -478,8 +475,8 @@ def test_model_of_traffic(case: Case) -> None:
     run = make(case)
     with counted() as launches:
         run.run()
-        weight = run.layers[0].weight
-        row_norm(weight, run.rights[0], run.layers[0].lefts[0], compute_squares(weight), 2.0)
+        weight = run.layers.weights[0]
+        row_norm(weight, run.rights[0], run.layers.lefts[0], compute_squares(weight), 2.0)
     names = {launch.name for launch, _ in launches}
     assert names >= {"down", "up", "grad_up", "dx", "dright", "row_norm"}
     assert "reduce" in names or case.m < 100  # small sums are not split
@@ -495,7 +492,7 @@ def test_check_of_the_gpu_benchmark() -> None:
     path = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
     gpu = runpy.run_path(str(path))
     checks = list(gpu["check"](torch.device(DEVICE), [(9, 20, 17)], [3], ["fp32", "fp16"]))
-    assert {c.what for c in checks} >= {"s", "y0", "y1", "dleft0", "dot1", "total0", "dx", "dright"}
+    assert {c.what for c in checks} >= {"s", "y0", "y1", "dleft0", "dot1", "total0", "dx", "dright1", "row norm"}
     assert all(c.right for c in checks), [c for c in checks if not c.right]
 
 

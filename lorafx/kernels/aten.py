@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafx.kernels.base import Adapters, Call, GradUp, Layer, Provider, Upstream, like, split
+from lorafx.kernels.base import Adapters, Call, GradUp, Layers, Provider, Upstreams, like, split
 
 #: Random numbers are 16 bits an element, so that p is exact to 2^-16; one int64 has those of four elements.
 _LEVELS = 1 << 16
@@ -45,7 +45,7 @@ class Aten(Provider):
         dropped = _dropped(x, adapters, kept)
         return torch.cat([torch.mm(d, _turned(r, x.dtype)) for d, r in zip(dropped, rights, strict=True)], 1), kept
 
-    def up(self, x: Tensor, s: Tensor, layers: Sequence[Layer], adapters: Adapters) -> list[Tensor]:
+    def up(self, x: Tensor, s: Tensor, layers: Layers, adapters: Adapters) -> list[Tensor]:
         ys = []
         for layer in layers:
             gain, bias, left = layer.gain, layer.bias, layer.left(adapters)
@@ -56,9 +56,9 @@ class Aten(Provider):
         return ys
 
     def grad_up(
-        self, upstream: Sequence[Upstream], s: Tensor, layers: Sequence[Layer], adapters: Adapters
+        self, upstream: Upstreams, s: Tensor, layers: Layers, adapters: Adapters
     ) -> tuple[Tensor, list[GradUp | None]]:
-        ds, ups = torch.empty_like(s), []
+        ds, ups = torch.empty_like(s), list[GradUp | None]()
         for layer, given in zip(layers, upstream, strict=True):
             columns, dy, y, gain = layer.columns(adapters), given.dy, given.y, layer.gain
             if dy is None:

@@ -20,7 +20,7 @@ better. Whether ``scale`` is in ``s`` and ``ds``, or at ``left``, is the provide
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -33,8 +33,7 @@ from torch import Tensor
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "gelu_mul", "gelu_tanh_mul", "silu_mul")
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What is known of a group before it runs: enough to say who can serve it."""
 
     device: torch.device
@@ -88,8 +87,24 @@ class Layer(NamedTuple):
         return [t if c == 1.0 else t * c for t, c in zip(parts, adapters.scales[self.adapters], strict=True)]
 
 
+@dataclass(slots=True)
+class Layers:
+    """The layers of a group that have adapters; ``counts`` and ``places`` say how many and which of ``lefts``."""
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    gains: Sequence[Tensor | None]
+    lefts: Sequence[Tensor]
+    counts: Sequence[int]
+    places: Sequence[slice]
+
+    def __iter__(self) -> Iterator[Layer]:
+        for weight, bias, gain, place in zip(self.weights, self.biases, self.gains, self.places, strict=True):
+            yield Layer(weight, bias, gain, self.lefts[place], place)
+
+
 class Upstream(NamedTuple):
-    """What comes back to one layer: ``dy [M, n]``, None where nothing reads its output; and what is asked for.
+    """What comes back to a layer: ``dy [M, n]``, None where nothing reads its output; and what is asked for.
 
     With ``y`` the sums that the gradient of the gain needs, with ``needs_total`` that of the bias.
     """
@@ -97,6 +112,18 @@ class Upstream(NamedTuple):
     dy: Tensor | None
     y: Tensor | None = None
     needs_total: bool = False
+
+
+@dataclass(slots=True)
+class Upstreams:
+    """:class:`Upstream` of all layers."""
+
+    dys: Sequence[Tensor | None]
+    ys: Sequence[Tensor | None]
+    needs_total: Sequence[bool]
+
+    def __iter__(self) -> Iterator[Upstream]:
+        return map(Upstream, self.dys, self.ys, self.needs_total)
 
 
 class GradUp(NamedTuple):
@@ -148,7 +175,7 @@ class Provider(ABC):
         """
 
     @abstractmethod
-    def up(self, x: Tensor, s: Tensor, layers: Sequence[Layer], adapters: Adapters) -> list[Tensor]:
+    def up(self, x: Tensor, s: Tensor, layers: Layers, adapters: Adapters) -> list[Tensor]:
         """``y [M, n]`` of each layer, bit for bit that of the frozen layer where gain is 1 and ``left`` 0.
 
         For that, ``x [..., k]`` is as the layer has it: a product of a strided input has its own way of adding a bias.
@@ -156,7 +183,7 @@ class Provider(ABC):
 
     @abstractmethod
     def grad_up(
-        self, upstream: Sequence[Upstream], s: Tensor, layers: Sequence[Layer], adapters: Adapters
+        self, upstream: Upstreams, s: Tensor, layers: Layers, adapters: Adapters
     ) -> tuple[Tensor, list[GradUp | None]]:
         """``ds [M, R]``, and the gradients of each layer's own tensors; zeros and None where there is no ``dy``."""
 
@@ -209,5 +236,7 @@ def split(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor
 
 def like(gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
     """Gradients in the dtypes of what they are gradients of."""
-    return [grad.to(tensor.dtype) for grad, tensor in zip(gradients, tensors, strict=True)]
-
+    return [
+        grad if grad.dtype is tensor.dtype else grad.to(tensor.dtype)
+        for grad, tensor in zip(gradients, tensors, strict=True)
+    ]

@@ -10,18 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorafx.kernels.base import Adapters, GradUp, Layer, Provider, Upstream, like
+from lorafx.kernels.base import Adapters, GradUp, Layers, Provider, Upstreams, like
+from lorafx.kernels.gain import grad_gain
+from lorafx.kernels.once import once_differentiable
 from lorafx.kernels.recipe import recompute
-from lorafx.ops import LIBRARY
 from lorafx.variants.base import full_precision
 
 aten = torch.ops.aten
-
-#: Below this, the gradient of a gain is not taken from the layer's output, of which its share is too small.
-_SMALL_GAIN = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -43,6 +40,10 @@ class Group:
     def adapted(self) -> tuple[int, ...]:
         """The siblings that have adapters."""
         return tuple(i for i, count in enumerate(self.counts) if count)
+
+    def of_adapted(self, each: Sequence[Any]) -> Sequence[Any]:
+        """Of one thing for each sibling, those of the siblings that have adapters."""
+        return each if len(self.adapted) == len(each) else [each[i] for i in self.adapted]
 
     @cached_property
     def places(self) -> tuple[slice, ...]:
@@ -74,10 +75,13 @@ class Operands(NamedTuple):
         """From the order in which the function takes them."""
         return cls(*[values[place] for place in group.places])
 
-    def layers(self, group: Group) -> list[Layer]:
+    def layers(self, group: Group) -> Layers:
         """Those of the siblings that have adapters."""
-        weights, biases, gains, lefts, _ = self
-        return [Layer(weights[i], biases[i], gains[i], lefts[group.mine[i]], group.mine[i]) for i in group.adapted]
+        return Layers(
+            *map(group.of_adapted, (self.weights, self.biases, self.gains)),
+            self.lefts,
+            *map(group.of_adapted, (group.counts, group.mine)),
+        )
 
 
 @dataclass(frozen=True)
@@ -157,9 +161,11 @@ class LowRankLinear(torch.autograd.Function):
         again, s, kept = saved[:ends], saved[ends], saved[ends + 1]
         operands = Operands.unflatten(group, saved[ends + 2 : ends + 2 + count])
         flat = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        ys = dict(zip(needs.gains, [y.reshape(-1, y.shape[-1]) for y in saved[ends + 2 + count :]], strict=True))
+        ys: list[Tensor | None] = [None] * len(flat)
+        for i, y in zip(needs.gains, saved[ends + 2 + count :], strict=True):
+            ys[i] = y.reshape(-1, y.shape[-1])
 
-        upstream = [Upstream(flat[i], ys.get(i), needs.totals[i]) for i in group.adapted]
+        upstream = Upstreams(*map(group.of_adapted, (flat, ys, needs.totals)))
         ds, ups = provider.grad_up(upstream, s, operands.layers(group), adapters)
         found: dict[int, GradUp] = {i: up for i, up in zip(group.adapted, ups, strict=True) if up is not None}
         for i, (of, dy) in enumerate(zip(group.counts, flat, strict=True)):
@@ -192,10 +198,9 @@ class LowRankLinear(torch.autograd.Function):
                 grads[of_rights + mine.start : of_rights + mine.stop] = [None] * group.counts[i]
         for i in needs.gains:
             if i in found:
-                rows, lefts = x.reshape(-1, ctx.shape[-1]), operands.lefts[group.mine[i]]
-                grads[of_gains + i] = grad_gain(
-                    found[i], rows, operands.weights[i], operands.biases[i], lefts, operands.gains[i], flat[i]
-                )
+                up, rows, lefts = found[i], x.reshape(-1, ctx.shape[-1]), operands.lefts[group.mine[i]]
+                low = (up.dot, up.total, up.dlefts, lefts, operands.biases[i])
+                grads[of_gains + i] = grad_gain(*low, operands.gains[i], flat[i], rows, operands.weights[i])
         for i in needs.biases:
             if i in found:
                 (grads[of_biases + i],) = like([found[i].total], [operands.biases[i]])
@@ -203,50 +208,6 @@ class LowRankLinear(torch.autograd.Function):
             if i in found:
                 grads[of_weights + i] = torch.mm(found[i].base.t(), x.reshape(-1, ctx.shape[-1]))
         return (None, dx, None, *dsources, *grads)
-
-
-def grad_gain(
-    up: GradUp,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lefts: Sequence[Tensor],
-    gain: Tensor,
-    dy: Tensor,
-) -> Tensor:
-    """``sum_M dy * (x W^T)``, without that product where the output tells it: ``gain * x W^T = y - s left^T - b``."""
-    assert up.dot is not None
-    assert up.total is not None
-    rest = up.dot
-    for dleft, left in zip(up.dlefts, lefts, strict=True):
-        rest = rest - (dleft.to(rest.dtype) * left).sum(1)
-    if bias is not None:
-        rest = rest - bias * up.total
-    found: Tensor = exact_where_small(rest, gain, dy, x, weight)
-    return found.to(gain.dtype)
-
-
-def _exact_where_small(rest: Tensor, gain: Tensor, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``rest / gain``; for rows whose gain is small, or 0, by the product of those rows instead.
-
-    An operator, since which rows these are is known only when it runs.
-    """
-    small = gain.abs() < _SMALL_GAIN
-    found = rest / torch.where(small, 1.0, gain)
-    if bool(small.any()):
-        exact = (dy[:, small] * F.linear(x, weight[small])).sum(0, dtype=rest.dtype)
-        found[small] = exact
-    return found
-
-
-def _exact_fake(rest: Tensor, gain: Tensor, dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return rest.new_empty(rest.shape)
-
-
-LIBRARY.define("exact_where_small(Tensor rest, Tensor gain, Tensor dy, Tensor x, Tensor weight) -> Tensor")
-LIBRARY.impl("exact_where_small", _exact_where_small, "CompositeExplicitAutograd")
-LIBRARY.impl("exact_where_small", _exact_fake, "Meta")
-exact_where_small = torch.ops.lorafx.exact_where_small.default
 
 
 def _slices(sizes: Sequence[int]) -> tuple[slice, ...]:

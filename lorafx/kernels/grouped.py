@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lorafx.kernels.base import Adapters, Call, quantised
 from lorafx.kernels.function import LowRankLinear, make_group
@@ -32,40 +34,7 @@ _SCHEMA = (
 )
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """One layer of a group: its own tensors, and the arguments of its adapters."""
-
-    kind: str
-    stored: Tensor
-    bias: Tensor | None
-    training: bool
-    tensors: Sequence[Tensor]
-    variants: Sequence[str]
-    scaling: Sequence[float]
-    dropout: Sequence[float]
-
-    @property
-    def weight(self) -> Tensor:
-        """``[out, in]``."""
-        return LAYERS[self.kind].storage.matrix(self.stored)
-
-    def twin(self, x: Tensor) -> Tensor:
-        """What it means."""
-        layer = LAYERS[self.kind]
-        own: list[Any] = [None] * 3
-        assert layer.bias is not None
-        own[layer.x], own[layer.weight], own[layer.bias] = x, self.stored, self.bias
-        if not self.variants:
-            plain: Tensor = layer.target(*own)
-            return plain
-        adapters = (self.tensors, self.variants, self.scaling, self.dropout, self.training, None)
-        adapted: Tensor = ADAPTED[self.kind](*own, *adapters)
-        return adapted
-
-
-@dataclass(frozen=True)
-class _Sibling:
+class _Sibling(NamedTuple):
     """What all adapters of one layer together make of it; a bias that broadcasts (addmm takes them) is added late."""
 
     weight: Tensor
@@ -77,20 +46,64 @@ class _Sibling:
     scales: list[float]
 
 
-def _sibling(layer: _Layer) -> _Sibling:
-    """Each update is relative to the frozen layer: the gains' excesses over 1 add up, and scale no bias."""
-    weight, bias = layer.weight, layer.bias
-    changes = list(updates(weight, layer.tensors, layer.variants, layer.scaling))
-    gains = [u.gain for u in changes if u.gain is not None]
-    lefts = [u.unscaled if u.gain is None else u.gain.unsqueeze(-1) * u.unscaled for u in changes]
-    gain = gains[0] if len(gains) == 1 else 1 + torch.stack([g - 1 for g in gains]).sum(0) if gains else None
-    for shift in (u.shift for u in changes):
-        if shift is not None:
-            bias = shift if bias is None else bias + shift
-    late = None
-    if bias is not None and bias.shape != weight.shape[:1]:
-        bias, late = None, bias
-    return _Sibling(weight, bias, late, gain, lefts, [u.right for u in changes], [u.scaling for u in changes])
+@dataclass(frozen=True)
+class _Layer:
+    """What of one layer of a group is no tensor; ``place`` is where in ``tensors`` those of its adapters are."""
+
+    kind: str
+    training: bool
+    variants: tuple[str, ...]
+    scaling: tuple[float, ...]
+    dropout: tuple[float, ...]
+    place: slice
+
+    def twin(self, x: Tensor, stored: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> Tensor:
+        """What it means."""
+        layer = LAYERS[self.kind]
+        own: list[Any] = [None] * 3
+        assert layer.bias is not None
+        own[layer.x], own[layer.weight], own[layer.bias] = x, stored, bias
+        if not self.variants:
+            plain: Tensor = layer.target(*own)
+            return plain
+        adapters = (tensors[self.place], self.variants, self.scaling, self.dropout, self.training, None)
+        adapted: Tensor = ADAPTED[self.kind](*own, *adapters)
+        return adapted
+
+    def sibling(self, stored: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> _Sibling:
+        """Each update is relative to the frozen layer: the gains' excesses over 1 add up, and scale no bias."""
+        weight, late = LAYERS[self.kind].storage.matrix(stored), None
+        changes = list(updates(weight, tensors[self.place], self.variants, self.scaling))
+        gains = [u.gain for u in changes if u.gain is not None]
+        gain = gains[0] if len(gains) == 1 else 1 + torch.stack([g - 1 for g in gains]).sum(0) if gains else None
+        lefts = [u.unscaled if u.gain is None else u.gain.unsqueeze(-1) * u.unscaled for u in changes]
+        for change in changes:
+            if change.shift is not None:
+                bias = change.shift if bias is None else bias + change.shift
+        if bias is not None and bias.shape != weight.shape[:1]:
+            bias, late = None, bias
+        return _Sibling(weight, bias, late, gain, lefts, [u.right for u in changes], [u.scaling for u in changes])
+
+
+@cache
+def _layers(
+    kinds: tuple[str, ...],
+    counts: tuple[int, ...],
+    training: tuple[bool, ...],
+    variants: tuple[str, ...],
+    scaling: tuple[float, ...],
+    dropout: tuple[float, ...],
+) -> tuple[tuple[_Layer, ...], tuple[float, ...]]:
+    """The layers of a group, and the chance of each adapter to drop an element now: once for all steps."""
+    layers: list[_Layer] = []
+    adapter = tensor = 0
+    for kind, count, trains in zip(kinds, counts, training, strict=True):
+        mine = slice(adapter, adapter + count)
+        size = sum(len(VARIANTS[v].parameters) + len(VARIANTS[v].shared) for v in variants[mine])
+        place = slice(tensor, tensor + size)
+        layers.append(_Layer(kind, trains, variants[mine], scaling[mine], dropout[mine], place))
+        adapter, tensor = mine.stop, place.stop
+    return tuple(layers), tuple(quantised(p) if layer.training else 0.0 for layer in layers for p in layer.dropout)
 
 
 def grouped_reference(
@@ -110,17 +123,12 @@ def grouped_reference(
     activation: str = "",
 ) -> list[Tensor]:
     """See the module; under autocast in its dtype, as ``linear`` is."""
-    layers, remaining, start = [], iter(tensors), 0
-    for kind, weight, bias, count, trains in zip(kinds, weights, biases, counts, training, strict=True):
-        mine = slice(start, start + count)
-        start += count
-        names = variants[mine]
-        own = [next(remaining) for v in names for _ in (*VARIANTS[v].parameters, *VARIANTS[v].shared)]
-        layers.append(_Layer(kind, weight, bias, trains, own, names, scaling[mine], dropout[mine]))
-    if torch._C._functorch.maybe_current_level() is not None:  # function transforms see plain torch
-        return [layer.twin(x) for layer in layers]
+    layers, p = _layers(*map(tuple, (kinds, counts, training, variants, scaling, dropout)))
+    if _is_transformed():
+        given = zip(layers, weights, biases, strict=True)
+        return [layer.twin(x, weight, bias, tensors) for layer, weight, bias in given]
 
-    siblings = [_sibling(layer) for layer in layers]
+    siblings = [layer.sibling(w, b, tensors) for layer, w, b in zip(layers, weights, biases, strict=True)]
     device = "cpu" if x.is_meta else x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype is not torch.float64
     if autocast:
@@ -128,7 +136,6 @@ def grouped_reference(
         x, sources, recipe, activation = x.to(dtype), [], "", ""  # the recipe would give the input before the cast
     rights = [right for s in siblings for right in s.rights]
     ranks = tuple(right.shape[0] for right in rights)
-    p = tuple(quantised(chance) if layer.training else 0.0 for layer in layers for chance in layer.dropout)
     chosen = provider(provider_name)
     call = Call(x.device, x.dtype, x.shape[-1], tuple(s.weight.shape[0] for s in siblings), sum(ranks))
     if chosen.rejects(call) is not None:
@@ -139,7 +146,7 @@ def grouped_reference(
     group = make_group(chosen, tuple(counts), adapters, recipe, activation)
     operands = (
         *[s.weight.to(x.dtype) if autocast else s.weight for s in siblings],
-        *[None if s.bias is None else s.bias.to(x.dtype) for s in siblings],
+        *[s.bias if s.bias is None or s.bias.dtype is x.dtype else s.bias.to(x.dtype) for s in siblings],
         *[s.gain for s in siblings],
         *[left for s in siblings for left in s.lefts],
         *rights,
@@ -147,6 +154,11 @@ def grouped_reference(
     with full_precision(x):
         ys = LowRankLinear.apply(group, x, len(sources), *sources, *operands)  # type: ignore[no-untyped-call]
         return [y if s.late is None else y + s.late.to(x.dtype) for y, s in zip(ys, siblings, strict=True)]
+
+
+def _is_transformed() -> bool:
+    """Whether function transforms or forward-mode differentiation are at work, which are to see plain torch."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -8,8 +8,7 @@ A and B by all of their values, which takes r (in + out) comparisons where the n
 frozen. Only a write that no version counter sees, as through ``.data``, and that misses all 64 would go unseen.)
 
 It is one operator, so that whatever traces a graph records a call, not what was kept, and compiled code keeps norms as
-eager code does. What is kept goes by memory, since compiled code has tensor objects of its own over it. A package with
-a kernel for some device registers it for that dispatch key (:mod:`lorafx.kernels.triton.ops`).
+eager code does. What is kept goes by memory, since compiled code has tensor objects of its own over it.
 
 Comparing values waits for the device, so elsewhere than on the CPU only the base's term is kept, and that of parameters
 only: the version counter then has to see every write, which a compiler's temporary buffers do not tell it of.
@@ -80,14 +79,15 @@ def compute_squares(weight: Tensor) -> Tensor:
 
 
 def compute_norm(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """The formula above, with the base's term given. An operator, which compiled code may implement."""
+    """The formula above, with the base's term given. An operator, which kernels implement for their devices."""
     if any(is_traceable_wrapper_subclass(t) for t in (weight, a, b)):  # these know torch's operators, and not ours
-        return _factored_norm(squares, weight, a, b, scaling)
+        return factored_norm(squares, weight, a, b, scaling)
     norm: Tensor = torch.ops.lorafx.factored_norm.default(squares, weight, a, b, scaling)
     return norm
 
 
-def _factored_norm(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def factored_norm(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """What the operator means."""
     dtype = _result_dtype(weight, a)
     right, left = a.to(dtype), (b * scaling).to(dtype)
     terms = 2 * _product(weight, right) + left @ (right @ right.mT)
@@ -115,7 +115,7 @@ def _result_dtype(weight: Tensor, a: Tensor) -> torch.dtype:
 # What is kept
 
 
-def kept_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def _kept_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """The operator, for tensors with values. What it returns is the caller's: compiled code writes to its buffers."""
     if not _may_keep(weight):
         return _compute(weight, a, b, scaling)
@@ -131,14 +131,6 @@ def kept_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
             norm = compute_norm(squares, weight, a, b, scaling)
         known = views[view] = _Norm(squares, scaling, a.clone(), b.clone(), norm)
     return known.values.clone()
-
-
-def squares_of(weight: Tensor) -> Tensor:
-    """:func:`compute_squares` of a base, kept where its next change would be seen."""
-    if _may_keep(weight):
-        return _kept_squares(weight)
-    with full_precision(weight):
-        return compute_squares(weight.detach())
 
 
 def _kept_squares(weight: Tensor) -> Tensor:
@@ -209,13 +201,13 @@ def _batched_norm(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> t
 
 _LIBRARY: Any = torch.library.Library("lorafx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define("factored_norm(Tensor squares, Tensor weight, Tensor a, Tensor b, float scaling) -> Tensor")
-_LIBRARY.impl("factored_norm", _factored_norm, "CompositeExplicitAutograd")
+_LIBRARY.impl("factored_norm", factored_norm, "CompositeExplicitAutograd")
 _LIBRARY.define(
     "row_norm(Tensor weight, Tensor a, Tensor b, float scaling) -> Tensor",
     # A CUDA graph would take what is kept for its own, in memory that it uses again.
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
 )
-_LIBRARY.impl("row_norm", kept_norm, "CompositeExplicitAutograd")
+_LIBRARY.impl("row_norm", _kept_norm, "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norm", torch.library.fallthrough_kernel, "Autograd")  # it takes no gradient
 torch.library.register_fake("lorafx::row_norm", _fake_norm, lib=_LIBRARY)
 torch.library.register_vmap("lorafx::row_norm", _batched_norm, lib=_LIBRARY)

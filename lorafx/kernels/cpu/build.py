@@ -19,7 +19,15 @@ import torch
 _FOLDER = Path(__file__).parent
 _SOURCE = _FOLDER / "ops.cpp"
 _TORCH = Path(torch.__file__).parent
-_FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-w", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++20",
+    "-fopenmp",
+    "-fPIC",
+    "-w",
+    f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+)
 _TIMEOUT = 600.0
 
 
@@ -84,5 +92,6 @@ def _run(command: list[str]) -> bytes:
         raise BuildError(f"{command[0]} did not run: {error}") from error
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise BuildError(f"{command[0]} failed: {said[0] if said else f'exit status {done.returncode}'}")
+        first = next((line for line in said if "error" in line), said[0] if said else f"exit status {done.returncode}")
+        raise BuildError(f"{command[0]} failed: {first}")
     return done.stdout

@@ -18,6 +18,7 @@ namespace {
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
 using Maybes = c10::List<Maybe>;
+constexpr double SMALL_GAIN = 1.0 / 16;  // as in gain.py
 
 // The tensor with its rows in one piece each.
 Tensor rows(const Tensor &t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous(); }
@@ -234,10 +235,26 @@ Tensor product(const Tensor &weight, const Tensor &right) {
 
 // lorafx/variants/row_norm.py has the formula.
 Tensor factored_norm(const Tensor &squares, const Tensor &weight, const Tensor &a, const Tensor &b, double scaling) {
-  const auto dtype = at::promote_types(at::promote_types(weight.scalar_type(), a.scalar_type()), at::kFloat);
+  const auto dtype = c10::promoteTypes(c10::promoteTypes(weight.scalar_type(), a.scalar_type()), at::kFloat);
   const Tensor right = a.to(dtype), left = b.mul(scaling).to(dtype);
   const Tensor terms = product(weight, right).mul_(2).add_(at::matmul(left, at::matmul(right, right.mT())));
   return squares.add(terms.mul_(left).sum(-1)).clamp_min_(0).sqrt_().to(dtype);
+}
+
+// lorafx/kernels/gain.py has the formula.
+Tensor grad_gain(const Tensor &dot, const Tensor &total, at::TensorList dlefts, at::TensorList lefts, const Maybe &bias,
+                 const Tensor &gain, const Tensor &dy, const Tensor &x, const Tensor &weight) {
+  Tensor found = dot.clone();
+  for (size_t j = 0; j < lefts.size(); ++j) found = found.sub(dlefts[j].to(dot.scalar_type()).mul(lefts[j]).sum(1));
+  if (bias) found = found.sub(bias->mul(total));
+  const Tensor small = gain.abs().lt(SMALL_GAIN);
+  found = found.div(gain.masked_fill(small, 1.0));
+  if (small.any().item<bool>()) {
+    const Tensor at = small.nonzero().flatten();
+    const Tensor y = at::linear(x, weight.index_select(0, at));
+    found.index_copy_(0, at, dy.index_select(1, at).mul(y).sum(0, false, found.scalar_type()));
+  }
+  return found.to(gain.scalar_type());
 }
 
 }  // namespace
@@ -250,4 +267,5 @@ TORCH_LIBRARY_IMPL(lorafx, CPU, m) {
   m.impl("cpu_grad_right", grad_right);
   m.impl("cpu_grad_sources", grad_sources);
   m.impl("factored_norm", factored_norm);
+  m.impl("grad_gain", grad_gain);
 }

@@ -84,8 +84,8 @@ cpu_up = _define(
     "-> Tensor[]",
     _up,
 )
-#: ``ds``; of each adapter ``dleft``; of each layer ``gain * dy``, and the sums of ``dy`` and of ``dy * y``: empty what is
-#: not asked for. It is one call, so that the threads share out all layers' rows and columns.
+#: ``ds``; of each adapter ``dleft``; of each layer ``gain * dy``, and the sums of ``dy`` and of ``dy * y``: empty what
+#: is not asked for. It is one call, so that the threads share out all layers' rows and columns.
 cpu_grad_up = _define(
     "cpu_grad_up",
     "(Tensor?[] dys, Tensor?[] ys, bool[] needs_total, Tensor s, Tensor?[] gains, Tensor[] lefts, int[] counts, "

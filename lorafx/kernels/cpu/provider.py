@@ -4,21 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import islice
 from typing import ClassVar
 
 from torch import Tensor
 
-from lorafx.kernels.base import (
-    ACTIVATIONS,
-    Adapters,
-    Call,
-    GradUp,
-    Layer,
-    Provider,
-    Upstream,
-    like,
-)
+from lorafx.kernels.base import ACTIVATIONS, Adapters, Call, GradUp, Layers, Provider, Upstreams, like
 from lorafx.kernels.cpu import build, ops
 
 
@@ -43,40 +33,31 @@ class Cpu(Provider):
         s, bits = ops.cpu_down(x, rights, adapters.p, adapters.scales, seed)
         return s, None if seed is None else bits
 
-    def up(self, x: Tensor, s: Tensor, layers: Sequence[Layer], adapters: Adapters) -> list[Tensor]:
-        ys: list[Tensor] = ops.cpu_up(
-            x,
-            s,
-            [layer.weight for layer in layers],
-            [layer.bias for layer in layers],
-            [layer.gain for layer in layers],
-            [left for layer in layers for left in layer.lefts],
-            [len(layer.lefts) for layer in layers],
-        )
+    def up(self, x: Tensor, s: Tensor, layers: Layers, adapters: Adapters) -> list[Tensor]:
+        ys: list[Tensor] = ops.cpu_up(x, s, layers.weights, layers.biases, layers.gains, layers.lefts, layers.counts)
         return ys
 
     def grad_up(
-        self, upstream: Sequence[Upstream], s: Tensor, layers: Sequence[Layer], adapters: Adapters
+        self, upstream: Upstreams, s: Tensor, layers: Layers, adapters: Adapters
     ) -> tuple[Tensor, list[GradUp | None]]:
-        lefts = [left for layer in layers for left in layer.lefts]
-        ds, *found = ops.cpu_grad_up(
-            [above.dy for above in upstream],
-            [above.y for above in upstream],
-            [above.needs_total for above in upstream],
-            s,
-            [layer.gain for layer in layers],
-            lefts,
-            [len(layer.lefts) for layer in layers],
-            adapters.scales,
-        )
-        dlefts, extras, ups = iter(like(found[: len(lefts)], lefts)), iter(found[len(lefts) :]), []
-        for layer, above in zip(layers, upstream, strict=True):
-            mine, (base, total, dot) = list(islice(dlefts, len(layer.lefts))), islice(extras, 3)
-            if above.dy is None:
+        dys, ys, needs_total = upstream.dys, upstream.ys, upstream.needs_total
+        lefts, gains = layers.lefts, layers.gains
+        ds, *found = ops.cpu_grad_up(dys, ys, needs_total, s, gains, lefts, layers.counts, adapters.scales)
+        dlefts, extras = like(found[: len(lefts)], lefts), found[len(lefts) :]
+        ups: list[GradUp | None] = []
+        for i, (dy, place) in enumerate(zip(dys, layers.places, strict=True)):
+            if dy is None:
                 ups.append(None)
                 continue
-            base = above.dy if layer.gain is None else base
-            ups.append(GradUp(mine, base, total if above.needs_total else None, None if above.y is None else dot))
+            base, total, dot = extras[3 * i : 3 * i + 3]
+            ups.append(
+                GradUp(
+                    dlefts[place],
+                    dy if gains[i] is None else base,
+                    total if needs_total[i] else None,
+                    None if ys[i] is None else dot,
+                )
+            )
         return ds, ups
 
     def grad_x(

@@ -43,11 +43,14 @@ class Config:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def gemm_configs(m: int, n: int, itemsize: int, device: Device, aligned: bool) -> list[Config]:
-    """For a product ``[m, n]`` of two large matrices: the default first, then what else is worth timing."""
+def gemm_configs(m: int, n: int, itemsize: int, device: Device, aligned: bool, fused: bool) -> list[Config]:
+    """For a product ``[m, n]`` of two large matrices: the default first, then what else is worth timing.
+
+    The default is fused with that product, or after the library's.
+    """
     depth = 128 // itemsize  # 128 bytes a row: one line of the cache
     if not aligned:  # elements are loaded one by one, each with an address in a register
-        found = [Config(64, 64, 32, 4, 2), Config(32, 64, 32, 4, 2)]
+        found = [Config(64, 64, 16 if itemsize == 4 else 32, 4, 2), Config(32, 64, 32, 4, 2)]
     else:
         if m <= 64:
             tiles = [(32, 64, 4), (16, 128, 4), (64, 64, 8), (16, 64, 4)]
@@ -60,14 +63,13 @@ def gemm_configs(m: int, n: int, itemsize: int, device: Device, aligned: bool) -
             for rows, columns, warps in tiles
         ]
     library = replace(found[0], library=True)
-    # A vendor's float32 GEMM keeps PyTorch's precision settings to the letter: there it is the default.
-    return [library, *found] if itemsize == 4 else [*found, library]
+    return [*found, library] if fused else [library, *found]
 
 
 def skinny_configs(rows: int, itemsize: int, ranks: int, device: Device, aligned: bool) -> list[Config]:
     """For :mod:`down`: many rows, few columns, a long sum."""
     warps = 4 if ranks <= 64 else 8
-    if not aligned:
+    if not aligned:  # as above, and an accumulator for each piece of the ranks
         depth = 32 if ranks * itemsize <= 128 else 16
         return [Config(h, ranks, depth, warps, 2) for h in ((32, 16) if ranks <= 32 else (16,))]
     depth = 128 // itemsize if ranks <= 64 else 16 if device.amd else 32
@@ -82,7 +84,9 @@ def stream_configs(columns: int, itemsize: int, ranks: int, device: Device, alig
     if not aligned:
         return [Config(ranks, 32, 16, 4, 2)]
     if itemsize == 4:
-        tiles = [(128, 16, 8), (64, 16, 4)] if ranks <= 32 and columns > 64 else [(64, 16, 8), (32, 16, 4)]
+        tiles = [(128, 16, 8)] if ranks <= 32 and columns > 64 else []
+        tiles += [(64, 16, 8)] if ranks <= 128 else []
+        tiles += [(32, 16, 8 if ranks > 128 else 4)]
     elif columns > 128 and ranks <= 32:
         tiles = [(256, 32, 8), (128, 32, 4), (256, 64, 8)]
     elif ranks <= 128:
@@ -105,12 +109,12 @@ def norm_configs(r: int, itemsize: int, device: Device, aligned: bool) -> list[C
         return [Config(16, 64, depth, 4, 2)]
     stages = 3 if device.shared >= 96 * 1024 else 2
     if r > MAX_ADDED_RANKS:
-        return [Config(32, 64, rank_block(r), 4, stages), Config(16, 64, rank_block(r), 4, stages)]
+        return [Config(rows, 64, rank_block(r), 4, stages) for rows in ((16,) if itemsize == 4 else (32, 16))]
     return [Config(rows, columns, depth, 4, stages) for rows, columns in ((32, 128), (16, 128), (32, 64))]
 
 
 def _stages(bytes_per_stage: int, device: Device) -> int:
-    """As many stages as fit, leaving a third for what the epilogue stages; 2 to 4. On AMD's they pass through registers."""
+    """As many as fit, leaving a third for what the epilogue stages; 2 to 4. On AMD's they pass through registers: 2."""
     return 2 if device.amd else max(2, min(4, (2 * device.shared // 3) // bytes_per_stage))
 
 

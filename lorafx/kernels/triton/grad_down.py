@@ -117,10 +117,16 @@ def dx_kernel(
 
 
 def grad_x(
-    bases: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor, right: Tensor, plan: Plan, seed: Tensor | None
-) -> Tensor:
-    """``dx [M, k]`` from ``bases[i] [M, n_i]``, ``weights[i] [n_i, k]``, ``ds [M, R]`` and ``right [R, k]``."""
+    bases: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor, right: Tensor, plan: Plan, seed: Tensor | None,
+    fused: bool | None = None,
+) -> Tensor:  # fmt: skip
+    """``dx [M, k]`` from ``bases[i] [M, n_i]``, ``weights[i] [n_i, k]``, ``ds [M, R]`` and ``right [R, k]``.
+
+    By default the large products are this kernel's for half types, and for float32 the library's, whose GEMM keeps
+    PyTorch's precision settings to the letter.
+    """
     m, k, dtype = ds.shape[0], right.shape[1], bases[0].dtype
+    fused = dtype.itemsize < 4 if fused is None else fused
     device = device_of(ds.device)
     widths = tuple(b.shape[1] for b in bases)
 
@@ -147,9 +153,9 @@ def grad_x(
 
     if m == 0 or k == 0:
         return torch.empty(m, k, dtype=dtype, device=ds.device)
-    key = ("grad_x", device, dtype, right.dtype, power_class(m), k, widths, plan, aligned)
+    key = ("grad_x", device, dtype, right.dtype, power_class(m), k, widths, plan, aligned, fused)
     with on_device(ds):
-        return choose(key, gemm_configs(m, k, dtype.itemsize, device, aligned), run)
+        return choose(key, gemm_configs(m, k, dtype.itemsize, device, aligned, fused), run)
 
 
 @jit

@@ -95,10 +95,11 @@ def parts(m: int, n: int, r: int, config: Config, processors: int) -> tuple[int,
     return strips, cdiv(m, chunk), chunk
 
 
-def grad_up(
-    dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool
-) -> Found:  # fmt: skip
-    """See :meth:`Provider.grad_up`: ``ds, dleft, base, total, dot`` of one layer. ``ds [M, R]`` in dy's dtype, ``dleft [n, R]`` in left's, sums in float32."""
+def grad_up(dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor | None, needs_total: bool) -> Found:
+    """``ds, dleft, base, total, dot`` of one layer, as :meth:`Provider.grad_up` has them.
+
+    ``ds [M, R]`` is in dy's dtype, ``dleft [n, R]`` in left's, the sums in float32; ``base`` is dy itself without gain.
+    """
     (m, n), r = dy.shape, s.shape[1]
     device, aligned = device_of(dy.device), is_aligned(dy)
     ds = torch.empty(m, r, dtype=dy.dtype, device=dy.device)

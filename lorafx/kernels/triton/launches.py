@@ -51,7 +51,7 @@ def step(
 
     ``aligned`` tensors start at multiples of 16 bytes; otherwise each is a view with an odd offset and odd strides.
     ``adapters`` is the dtype of the factors, float32 unless given. ``bias``: whether the layers have one, trained.
-    ``fused``: forward's large products in Triton too, as tuning may choose.
+    ``fused``: all large products in Triton, as tuning may choose.
     """
     wide = adapters or torch.float32
 
@@ -73,7 +73,7 @@ def step(
             bases.append(grad_up(make(m, n), mine, left, norm, y if dora else None, bias)[2])
             first += r
         ds = make(m, sum(ranks))
-        grad_x(bases, weights, ds, right, columns, seed)
+        grad_x(bases, weights, ds, right, columns, seed, True if fused else None)
         grad_right(ds, x, columns, seed, wide)
 
     return record(calls, device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lorafx.ops import LIBRARY
-from lorafx.variants.row_norm import kept_norm, squares_of
+from lorafx.variants.row_norm import factored_norm
 
 #: Types of the large operands.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -99,13 +99,13 @@ def _grad_right_fake(ds: Tensor, x: Tensor, *others: Any) -> Tensor:
     return x.new_empty(ds.shape[1], x.shape[1], dtype=torch.float32)
 
 
-def _row_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def _factored_norm(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """The operator of :mod:`lorafx.variants.row_norm` by one kernel; by torch where that does not serve."""
     if weight.dim() != 2 or any(t.dtype not in DTYPES for t in (weight, a, b)):
-        return kept_norm(weight, a, b, scaling)
+        return factored_norm(squares, weight, a, b, scaling)
     from lorafx.kernels.triton.row_norm import row_norm
 
-    return row_norm(weight.detach(), a.detach(), b.detach(), squares_of(weight), scaling)
+    return row_norm(weight, a, b, squares, scaling)
 
 
 def _implement(name: str, kernel: Callable[..., Any]) -> None:
@@ -147,4 +147,4 @@ triton_grad_right = _define(
     _grad_right, _grad_right_fake,
 )  # fmt: skip
 if find_spec("triton") is not None:
-    _implement("row_norm", _row_norm)
+    _implement("factored_norm", _factored_norm)

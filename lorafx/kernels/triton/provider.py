@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorafx.kernels.base import Adapters, Call, GradUp, Layer, Provider, Upstream, like, split
+from lorafx.kernels.base import Adapters, Call, GradUp, Layers, Provider, Upstreams, like, split
 from lorafx.kernels.triton import ops
 
 
@@ -55,7 +55,7 @@ class TritonProvider(Provider):
         kept = seed.to(x.device) if seed is not None and adapters.drops else None
         return ops.triton_down(x, _beside(rights, 0), adapters.ranks, adapters.p, kept), kept
 
-    def up(self, x: Tensor, s: Tensor, layers: Sequence[Layer], adapters: Adapters) -> list[Tensor]:
+    def up(self, x: Tensor, s: Tensor, layers: Layers, adapters: Adapters) -> list[Tensor]:
         """One kernel a layer, after the library's product."""
         return [
             ops.triton_up(x, layer.weight, layer.bias, s[:, layer.columns(adapters)], layer.left(adapters), layer.gain)
@@ -63,7 +63,7 @@ class TritonProvider(Provider):
         ]
 
     def grad_up(
-        self, upstream: Sequence[Upstream], s: Tensor, layers: Sequence[Layer], adapters: Adapters
+        self, upstream: Upstreams, s: Tensor, layers: Layers, adapters: Adapters
     ) -> tuple[Tensor, list[GradUp | None]]:
         """One kernel a layer, and one that adds up its parts."""
         parts, ups = list[Tensor](), list[GradUp | None]()

@@ -116,6 +116,5 @@ def up(
     if m == 0 or n == 0:
         return torch.empty(m, n, dtype=x.dtype, device=x.device)
     key = ("up", device, x.dtype, left.dtype, power_class(m), n, k, r, aligned, fused)
-    configs = sorted(gemm_configs(m, n, x.dtype.itemsize, device, aligned), key=lambda c: c.library, reverse=not fused)
     with on_device(x):
-        return choose(key, configs, run)
+        return choose(key, gemm_configs(m, n, x.dtype.itemsize, device, aligned, fused), run)

@@ -1,0 +1,58 @@
+"""The gradient of a gain, from sums that other gradients need as well."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lorafx.ops import LIBRARY
+
+#: Below this, the gradient is not taken from the layer's output, of which the frozen layer's share is too small.
+SMALL_GAIN = 1 / 16
+
+
+def _grad_gain(
+    dot: Tensor,
+    total: Tensor,
+    dlefts: Sequence[Tensor],
+    lefts: Sequence[Tensor],
+    bias: Tensor | None,
+    gain: Tensor,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+) -> Tensor:
+    """``sum_M dy * (x W^T)``, without that product where the output tells it: ``gain * x W^T = y - s left^T - b``.
+
+    For rows whose gain is small, or 0, by the product of those rows instead. ``dot`` and ``total`` are the sums of
+    ``dy * y`` and ``dy``.
+    """
+    rest = dot
+    for dleft, left in zip(dlefts, lefts, strict=True):
+        rest = rest - (dleft.to(rest.dtype) * left).sum(1)
+    if bias is not None:
+        rest = rest - bias * total
+    small = gain.abs() < SMALL_GAIN
+    found = rest / torch.where(small, 1.0, gain)
+    if bool(small.any()):
+        found[small] = (dy[:, small] * F.linear(x, weight[small])).sum(0, dtype=found.dtype)
+    return found.to(gain.dtype)
+
+
+def _fake(*given: Any) -> Tensor:
+    gain: Tensor = given[5]
+    return gain.new_empty(gain.shape)
+
+
+#: An operator, since which gains are small is known only when it runs; ops.cpp has it for CPUs.
+LIBRARY.define(
+    "grad_gain(Tensor dot, Tensor total, Tensor[] dlefts, Tensor[] lefts, Tensor? bias, Tensor gain, Tensor dy, "
+    "Tensor x, Tensor weight) -> Tensor"
+)
+LIBRARY.impl("grad_gain", _grad_gain, "CompositeExplicitAutograd")
+LIBRARY.impl("grad_gain", _fake, "Meta")
+grad_gain: Callable[..., Tensor] = torch.ops.lorafx.grad_gain.default

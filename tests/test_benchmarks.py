@@ -1,0 +1,140 @@
+"""`benchmarks/tax.py` at a tiny size: what it checks before it times, when it measures again, and what it writes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lorafx.kernels.aten import Aten
+from lorafx.kernels.base import Adapters, Provider
+from lowered import replaced
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import calls
+import tax
+import tax_report
+
+TORCH = "lorafx, torch provider"
+
+
+def bert() -> nn.Module:
+    config = transformers.BertConfig(
+        vocab_size=10,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.BertModel(config, add_pooling_layer=False)
+
+
+def tiny() -> tuple[nn.Module, dict[str, Tensor]]:
+    return bert(), tax.text(2, 16, 16)
+
+
+@pytest.fixture(autouse=True)
+def models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tax, "MODELS", dict.fromkeys(tax.MODELS, tiny))
+    monkeypatch.setattr(calls, "model", lambda: bert().eval())
+    monkeypatch.setattr(calls, "QUICK_ROUNDS", 2)
+    monkeypatch.setenv("TAX_LAYERS", "1")  # which main may change
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"), [("lora", "bf16"), ("dropout", "fp32"), ("dora", "fp32"), ("vera", "fp32")]
+)
+def test_every_way_is_checked_and_timed(method: str, dtype: str) -> None:
+    found = tax.measure(tax.Case("bert", dtype, 4, method), list(tax.WAYS), 3, "eager", 1)
+    assert list(found["ways"]) == list(tax.WAYS)
+    assert found["ways"]["frozen"]["ratio"] == 1.0
+    assert all(0 < v["low"] <= v["ratio"] <= v["high"] and v["ms"] > 0 for v in found["ways"].values())
+
+
+def test_compiled_ways_are_checked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[type] = []
+    real = tax.check
+
+    def check(case: Any, steps: Any, reference: Any) -> None:
+        checked.append(type(steps["lorafx"].model))
+        real(case, steps, reference)
+
+    monkeypatch.setattr(tax, "check", check)
+    tax.measure(tax.Case("bert", "fp32", 4, "dropout"), ["frozen", "lorafx"], 2, "compiled")
+    assert checked == [torch._dynamo.eval_frame.OptimizedModule]
+
+
+class WrongX(Aten):
+    """Gives queries, keys and values, which the input meets first, a wrong gradient of it."""
+
+    def grad_x(self, bases: Sequence[Tensor], *arguments: Any) -> Tensor:
+        return super().grad_x(bases, *arguments) * (2.0 if len(bases) == 3 else 1.0)
+
+
+class OtherMasks(Aten):
+    """Drops other elements in backward than in forward."""
+
+    def grad_right(
+        self, x: Tensor, ds: Tensor, rights: Sequence[Tensor], adapters: Adapters, kept: Tensor | None
+    ) -> list[Tensor]:
+        return super().grad_right(x, ds, rights, adapters, None if kept is None else kept.roll(1, -1))
+
+
+@pytest.mark.parametrize(
+    ("method", "broken", "message"),
+    [("lora", WrongX, "the gradient of input"), ("dropout", OtherMasks, "the slope by lora_A is 0.")],
+)
+def test_wrong_gradients_are_not_timed(method: str, broken: type[Provider], message: str) -> None:
+    with replaced("torch", broken), pytest.raises(SystemExit, match=message):
+        tax.measure(tax.Case("bert", "fp32", 4, method), ["frozen", TORCH], 2, "eager")
+
+
+@pytest.mark.parametrize(
+    ("floors", "best", "runs", "steady", "mark"),
+    [
+        ([0.99], 0.99, 1, True, ""),
+        ([1.05, 1.01], 1.01, 2, True, ", again"),
+        ([1.05, 0.97, 1.04], 0.97, 3, False, ", noisy"),
+    ],
+)
+def test_a_noisy_case_is_measured_again(
+    floors: list[float], best: float, runs: int, steady: bool, mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = iter(floors)
+    monkeypatch.setattr(tax, "times", lambda steps, rounds: {"frozen, again": {"ratio": next(given)}})
+    found = tax.measure(tax.Case("bert", "fp32", 4, "lora"), ["frozen", "frozen, again"], 2, "eager")
+    assert found == {"ways": {"frozen, again": {"ratio": best}}, "runs": runs, "steady": steady}
+    assert tax_report.mark(found) == mark
+
+
+def test_the_quick_version_writes_a_table_numbers_and_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tax.py", "--quick", "--threads", "1", "--out", str(tmp_path)])
+    tax.main()
+    ways = {"frozen", "frozen, again", "captured", "lorafx", TORCH, "peft"}
+    found = json.loads((tmp_path / "tax-quick.json").read_text())
+    assert [set(row["eager"]["ways"]) for row in found["steps"]] == [ways, ways]
+    assert [row["case"]["model"] for row in found["steps"]] == ["bert", "llama"]
+    assert [call["call"] for call in found["calls"]] == ["apply", "set_adapter", "merge"]
+    text = (tmp_path / "tax-quick.md").read_text()
+    head = "| model | dtype | r | adapters | mode | frozen, again | captured | lorafx | lorafx, torch provider | peft |"
+    assert head in text
+    assert text.count("| fp32 | 16 | lora | eager") == 2
+    assert "| `set_adapter` |" in text
+    assert (tmp_path / "tax-quick.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("lorafx, torch provider:") == 2
+
+
+def test_memory_is_shown_over_the_frozen_models() -> None:
+    row = {"case": {"model": "bert", "dtype": "fp32", "r": 4, "method": "lora"}, "memory": {"frozen": 200, "peft": 300}}
+    assert "| bert | fp32 | 4 | lora | memory | 1.50 |" in tax_report.markdown([row], [], "tax", "python tax.py")
