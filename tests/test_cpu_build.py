@@ -89,8 +89,10 @@ def test_the_kernels_are_built_once_for_this_user_alone(unloaded: Path, monkeypa
     assert len(built) == 1, "the second time it is there"
     folder = unloaded / "lorafx"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    monkeypatch.setattr(build, "_SOURCE", unloaded / "other.cpp")
-    (unloaded / "other.cpp").write_text("// another source")
+    sources = unloaded / "sources"
+    sources.mkdir()
+    (sources / "other.cpp").write_text("// another source")
+    monkeypatch.setattr(build, "_FOLDER", sources)
     with pytest.raises(build.BuildError):
         build.load()
     assert len({path.name for path in built}) == 2, "another source, another file"

@@ -57,6 +57,7 @@ struct Job {
 };
 
 constexpr int64_t BLOCK = 64;          // rows that one thread works on together
+constexpr int64_t SPAN = 512;          // columns, likewise
 constexpr int64_t PACKED = 128;        // columns (or rows) that it packs together
 constexpr int64_t SMALL = 1 << 16;     // multiplications that are not worth a second thread
 constexpr int64_t KEPT = 1 << 26;      // bytes of scratch memory that are kept for the next call
@@ -241,31 +242,10 @@ template <typename F> void over(int64_t from, int64_t to, int64_t r, bool ranks_
       for (int64_t k = from; k < to; ++k) f(k, i);
 }
 
-template <typename T> void outer(const Task<T> &task) {
-  constexpr int64_t W = Operand<T>::width, COUNT = STEPS * W;
-  const Job &job = *task.prepared->job;
-  const int64_t chunks = (job.columns + LANES - 1) / LANES, from = task.from, n = task.to - from;
-  const T *x = static_cast<const T *>(job.big) + from, *y = job.y ? static_cast<const T *>(job.y) + from : nullptr;
-  T *base = job.base ? static_cast<T *>(job.base) + from : nullptr;
-  int64_t ranks = 0;
-  for (const Panel<T> &panel : task.prepared->panels) ranks += panel.packed.n;
-  float *const sums = own((ranks + 2) * WIDTH), *const total = sums + ranks * WIDTH, *const dot = total + WIDTH;
-  std::fill_n(sums, (ranks + 2) * WIDTH, 0.0f);
-  for (int64_t m = 0; m < job.rows; m += COUNT) {
-    const int64_t count = std::min(COUNT, job.rows - m);
-    float *g = sums;
-    for (const Panel<T> &panel : task.prepared->panels) {
-      const uint16_t *bits = panel.adapters->bits;
-      outer_block<T>(x + m * job.ld, job.ld, count, n, bits ? bits + m * chunks + from / LANES : nullptr, chunks,
-                     panel.packed.row(m / W), panel.packed.n, panel.r, g);
-      g += panel.packed.n * WIDTH;
-    }
-    if (base || job.total || job.dot)
-      scale_and_sum(x + m * job.ld, job.ld, y ? y + m * job.ldy : nullptr, job.ldy, count, n,
-                    base ? job.gain + from : nullptr, base ? base + m * job.columns : nullptr, job.columns, total, dot);
-  }
-  const float *g = sums;
-  for (const Panel<T> &panel : task.prepared->panels) {
+// The sums of one tile of columns.
+template <typename T> void write_outer(const Prepared<T> &prepared, int64_t from, int64_t n, const float *g) {
+  const Job &job = *prepared.job;
+  for (const Panel<T> &panel : prepared.panels) {
     const float *row = g;
     for (int64_t j = 0; j < panel.count; row += panel.adapters[j++].r * WIDTH) {
       const Adapter &a = panel.adapters[j];
@@ -278,8 +258,43 @@ template <typename T> void outer(const Task<T> &task) {
     }
     g += panel.packed.n * WIDTH;
   }
-  if (job.total) std::copy_n(total, n, job.total + from);
-  if (job.dot) std::copy_n(dot, n, job.dot + from);
+  if (job.total) std::copy_n(g, n, job.total + from);
+  if (job.dot) std::copy_n(g + WIDTH, n, job.dot + from);
+}
+
+// In tiles of some rows and WIDTH columns, the columns of the same rows one after the other, as they lie in memory.
+template <typename T> void outer(const Task<T> &task) {
+  constexpr int64_t W = Operand<T>::width, COUNT = STEPS * W;
+  const Job &job = *task.prepared->job;
+  const int64_t chunks = (job.columns + LANES - 1) / LANES;
+  int64_t ranks = 0;
+  for (const Panel<T> &panel : task.prepared->panels) ranks += panel.packed.n;
+  const int64_t size = (ranks + 2) * WIDTH, tiles = (task.to - task.from + WIDTH - 1) / WIDTH;
+  float *const sums = own(size * tiles);
+  std::fill_n(sums, size * tiles, 0.0f);
+  for (int64_t m = 0; m < job.rows; m += COUNT) {
+    const int64_t count = std::min(COUNT, job.rows - m);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t at = task.from + i * WIDTH, n = std::min(WIDTH, task.to - at);
+      const int64_t ahead = i + 1 < tiles ? WIDTH : COUNT * job.ld - i * WIDTH;
+      const T *x = static_cast<const T *>(job.big) + m * job.ld + at;
+      float *g = sums + i * size;
+      for (const Panel<T> &panel : task.prepared->panels) {
+        const uint16_t *bits = panel.adapters->bits;
+        outer_block<T>(x, job.ld, ahead, count, n, bits ? bits + m * chunks + at / LANES : nullptr, chunks,
+                       panel.packed.row(m / W), panel.packed.n, panel.r, g);
+        g += panel.packed.n * WIDTH;
+      }
+      if (job.base || job.total || job.dot)
+        scale_and_sum(x, job.ld, job.y ? static_cast<const T *>(job.y) + m * job.ldy + at : nullptr, job.ldy, count, n,
+                      job.base ? job.gain + at : nullptr,
+                      job.base ? static_cast<T *>(job.base) + m * job.columns + at : nullptr, job.columns, g, g + WIDTH);
+    }
+  }
+  for (int64_t i = 0; i < tiles; ++i) {
+    const int64_t at = task.from + i * WIDTH;
+    write_outer(*task.prepared, at, std::min(WIDTH, task.to - at), sums + i * size);
+  }
 }
 
 // All jobs at once: they must not need one another's results.
@@ -299,9 +314,11 @@ template <typename T> void run(const std::vector<Job> &jobs, int64_t threads) {
     memory = one.place(memory);
     const Job &job = *one.job;
     const bool by_column = job.kind == OUTER;
-    const int64_t length = by_column ? job.columns : job.rows, least = by_column ? LANES : ROWS;
+    const int64_t length = by_column ? job.columns : job.rows, share = (length + threads - 1) / threads;
     cut(packing, one, by_column ? job.rows : job.columns, PACKED);
-    cut(working, one, length, std::clamp(round_up((length + threads - 1) / threads, least), least, by_column ? WIDTH : BLOCK));
+    cut(working, one, length,
+        by_column ? std::clamp(round_up(share, share < WIDTH ? LANES : WIDTH), LANES, SPAN)
+                  : std::clamp(round_up(share, ROWS), ROWS, BLOCK));
   }
   static void (*const DO[])(const Task<T> &) = {narrow<T>, expand<T>, outer<T>};
 #pragma omp parallel num_threads(int(threads)) if (threads > 1)

@@ -333,7 +333,7 @@ inline void pair_rows(uint32_t *out, const bf16 *a, const bf16 *b, int64_t n, co
 // g[round_up(r, RANKS), WIDTH] += s^T (kept x)[count, n], s as operands [count / width, ld]. The columns are copied, since rows
 // a power of two apart evict each other.
 template <typename T>
-void outer_block(const T *x, int64_t ldx, int64_t count, int64_t n, const uint16_t *bits, int64_t chunks,
+void outer_block(const T *x, int64_t ldx, int64_t ahead, int64_t count, int64_t n, const uint16_t *bits, int64_t chunks,
                  const OperandOf<T> *s, int64_t ld, int64_t r, float *g) {
   using O = OperandOf<T>;
   constexpr int64_t W = Operand<T>::width;
@@ -342,7 +342,7 @@ void outer_block(const T *x, int64_t ldx, int64_t count, int64_t n, const uint16
     const T *a = x + m * ldx, *b = m + 1 < count ? a + ldx : nullptr;
     const uint16_t *mask = bits ? bits + m * chunks : nullptr, *next = bits ? mask + chunks : nullptr;
     for (int64_t w = 0; w < W; ++w)
-      for (int64_t j = 0; j < WIDTH; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(a + (w + STEPS * W) * ldx + j);
+      for (int64_t j = 0; j < WIDTH; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(a + w * ldx + ahead + j);
     pair_rows(tile + m / W * WIDTH, a, b, n, mask, next);
   }
   const int64_t steps = round_up(count, W) / W;
