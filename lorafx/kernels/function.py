@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafx.kernels.base import Adapters, GradUp, Layers, Provider, Upstreams, like
+from lorafx.kernels.base import Adapters, GradUp, Layers, Provider, Upstreams
 from lorafx.kernels.gain import grad_gain
 from lorafx.kernels.once import once_differentiable
 from lorafx.kernels.recipe import recompute
@@ -77,11 +77,10 @@ class Operands(NamedTuple):
 
     def layers(self, group: Group) -> Layers:
         """Those of the siblings that have adapters."""
-        return Layers(
-            *map(group.of_adapted, (self.weights, self.biases, self.gains)),
-            self.lefts,
-            *map(group.of_adapted, (group.counts, group.mine)),
+        weights, biases, gains, counts, places = map(
+            group.of_adapted, (self.weights, self.biases, self.gains, group.counts, group.mine)
         )
+        return Layers(weights, biases, gains, self.lefts, counts, places)
 
 
 @dataclass(frozen=True)
@@ -199,11 +198,12 @@ class LowRankLinear(torch.autograd.Function):
         for i in needs.gains:
             if i in found:
                 up, rows, lefts = found[i], x.reshape(-1, ctx.shape[-1]), operands.lefts[group.mine[i]]
-                low = (up.dot, up.total, up.dlefts, lefts, operands.biases[i])
-                grads[of_gains + i] = grad_gain(*low, operands.gains[i], flat[i], rows, operands.weights[i])
+                sums = (up.dot, up.total, up.dlefts, lefts, operands.biases[i])
+                grads[of_gains + i] = grad_gain(*sums, operands.gains[i], flat[i], rows, operands.weights[i])
         for i in needs.biases:
             if i in found:
-                (grads[of_biases + i],) = like([found[i].total], [operands.biases[i]])
+                total = found[i].total
+                grads[of_biases + i] = None if total is None else total.to(operands.biases[i].dtype)
         for i in needs.weights:
             if i in found:
                 grads[of_weights + i] = torch.mm(found[i].base.t(), x.reshape(-1, ctx.shape[-1]))

@@ -67,6 +67,4 @@ class LoraWithBias(Lora):
 
     def update(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Update:
         """LoRA's, and the shift of the bias."""
-        return Update(
-            tensors["lora_B"], tensors["lora_A"], shift=tensors["lora_B_bias"] * scaling, scaling=scaling
-        )
+        return Update(tensors["lora_B"], tensors["lora_A"], shift=tensors["lora_B_bias"] * scaling, scaling=scaling)

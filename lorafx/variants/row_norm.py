@@ -66,7 +66,7 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     In float32 or better, and without gradient (arXiv 2402.09353, section 4.3). The base's term is summed in float64, so
     that it is the same in whatever order it is summed: where B is zero, the norm is the same bit for bit on any layout.
     """
-    if any([is_traceable_wrapper_subclass(t) for t in (weight, a, b)]):
+    if any(is_traceable_wrapper_subclass(t) for t in (weight, a, b)):
         return _compute(weight, a, b, scaling)
     norm: Tensor = torch.ops.lorafx.row_norm.default(weight, a, b, scaling)
     return norm
@@ -80,7 +80,7 @@ def compute_squares(weight: Tensor) -> Tensor:
 
 def compute_norm(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """The formula above, with the base's term given. An operator, which kernels implement for their devices."""
-    if any([is_traceable_wrapper_subclass(t) for t in (weight, a, b)]):  # these know torch's operators, and not ours
+    if any(is_traceable_wrapper_subclass(t) for t in (weight, a, b)):  # these know torch's operators, and not ours
         return factored_norm(squares, weight, a, b, scaling)
     norm: Tensor = torch.ops.lorafx.factored_norm.default(squares, weight, a, b, scaling)
     return norm

@@ -53,7 +53,7 @@ def load() -> None:
         built = folder / f"ops-{key}.so"
         if not built.exists():
             _build(compiler, built)
-        torch.ops.load_library(str(built))
+        torch.ops.load_library(str(built))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         raise BuildError(f"the compiled kernels could not be kept or loaded: {error}") from error
 

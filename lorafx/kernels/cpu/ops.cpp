@@ -217,14 +217,19 @@ std::vector<Tensor> grad_right(const Tensor &given, const Tensor &ds, at::Tensor
 
 // weight right^T in float32 or better, right's dtype
 Tensor product(const Tensor &weight, const Tensor &right) {
-  const bool served = weight.scalar_type() == at::kFloat || weight.scalar_type() == at::kBFloat16;
-  if (weight.dim() == 2 && served && right.scalar_type() == at::kFloat && weight.stride(1) == 1) {
-    const Tensor found = right.new_empty({weight.size(0), right.size(0)});
+  const bool narrow = weight.scalar_type() == at::kBFloat16;
+  if (weight.dim() == 2 && (narrow || weight.scalar_type() == at::kFloat) && right.scalar_type() == at::kFloat &&
+      weight.stride(1) == 1) {
+    // Beside bfloat16 the kernels round right to that: its rest is a second factor.
+    const Tensor high = narrow ? right.to(at::kBFloat16).to(at::kFloat) : right, rest = narrow ? right.sub(high) : Tensor();
+    std::vector<Adapter> adapters = {adapter(high, 0)};
+    if (narrow) adapters.push_back(adapter(rest, 0));
+    const Tensor found = right.new_empty({weight.size(0), int64_t(adapters.size()) * right.size(0)});
     Job job = {NARROW, weight.data_ptr(), weight.stride(0), weight.size(0), weight.size(1), found.data_ptr(),
-               found.stride(0), {adapter(right, 0)}};
+               found.stride(0), std::move(adapters)};
     job.s_is_float = true;
     run(weight.scalar_type(), {job});
-    return found;
+    return narrow ? found.narrow(1, 0, right.size(0)).add(found.narrow(1, right.size(0), right.size(0))) : found;
   }
   if (weight.scalar_type() == right.scalar_type()) return at::matmul(weight, right.mT());
   std::vector<Tensor> parts;  // few enough elements to stay in the caches
