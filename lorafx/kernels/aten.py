@@ -68,7 +68,7 @@ class Aten(Provider):
             ds[:, columns] = torch.mm(dy, layer.left(adapters).to(dy.dtype))
             dlefts = layer.dlefts(torch.mm(dy.t(), s[:, columns]), adapters)
             base = dy if gain is None else dy * gain.to(dy.dtype)
-            total, dot = _sum(dy) if given.needs_total else None, None if y is None else _sum(dy * y)
+            total, dot = _sum(dy) if given.needs_total else None, None if y is None else _sum(_wide(dy) * y)
             ups.append(GradUp(dlefts, base, total, dot))
         return ds, ups
 
@@ -114,6 +114,10 @@ def _turned(small: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _sum(values: Tensor) -> Tensor:
     return values.sum(0, dtype=torch.promote_types(values.dtype, torch.float32))
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _kept(numbers: Tensor, x: Tensor, adapters: Adapters) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ class Group:
         return _slices((n, n, n, count, count))
 
 
-@cache
+@lru_cache(maxsize=4096)
 def make_group(provider: Provider, counts: tuple[int, ...], adapters: Adapters, recipe: str, activation: str) -> Group:
     """The one group like this, so that what follows from it is computed once."""
     return Group(provider, counts, adapters, recipe, activation)
@@ -96,7 +96,7 @@ class Needs:
     idle: tuple[int, ...]
 
 
-@cache
+@lru_cache(maxsize=4096)
 def find_needs(group: Group, needed: tuple[bool, ...], sources: int) -> Needs:
     """From ``ctx.needs_input_grad``, once for all steps. ``idle`` are outputs that depend on nothing that trains."""
     x, own = needed[1], Operands.unflatten(group, needed[3 + sources :])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +85,7 @@ class _Layer:
         return _Sibling(weight, bias, late, gain, lefts, [u.right for u in changes], [u.scaling for u in changes])
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _layers(
     kinds: tuple[str, ...],
     counts: tuple[int, ...],

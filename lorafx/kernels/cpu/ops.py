@@ -2,6 +2,9 @@
 
 What computes them is ops.cpp, which :mod:`.build` compiles and loads. Lists have one entry an adapter (``rights``,
 ``lefts``, ``p``, ``scales``) or one a layer; ``counts`` says how many of the ``lefts`` each layer has.
+
+A schema that changes needs a new name: Inductor keeps compiled code on disk by its graph, which has the operators'
+names and not their arguments' order.
 """
 
 from __future__ import annotations
