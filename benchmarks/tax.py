@@ -7,13 +7,14 @@
 The first two also time `apply`, `set_adapter` and `merge` (calls.py), and write a table, its numbers and a picture
 to docs/ (`--out` elsewhere).
 
-A step is a forward and a backward pass of the model without its embeddings or head, which would only dilute the
-ratio: the gradient goes to the embedded inputs, so that the frozen model's step has a backward pass as well. A batch
-has padded rows. All variants of one case run in one process, one after the other in an order that turns around each
-round; a ratio is the median over the rounds of the round's own ratio, with its quartiles. The line "frozen, again" is
-the frozen model over a copy of itself: what it is off 1 is noise. Adapters change between steps, as in training. A case where that is more than 2 % is measured again,
-three times at most, and the run with the least noise is shown, marked. Step memory is the growth of the process's peak
-over what it held before the step, of a process each. Before anything is timed, gradients are checked (:func:`check`).
+A step is a forward and a backward pass of the model without its embeddings or head, which would only dilute the ratio:
+the gradient goes to the embedded inputs, so that the frozen model's step has a backward pass as well. A batch has
+padded rows. All variants of one case run in one process, one after the other in an order that turns around each round;
+a ratio is the median over the rounds of the round's own ratio, with its quartiles. The line "frozen, again" is the
+frozen model over a copy of itself: what it is off 1 is noise. Adapters change between steps, as in training. A case
+where that is more than 2 % is measured again, three times at most, and the run with the least noise is shown, marked.
+Step memory is the growth of the process's peak over what it held before the step, of a process each. Before anything is
+timed, gradients are checked (:func:`check`).
 """
 
 from __future__ import annotations

@@ -78,24 +78,33 @@ def test_a_cache_that_others_can_write_to_is_refused(unloaded: Path) -> None:
 def test_the_kernels_are_built_once_for_this_user_alone(unloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Path] = []
 
-    def fake(compiler: str, to: Path) -> None:
+    def nothing(compiler: list[str], to: Path) -> None:
         built.append(to)
-        to.write_bytes(b"not a library")
+        to.unlink(missing_ok=True)
+        subprocess.run([*compiler, "-shared", "-fPIC", "-x", "c++", os.devnull, "-o", str(to)], check=True)
 
-    monkeypatch.setattr(build, "_build", fake)
-    for _ in range(2):
-        with pytest.raises(build.BuildError, match="could not be kept or loaded"):
-            build.load()
-    assert len(built) == 1, "the second time it is there"
+    def load() -> int:
+        build.load.cache_clear()
+        build.load()
+        return len(built)
+
+    monkeypatch.setattr(build, "_build", lambda compiler, to: to.write_bytes(b"not a library"))
+    with pytest.raises(build.BuildError, match="could not be kept or loaded"):
+        load()
+    monkeypatch.setattr(build, "_build", nothing)
+    assert load() == 1, "what is damaged is built again"
+    assert load() == 1
     folder = unloaded / "lorafx"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    monkeypatch.setenv("CXX", f"{build._compiler()[0]} -DARGUMENT")
+    assert build._compiler()[1:] == ["-DARGUMENT"]
+    assert load() == 2, "another compilation, another file"
     sources = unloaded / "sources"
     sources.mkdir()
     (sources / "other.cpp").write_text("// another source")
     monkeypatch.setattr(build, "_FOLDER", sources)
-    with pytest.raises(build.BuildError):
-        build.load()
-    assert len({path.name for path in built}) == 2, "another source, another file"
+    assert load() == 3, "another source, another file"
+    assert len(set(built)) == 3
 
 
 def test_a_cache_that_cannot_be_written_is_a_reason(unloaded: Path) -> None:

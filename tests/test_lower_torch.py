@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 import lorafx
 from lorafx import LoraSpec
 from lorafx.graph import CapturedModule
+from lorafx.kernels.grouped import grouped
+from lorafx.kernels.providers import provider
 from lowered import WIDTH, Model, X, applied, assert_equal_results, derived, grads, run
 from tolerances import TOLERANCES, assert_close, error
 
@@ -232,3 +234,40 @@ def test_a_frozen_graph_keeps_nothing_for_backward() -> None:
     for parameter in gm.parameters():
         parameter.requires_grad_(False)
     assert not gm(X).requires_grad
+
+
+@pytest.mark.parametrize("name", ["torch", "cpu"])
+def test_factors_that_are_inputs_may_have_symbols_for_ranks(name: str) -> None:
+    def low(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        found: list[Tensor] = grouped(
+            x, ["linear"], [weight], [None], [1], [True], [a, b], ["lora"], [1.5], [0.0], name, [], ""
+        )
+        return found[0]
+
+    compiled = torch.compile(low, dynamic=True, backend="aot_eager", fullgraph=True)
+    for rows, r in ((5, 3), (9, 4)):
+        given = torch.randn(rows, 8), torch.randn(6, 8), torch.randn(r, 8), torch.randn(6, r)
+        assert_close("layer", compiled(*given), low(*given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_compiled_operators_are_well_behaved(dtype: torch.dtype) -> None:
+    """What is said of their results before they run is so, and none returns what it was given."""
+    assert provider("cpu").unavailable() is None
+    ops = torch.ops.lorafx
+    x, weight, dy, bias = torch.randn(7, 33), torch.randn(5, 33), torch.randn(7, 5), torch.randn(5)
+    x, weight, dy, bias = (t.to(dtype) for t in (x, weight, dy, bias))
+    a, b, gain, seed = torch.randn(3, 33), torch.randn(5, 3), torch.randn(5), torch.tensor([7])
+    s, bits = ops.cpu_down(x, [a], [0.25], [0.5], seed)
+    (y,) = ops.cpu_up(x, s, [weight], [bias], [gain], [b], [1])
+    ds, base = torch.randn(7, 3).to(dtype), torch.randn(7, 5).to(dtype)
+    for operator, given in (
+        (ops.cpu_down, (x, [a], [0.25], [0.5], seed)),
+        (ops.cpu_up, (x, s, [weight], [bias], [gain], [b], [1])),
+        (ops.cpu_grad_up, ([dy], [y], [True], s, [gain], [b], [1], [0.5])),
+        (ops.cpu_grad_up, ([None], [None], [False], s, [None], [b], [1], [0.5])),
+        (ops.cpu_grad_x, ([base], [weight], ds, [a], [0.25], bits)),
+        (ops.cpu_grad_right, (x, ds, [a], [0.25], bits)),
+        (ops.cpu_grad_sources, ([base], [weight], ds, [a], [0.0], None, "silu_mul", [x, x])),
+    ):
+        torch.library.opcheck(operator.default, given)

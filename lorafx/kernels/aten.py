@@ -49,7 +49,7 @@ class Aten(Provider):
         ys = []
         for layer in layers:
             gain, bias, left = layer.gain, layer.bias, layer.left(adapters)
-            base = F.linear(x, layer.weight, bias).reshape(-1, layer.weight.shape[0])
+            base = F.linear(x, layer.weight, bias).reshape(s.shape[0], layer.weight.shape[0])
             if gain is not None:  # in this form a gain of 1 changes no bit
                 base = base + (gain - 1).to(x.dtype) * (base if bias is None else base - bias)
             ys.append(base.addmm_(s[:, layer.columns(adapters)], _turned(left, x.dtype)))

@@ -14,7 +14,8 @@ kept elements over 1 - p):
 
 The contraction through ``s`` keeps what is read and written at one pass over ``x``, ``y``, ``dy`` and ``dx`` each
 (RunLoRA, arXiv 2312.03415; LoRAFusion, arXiv 2510.00206, splits at ``s`` too). Sums are accumulated in float32 or
-better. Whether ``scale`` is in ``s`` and ``ds``, or at ``left``, is the provider's choice.
+better. Whether ``scale`` is in ``s`` and ``ds``, or at ``left``, is the provider's choice. It may have a sixth
+function, ``grad_sources``, for an ``x`` that is an activation.
 """
 
 from __future__ import annotations

@@ -135,7 +135,7 @@ def grouped_reference(
         dtype = torch.get_autocast_dtype(device)
         x, sources, recipe, activation = x.to(dtype), [], "", ""  # the recipe would give the input before the cast
     rights = [right for s in siblings for right in s.rights]
-    ranks = tuple(right.shape[0] for right in rights)
+    ranks = tuple(int(right.shape[0]) for right in rights)  # of factors that are inputs they may be symbols
     chosen = provider(provider_name)
     call = Call(x.device, x.dtype, x.shape[-1], tuple(s.weight.shape[0] for s in siblings), sum(ranks))
     if chosen.rejects(call) is not None:

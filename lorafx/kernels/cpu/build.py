@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -45,25 +46,36 @@ def load() -> None:
     compiler = _compiler()
     sources = [path.read_bytes() for path in sorted(_FOLDER.iterdir()) if path.suffix in (".cpp", ".h")]
     # What -march=native means here, and which compiler this is.
-    target = _run([compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    target = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
     version = f"{torch.__version__} {torch.version.git_version} {' '.join(_FLAGS)}".encode()
     key = hashlib.sha256(b"\0".join([*sources, version, target])).hexdigest()[:32]
     try:
         folder = _cache_folder()
         built = folder / f"ops-{key}.so"
-        if not built.exists():
+        if not built.exists() or not _loads(built):
             _build(compiler, built)
-        torch.ops.load_library(str(built))  # type: ignore[no-untyped-call]
+            torch.ops.load_library(str(built))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         raise BuildError(f"the compiled kernels could not be kept or loaded: {error}") from error
 
 
-def _compiler() -> str:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+def _loads(built: Path) -> bool:
+    """Whether it could be loaded: a damaged file is built again."""
+    try:
+        torch.ops.load_library(str(built))  # type: ignore[no-untyped-call]
+    except (OSError, RuntimeError):
+        return False
+    return True
+
+
+def _compiler() -> list[str]:
+    """The command: CXX, which may have arguments (``ccache g++``), or the first of the usual names."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    names = given[:1] or ["c++", "g++", "clang++"]
     found = next((path for name in names if (path := shutil.which(name))), None)
     if found is None:
         raise BuildError(f"there is no C++ compiler ({', '.join(names)}) on PATH; install g++ or clang, or set CXX")
-    return found
+    return [found, *given[1:]]
 
 
 def _cache_folder() -> Path:
@@ -77,11 +89,11 @@ def _cache_folder() -> Path:
     return folder
 
 
-def _build(compiler: str, built: Path) -> None:
+def _build(compiler: list[str], built: Path) -> None:
     with tempfile.TemporaryDirectory(dir=built.parent) as made:
         new = Path(made) / built.name
         torchs = [f"-I{_TORCH / 'include'}", f"-L{_TORCH / 'lib'}"]
-        _run([compiler, *_FLAGS, "-shared", *torchs, str(_SOURCE), "-o", str(new), "-lc10", "-ltorch_cpu"])
+        _run([*compiler, *_FLAGS, "-shared", *torchs, str(_SOURCE), "-o", str(new), "-lc10", "-ltorch_cpu"])
         new.replace(built)
 
 

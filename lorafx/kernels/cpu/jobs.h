@@ -1,14 +1,15 @@
-// Products of a large matrix with the narrow matrices of adapters, row-major float32 or bfloat16, accumulated in float32.
+// Products of a large matrix with the narrow matrices of adapters, row-major float32 or bfloat16, accumulated in
+// float32.
 //
 //   NARROW   s_j = factor_j * D_j(big) small_j               reads big once, draws D's masks
 //   EXPAND   big += (gain - 1) * (big - bias) + sum_j factor_j * D_j(s_j small_j)
 //   OUTER    small_j = factor_j * s_j^T D_j(big)             also sums over the rows, and gain * big
 //
-// s_j are columns of one matrix, side by side; small_j is an adapter's factor, [wide, r] or [r, wide]. A call does several
-// jobs: first the small operands of all are packed, then blocks of rows (NARROW, EXPAND) or columns (OUTER) are given to
-// whichever thread is free. Each element is one thread's sum in one order, so that results are equal to the bit, whatever
-// the number of threads. Needs a C++17 compiler with vector extensions and OpenMP; bfloat16 uses the processor's dot
-// products where it has them.
+// s_j are columns of one matrix, side by side; small_j is an adapter's factor, [wide, r] or [r, wide]. A call does
+// several jobs: first the small operands of all are packed, then blocks of rows (NARROW, EXPAND) or columns (OUTER) are
+// given to whichever thread is free. Each element is one thread's sum in one order, so that results are equal to the
+// bit, whatever the number of threads. Needs a C++20 compiler with vector extensions and OpenMP; bfloat16 uses the
+// processor's dot products where it has them.
 
 #pragma once
 
@@ -56,13 +57,13 @@ struct Job {
   void *x = nullptr, *du = nullptr;
 };
 
-constexpr int64_t BLOCK = 64;          // rows that one thread works on together
-constexpr int64_t SPAN = 512;          // columns, likewise
-constexpr int64_t PACKED = 128;        // columns (or rows) that it packs together
-constexpr int64_t SMALL = 1 << 16;     // multiplications that are not worth a second thread
-constexpr int64_t KEPT = 1 << 26;      // bytes of scratch memory that are kept for the next call
+constexpr int64_t BLOCK = 64;       // rows that one thread works on together
+constexpr int64_t SPAN = 512;       // columns, likewise
+constexpr int64_t PACKED = 128;     // columns (or rows) that it packs together
+constexpr int64_t SMALL = 1 << 16;  // multiplications that are not worth a second thread
+constexpr int64_t KEPT = 1 << 26;   // bytes of scratch memory that are kept for the next call
 
-// Memory, at a multiple of 64 bytes. New pages would cost as much as the products.
+// Memory, at a multiple of 64 bytes. New pages would cost as much as the products, so what is not too much is kept.
 struct Scratch {
   struct Free {
     void operator()(char *p) const { ::operator delete[](p, std::align_val_t(64)); }
@@ -72,6 +73,7 @@ struct Scratch {
   char *get(int64_t needed) {
     if (size < needed || size > KEPT) {
       values.reset();
+      size = 0;
       values.reset(static_cast<char *>(::operator new[](size_t(needed), std::align_val_t(64))));
       size = needed;
     }
@@ -166,7 +168,7 @@ template <typename T> void pack(const Task<T> &task) {
   }
 }
 
-// A thread's own memory for one task.
+// A thread's own memory for one task: some rows or tiles of sums. (Where there is none, the program ends.)
 inline float *own(int64_t floats) {
   static thread_local Scratch scratch;
   return reinterpret_cast<float *>(scratch.get(floats * int64_t(sizeof(float))));
@@ -182,8 +184,7 @@ template <typename T> void narrow(const Task<T> &task) {
       const Adapter &first = *panel.adapters;
       uint16_t *bits = first.bits ? first.bits + m * chunks : nullptr;
       if (bits)
-        for (int64_t i = 0; i < rows; ++i)
-          draw_row(bits + i * chunks, chunks, m + i, first.number, job.seed, first.p);
+        for (int64_t i = 0; i < rows; ++i) draw_row(bits + i * chunks, chunks, m + i, first.number, job.seed, first.p);
       float *sums = own(ROWS * panel.packed.n);
       narrow_rows<T>(x + m * job.ld, job.ld, rows, job.columns, panel.packed, bits, chunks, sums);
       int64_t column = 0;
@@ -217,17 +218,18 @@ template <typename T> void expand(const Task<T> &task) {
       Packed<T> gathered{reinterpret_cast<typename Packed<T>::Element *>(memory), 1};
       for (int64_t i = 0; i < ROWS; ++i)
         for (int64_t d = 0; d < depth; ++d)
-          gathered.put(i * depth + d, 0, i < rows && d < panel.r ? widen(s[(m + i) * job.lds + panel.column + d]) : 0.0f);
+          gathered.put(i * depth + d, 0,
+                       i < rows && d < panel.r ? widen(s[(m + i) * job.lds + panel.column + d]) : 0.0f);
       rest.bits = panel.adapters->bits ? panel.adapters->bits + m * chunks : nullptr;
       rest.scale = panel.adapters->factor;
-      expand_rows<T>(y + m * job.ld, job.ld, rows, job.columns, reinterpret_cast<const O *>(memory), panel.r, panel.packed,
-                     rest);
+      expand_rows<T>(y + m * job.ld, job.ld, rows, job.columns, reinterpret_cast<const O *>(memory), panel.r,
+                     panel.packed, rest);
       rest.gain = nullptr;  // once
     }
     for (int64_t i = m; job.h && i < m + rows; ++i) {
       const auto row = [&](auto *p) { return p ? static_cast<const T *>(p) + i * job.columns : nullptr; };
-      ACTIVATE<T>[job.f](row(job.h), row(job.u), y + i * job.ld, const_cast<T *>(row(job.x)), const_cast<T *>(row(job.du)),
-                         job.columns);
+      ACTIVATE<T>[job.f](row(job.h), row(job.u), y + i * job.ld, const_cast<T *>(row(job.x)),
+                         const_cast<T *>(row(job.du)), job.columns);
     }
   }
 }
@@ -288,7 +290,8 @@ template <typename T> void outer(const Task<T> &task) {
       if (job.base || job.total || job.dot)
         scale_and_sum(x, job.ld, job.y ? static_cast<const T *>(job.y) + m * job.ldy + at : nullptr, job.ldy, count, n,
                       job.base ? job.gain + at : nullptr,
-                      job.base ? static_cast<T *>(job.base) + m * job.columns + at : nullptr, job.columns, g, g + WIDTH);
+                      job.base ? static_cast<T *>(job.base) + m * job.columns + at : nullptr, job.columns, g,
+                      g + WIDTH);
     }
   }
   for (int64_t i = 0; i < tiles; ++i) {

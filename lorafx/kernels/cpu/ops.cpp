@@ -23,16 +23,13 @@ constexpr double SMALL_GAIN = 1.0 / 16;  // as in gain.py
 // The tensor with its rows in one piece each.
 Tensor rows(const Tensor &t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous(); }
 
-Maybe wide(const Maybe &vector) {
-  return vector ? Maybe(vector->to(at::kFloat).contiguous()) : std::nullopt;
-}
+Maybe wide(const Maybe &vector) { return vector ? Maybe(vector->to(at::kFloat).contiguous()) : std::nullopt; }
 const float *floats(const Maybe &t) { return t && t->numel() ? t->const_data_ptr<float>() : nullptr; }
 
 // Factors as the kernels take them: float32, or of x's dtype.
 std::vector<Tensor> smalls(at::TensorList factors, const Tensor &x) {
   std::vector<Tensor> found;
-  for (const Tensor &t : factors)
-    found.push_back(t.scalar_type() == at::kFloat ? t : t.to(x.scalar_type()));
+  for (const Tensor &t : factors) found.push_back(t.scalar_type() == at::kFloat ? t : t.to(x.scalar_type()));
   return found;
 }
 
@@ -40,7 +37,8 @@ std::vector<Tensor> smalls(at::TensorList factors, const Tensor &x) {
 std::vector<Tensor> gradients(at::TensorList factors, const Tensor &x) {
   std::vector<Tensor> found;
   for (const Tensor &t : factors)
-    found.push_back(x.new_empty(t.sizes(), t.scalar_type() == x.scalar_type() ? x.options() : x.options().dtype(at::kFloat)));
+    found.push_back(
+        x.new_empty(t.sizes(), t.scalar_type() == x.scalar_type() ? x.options() : x.options().dtype(at::kFloat)));
   return found;
 }
 
@@ -52,8 +50,15 @@ int64_t total(at::TensorList factors, int64_t rank) {
 
 // A factor with its ranks along a dimension.
 Adapter adapter(const Tensor &small, int64_t rank, float factor = 1.0f) {
-  return {small.data_ptr(), small.stride(rank), small.stride(1 - rank), small.scalar_type() == at::kFloat,
-          small.size(rank), nullptr, 0, 0.0f, factor};
+  return {small.data_ptr(),
+          small.stride(rank),
+          small.stride(1 - rank),
+          small.scalar_type() == at::kFloat,
+          small.size(rank),
+          nullptr,
+          0,
+          0.0f,
+          factor};
 }
 
 // Adapters [r, wide] with the masks of those that drop.
@@ -75,7 +80,8 @@ Job make(Kind kind, const Tensor &big, const Tensor &s, std::vector<Adapter> ada
   for (const Adapter &one : adapters) r += one.r;
   TORCH_INTERNAL_ASSERT(s.scalar_type() == big.scalar_type() && s.size(0) == big.size(0) && s.size(1) == r);
   TORCH_INTERNAL_ASSERT(s.stride(1) == 1 || r == 1);
-  return {kind, big.data_ptr(), big.stride(0), big.size(0), big.size(1), s.data_ptr(), s.stride(0), std::move(adapters)};
+  return {kind,        big.data_ptr(), big.stride(0), big.size(0),
+          big.size(1), s.data_ptr(),   s.stride(0),   std::move(adapters)};
 }
 
 void run(at::ScalarType dtype, const std::vector<Job> &jobs) {
@@ -103,14 +109,14 @@ std::tuple<Tensor, Tensor> down(const Tensor &given, at::TensorList rights, at::
   return {s, bits};
 }
 
-std::vector<Tensor> up(const Tensor &x, const Tensor &s, at::TensorList weights, const Maybes &biases, const Maybes &gains,
-                       at::TensorList lefts, at::IntArrayRef counts) {
+std::vector<Tensor> up(const Tensor &x, const Tensor &s, at::TensorList weights, const Maybes &biases,
+                       const Maybes &gains, at::TensorList lefts, at::IntArrayRef counts) {
   const std::vector<Tensor> small = smalls(lefts, x);
   std::vector<Tensor> ys;
   int64_t column = 0, left = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Maybe bias = biases[i], gain = wide(gains[i]), plain = gain ? wide(bias) : std::nullopt;
-    const Tensor y = at::linear(x, weights[i], bias).reshape({-1, weights[i].size(0)});
+    const Tensor y = at::linear(x, weights[i], bias).reshape({s.size(0), weights[i].size(0)});
     std::vector<Adapter> adapters;
     int64_t r = 0;
     for (int64_t j = 0; j < counts[i]; ++j, ++left) {
@@ -128,7 +134,8 @@ std::vector<Tensor> up(const Tensor &x, const Tensor &s, at::TensorList weights,
 }
 
 std::vector<Tensor> grad_up(const Maybes &dys, const Maybes &ys, const c10::List<bool> &needs_total, const Tensor &s,
-                            const Maybes &gains, at::TensorList lefts, at::IntArrayRef counts, at::ArrayRef<double> scales) {
+                            const Maybes &gains, at::TensorList lefts, at::IntArrayRef counts,
+                            at::ArrayRef<double> scales) {
   const Tensor ds = s.new_empty(s.sizes());
   const std::vector<Tensor> small = smalls(lefts, s), dlefts = gradients(lefts, s);
   std::vector<Tensor> found = {ds}, alive;
@@ -168,6 +175,7 @@ std::vector<Tensor> grad_up(const Maybes &dys, const Maybes &ys, const c10::List
       jobs.push_back(std::move(job));
     } else {
       mine.zero_();
+      for (int64_t j = 1; j <= counts[i]; ++j) dlefts[left - size_t(j)].zero_();
     }
     column += r;
   }
@@ -183,8 +191,8 @@ std::pair<Tensor, Job> begin_grad_x(at::TensorList bases, at::TensorList weights
   return {dx, make(EXPAND, dx, ds, masked(rights, p, bits))};
 }
 
-Tensor grad_x(at::TensorList bases, at::TensorList weights, const Tensor &ds, at::TensorList rights, at::ArrayRef<double> p,
-              const Maybe &bits) {
+Tensor grad_x(at::TensorList bases, at::TensorList weights, const Tensor &ds, at::TensorList rights,
+              at::ArrayRef<double> p, const Maybe &bits) {
   const std::vector<Tensor> small = smalls(rights, ds);
   const auto [dx, job] = begin_grad_x(bases, weights, ds, small, p, bits);
   run(dx.scalar_type(), {job});
@@ -193,7 +201,8 @@ Tensor grad_x(at::TensorList bases, at::TensorList weights, const Tensor &ds, at
 
 // x, and the gradients of the sources.
 std::vector<Tensor> grad_sources(at::TensorList bases, at::TensorList weights, const Tensor &ds, at::TensorList rights,
-                                 at::ArrayRef<double> p, const Maybe &bits, c10::string_view name, at::TensorList sources) {
+                                 at::ArrayRef<double> p, const Maybe &bits, c10::string_view name,
+                                 at::TensorList sources) {
   const std::vector<Tensor> small = smalls(rights, ds);
   auto [dx, job] = begin_grad_x(bases, weights, ds, small, p, bits);
   const Tensor h = sources[0].contiguous(), u = sources.size() > 1 ? sources[1].contiguous() : Tensor();
@@ -221,12 +230,13 @@ Tensor product(const Tensor &weight, const Tensor &right) {
   if (weight.dim() == 2 && (narrow || weight.scalar_type() == at::kFloat) && right.scalar_type() == at::kFloat &&
       weight.stride(1) == 1) {
     // Beside bfloat16 the kernels round right to that: its rest is a second factor.
-    const Tensor high = narrow ? right.to(at::kBFloat16).to(at::kFloat) : right, rest = narrow ? right.sub(high) : Tensor();
+    const Tensor high = narrow ? right.to(at::kBFloat16).to(at::kFloat) : right,
+                 rest = narrow ? right.sub(high) : Tensor();
     std::vector<Adapter> adapters = {adapter(high, 0)};
     if (narrow) adapters.push_back(adapter(rest, 0));
     const Tensor found = right.new_empty({weight.size(0), int64_t(adapters.size()) * right.size(0)});
-    Job job = {NARROW, weight.data_ptr(), weight.stride(0), weight.size(0), weight.size(1), found.data_ptr(),
-               found.stride(0), std::move(adapters)};
+    Job job = {NARROW,         weight.data_ptr(), weight.stride(0), weight.size(0),
+               weight.size(1), found.data_ptr(),  found.stride(0),  std::move(adapters)};
     job.s_is_float = true;
     run(weight.scalar_type(), {job});
     return narrow ? found.narrow(1, 0, right.size(0)).add(found.narrow(1, right.size(0), right.size(0))) : found;

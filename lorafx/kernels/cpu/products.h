@@ -67,7 +67,8 @@ template <typename T> struct Packed {
   // [depth, width] at (i, j), and zeros up to the next multiple of LANES columns; element (a, b) is at
   // source[a * along_depth + b * along_n].
   template <typename S>
-  void fill(int64_t i, int64_t j, const S *source, int64_t along_depth, int64_t along_n, int64_t depth, int64_t width) const {
+  void fill(int64_t i, int64_t j, const S *source, int64_t along_depth, int64_t along_n, int64_t depth,
+            int64_t width) const {
     if (i % W || depth % W || (along_depth != 1 && along_n != 1)) {
       for (int64_t a = 0; a < depth; ++a)
         for (int64_t b = 0; b < width; ++b) put(i + a, j + b, source[a * along_depth + b * along_n]);
@@ -82,7 +83,8 @@ template <typename T> struct Packed {
               for (int64_t k = 0; k < width - b; ++k) put(i + a + w, j + b + k, p[w * along_depth + k]);
             break;
           }
-          pair_up(values + ((i + a) / W * n + j + b) * W, load(p, width - b), load(p + (W - 1) * along_depth, width - b));
+          pair_up(values + ((i + a) / W * n + j + b) * W, load(p, width - b),
+                  load(p + (W - 1) * along_depth, width - b));
         }
       return;
     }
@@ -107,9 +109,10 @@ template <typename T, int VECTORS, typename O>
 inline void narrow_tile(const O *x, int64_t stride, const O *packed, int64_t n, int64_t depth, float *sums) {
   vec sum[ROWS][VECTORS];
   UNROLL
-  for (int64_t m = 0; m < ROWS; ++m)
+  for (int64_t m = 0; m < ROWS; ++m) {
     UNROLL
     for (int v = 0; v < VECTORS; ++v) sum[m][v] = load(sums + m * n + v * LANES);
+  }
   for (int64_t d = 0; d < depth; ++d) {
     vec right[VECTORS];
     UNROLL
@@ -122,9 +125,10 @@ inline void narrow_tile(const O *x, int64_t stride, const O *packed, int64_t n, 
     }
   }
   UNROLL
-  for (int64_t m = 0; m < ROWS; ++m)
+  for (int64_t m = 0; m < ROWS; ++m) {
     UNROLL
     for (int v = 0; v < VECTORS; ++v) store(sums + m * n + v * LANES, sum[m][v]);
+  }
 }
 
 template <typename T, typename O>
@@ -171,7 +175,8 @@ void narrow_rows(const T *x, int64_t ldx, int64_t rows, int64_t K, const Packed<
     if (rows == ROWS && !bits && ldx % W == 0) {
       const int64_t whole = K / W * W;
       for (; k < whole; k += DEPTH)
-        narrow_tiles<T>(reinterpret_cast<const O *>(x + k), ldx / W, packed.row(k / W), n, std::min(DEPTH, whole - k) / W, sums);
+        narrow_tiles<T>(reinterpret_cast<const O *>(x + k), ldx / W, packed.row(k / W), n,
+                        std::min(DEPTH, whole - k) / W, sums);
       k = whole;
     }
   constexpr int64_t stride = DEPTH / W;
@@ -215,11 +220,13 @@ struct Rest {
 
 // y[ROWS, 2 * LANES] += the rest and s packed: exactly y where gain is 1 and s packed 0
 template <typename T, bool GAIN, bool BITS, typename O>
-inline void expand_full(T *y, int64_t ldy, int64_t n, const O *s, int64_t depth, const O *packed, int64_t ld, const Rest &rest) {
+inline void expand_full(T *y, int64_t ldy, int64_t n, const O *s, int64_t depth, const O *packed, int64_t ld,
+                        const Rest &rest) {
   vec sum[ROWS][2] = {};
-  if constexpr (!GAIN && !BITS)
+  if constexpr (!GAIN && !BITS) {
     UNROLL
     for (int64_t m = 0; m < ROWS; ++m) load_two(y + m * ldy + n, sum[m][0], sum[m][1]);
+  }
   UNROLL
   for (int64_t m = 0; m < ROWS; ++m) __builtin_prefetch(y + (m + ROWS) * ldy + n, 1);
   expand_sums<T, 2>(sum, s, depth, packed + n, ld);
@@ -247,8 +254,8 @@ inline void expand_full(T *y, int64_t ldy, int64_t n, const O *s, int64_t depth,
 
 // The same for some rows and a last few columns.
 template <typename T, typename O>
-inline void expand_any(T *y, int64_t ldy, int64_t rows, int64_t n, int64_t columns, const O *s, int64_t depth, const O *packed,
-                       int64_t ld, const Rest &rest) {
+inline void expand_any(T *y, int64_t ldy, int64_t rows, int64_t n, int64_t columns, const O *s, int64_t depth,
+                       const O *packed, int64_t ld, const Rest &rest) {
   vec sum[ROWS][1] = {};
   expand_sums<T, 1>(sum, s, depth, packed + n, ld);
   const vec excess = rest.gain ? load(rest.gain + n, columns) - 1.0f : vec{};
@@ -296,9 +303,10 @@ inline void outer_tile(const O *x, const O *s, int64_t ld, int64_t steps, float 
     }
   }
   UNROLL
-  for (int64_t r = 0; r < RANKS; ++r)
+  for (int64_t r = 0; r < RANKS; ++r) {
     UNROLL
     for (int v = 0; v < VECTORS; ++v) store(g + r * WIDTH + v * LANES, load(g + r * WIDTH + v * LANES) + sum[r][v]);
+  }
 }
 
 // A row, or two, as operands; zeros after the end.
@@ -307,12 +315,14 @@ inline void pair_rows(float *out, const T *a, const T *, int64_t n, const uint16
   copy_row(out, a, n, mask);
 }
 #if defined(__AVX512BF16__)
-inline void pair_rows(uint32_t *out, const bf16 *a, const bf16 *b, int64_t n, const uint16_t *mask, const uint16_t *next) {
+inline void pair_rows(uint32_t *out, const bf16 *a, const bf16 *b, int64_t n, const uint16_t *mask,
+                      const uint16_t *next) {
   int64_t j = 0;
   if (!mask && b) {
     const __m512i even = _mm512_set1_epi32(0x00200000), step = _mm512_set1_epi32(0x00010001);
     const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i first = _mm512_add_epi32(even, _mm512_mullo_epi16(_mm512_or_si512(count, _mm512_slli_epi32(count, 16)), step));
+    const __m512i first =
+        _mm512_add_epi32(even, _mm512_mullo_epi16(_mm512_or_si512(count, _mm512_slli_epi32(count, 16)), step));
     const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     for (; j + 2 * LANES <= n; j += 2 * LANES) {
       const __m512i left = _mm512_loadu_si512(a + j), right = _mm512_loadu_si512(b + j);
@@ -330,8 +340,8 @@ inline void pair_rows(uint32_t *out, const bf16 *a, const bf16 *b, int64_t n, co
 }
 #endif
 
-// g[round_up(r, RANKS), WIDTH] += s^T (kept x)[count, n], s as operands [count / width, ld]. The columns are copied, since rows
-// a power of two apart evict each other.
+// g[round_up(r, RANKS), WIDTH] += s^T (kept x)[count, n], s as operands [count / width, ld]. The columns are copied,
+// since rows a power of two apart evict each other.
 template <typename T>
 void outer_block(const T *x, int64_t ldx, int64_t ahead, int64_t count, int64_t n, const uint16_t *bits, int64_t chunks,
                  const OperandOf<T> *s, int64_t ld, int64_t r, float *g) {
@@ -340,7 +350,7 @@ void outer_block(const T *x, int64_t ldx, int64_t ahead, int64_t count, int64_t 
   alignas(64) O tile[STEPS * WIDTH];
   for (int64_t m = 0; m < count; m += W) {
     const T *a = x + m * ldx, *b = m + 1 < count ? a + ldx : nullptr;
-    const uint16_t *mask = bits ? bits + m * chunks : nullptr, *next = bits ? mask + chunks : nullptr;
+    const uint16_t *mask = bits ? bits + m * chunks : nullptr, *next = bits && b ? mask + chunks : nullptr;
     for (int64_t w = 0; w < W; ++w)
       for (int64_t j = 0; j < WIDTH; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(a + w * ldx + ahead + j);
     pair_rows(tile + m / W * WIDTH, a, b, n, mask, next);
@@ -355,8 +365,8 @@ void outer_block(const T *x, int64_t ldx, int64_t ahead, int64_t count, int64_t 
 
 // base = gain * dy [count, n], and sums of dy and of dy * y added to total and dot [WIDTH]
 template <typename T>
-void scale_and_sum(const T *dy, int64_t ld, const T *y, int64_t ldy, int64_t count, int64_t n, const float *gain, T *base,
-                   int64_t ldb, float *total, float *dot) {
+void scale_and_sum(const T *dy, int64_t ld, const T *y, int64_t ldy, int64_t count, int64_t n, const float *gain,
+                   T *base, int64_t ldb, float *total, float *dot) {
   constexpr int64_t VECTORS = WIDTH / LANES;
   vec sum[VECTORS], product[VECTORS], factor[VECTORS];
   for (int64_t v = 0; v < VECTORS; ++v) {
