@@ -107,6 +107,12 @@ def test_the_kernels_are_built_once_for_this_user_alone(unloaded: Path, monkeypa
     assert len(set(built)) == 3
 
 
+def test_a_compiler_that_is_no_command_is_a_reason(unloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", 'g++ "unclosed')
+    with pytest.raises(build.BuildError, match=r"CXX is no command \(No closing quotation\)"):
+        build.load()
+
+
 def test_a_cache_that_cannot_be_written_is_a_reason(unloaded: Path) -> None:
     (unloaded / "lorafx").write_text("a file where the folder should be")
     with pytest.raises(build.BuildError, match="could not be kept or loaded"):

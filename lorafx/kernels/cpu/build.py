@@ -54,7 +54,7 @@ def load() -> None:
         built = folder / f"ops-{key}.so"
         if not built.exists() or not _loads(built):
             _build(compiler, built)
-            torch.ops.load_library(str(built))  # type: ignore[no-untyped-call]
+            _load(built)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         raise BuildError(f"the compiled kernels could not be kept or loaded: {error}") from error
 
@@ -62,15 +62,22 @@ def load() -> None:
 def _loads(built: Path) -> bool:
     """Whether it could be loaded: a damaged file is built again."""
     try:
-        torch.ops.load_library(str(built))  # type: ignore[no-untyped-call]
+        _load(built)
     except (OSError, RuntimeError):
         return False
     return True
 
 
+def _load(built: Path) -> None:
+    torch.ops.load_library(str(built))  # type: ignore[no-untyped-call]  # torch has no types there
+
+
 def _compiler() -> list[str]:
     """The command: CXX, which may have arguments (``ccache g++``), or the first of the usual names."""
-    given = shlex.split(os.environ.get("CXX", ""))
+    try:
+        given = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise BuildError(f"CXX is no command ({error}): {os.environ['CXX']}") from error
     names = given[:1] or ["c++", "g++", "clang++"]
     found = next((path for name in names if (path := shutil.which(name))), None)
     if found is None:
