@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx.kernels.base import Adapters, Layers, Upstreams, quantised
+from lorafx.kernels.base import Adapters, Operands, quantised
+from lorafx.kernels.steps import Upstream, adapted
 from lorafx.kernels.triton.provider import TritonProvider
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -96,14 +97,15 @@ def _outputs(
     lefts = [normal(n, r, scale=r**-0.5) for _ in range(2)]
     weights = [normal(n, k, scale=k**-0.5) for _ in range(2)]
     biases, gains = [normal(n) for _ in range(2)], [1 + normal(n) for _ in range(2)]
-    layers = Layers(weights, biases, gains, lefts, [1, 1], [slice(0, 1), slice(1, 2)])
-    adapters = Adapters((r, r), (0.1, 0.0), (2.0, 0.5))
+    adapters = Adapters((1, 1), (r, r), (0.1, 0.0), (2.0, 0.5))
+    layers = [*adapted(Operands(weights, biases, gains, lefts, rights), adapters).values()]
     factor = mask(seed, 0, 0.1, (m, k)).double() / (1 - quantised(0.1))
     dropped = [x.double() * factor, x.double()]
     s, kept = provider.down(x, rights, adapters, seed)
     yield "s", s, torch.cat([d @ right.double().mT for d, right in zip(dropped, rights, strict=True)], 1)
     ys = provider.up(x, s, layers, adapters)
-    ds, ups = provider.grad_up(Upstreams(dys, ys, [True, True]), s, layers, adapters)
+    upstream = [Upstream(dy, y, True) for dy, y in zip(dys, ys, strict=True)]
+    ds, ups = provider.grad_up(upstream, s, layers, adapters)
     exact_dx = torch.zeros(m, k, dtype=torch.float64, device=device)
     bases = []
     for i, (dy, y, up) in enumerate(zip(dys, ys, ups, strict=True)):

@@ -84,9 +84,9 @@ class OtherMasks(Aten):
     """Drops other elements in backward than in forward."""
 
     def grad_right(
-        self, x: Tensor, ds: Tensor, rights: Sequence[Tensor], adapters: Adapters, kept: Tensor | None
+        self, x: Tensor, ds: Tensor, rights: Sequence[Tensor], adapters: Adapters, masks: Tensor | None
     ) -> list[Tensor]:
-        return super().grad_right(x, ds, rights, adapters, None if kept is None else kept.roll(1, -1))
+        return super().grad_right(x, ds, rights, adapters, None if masks is None else masks.roll(1, -1))
 
 
 @pytest.mark.parametrize(

@@ -258,16 +258,17 @@ def test_the_compiled_operators_are_well_behaved(dtype: torch.dtype) -> None:
     x, weight, dy, bias = torch.randn(7, 33), torch.randn(5, 33), torch.randn(7, 5), torch.randn(5)
     x, weight, dy, bias = (t.to(dtype) for t in (x, weight, dy, bias))
     a, b, gain, seed = torch.randn(3, 33), torch.randn(5, 3), torch.randn(5), torch.tensor([7])
-    s, bits = ops.cpu_down(x, [a], [0.25], [0.5], seed)
-    (y,) = ops.cpu_up(x, s, [weight], [bias], [gain], [b], [1])
-    ds, base = torch.randn(7, 3).to(dtype), torch.randn(7, 5).to(dtype)
+    weights, biases, counts = [weight, weight], [bias, None], [1, 1]
+    one = ([a, a], counts, [0.25, 0.0], [0.5, 1.0])
+    forward = (x, weights, biases, [gain, None], [b, b], *one, seed)
+    s, bits, y, _ = ops.cpu_forward(*forward)
+    some = [True, False, True, True, False, True, False, True, False, True, False]
+    plain = (weights, biases, [None, None], [b, b], [a, a], [1, 1], [0.0, 0.0], [1.0, 1.0])
     for operator, given in (
-        (ops.cpu_down, (x, [a], [0.25], [0.5], seed)),
-        (ops.cpu_up, (x, s, [weight], [bias], [gain], [b], [1])),
-        (ops.cpu_grad_up, ([dy], [y], [True], s, [gain], [b], [1], [0.5])),
-        (ops.cpu_grad_up, ([None], [None], [False], s, [None], [b], [1], [0.5])),
-        (ops.cpu_grad_x, ([base], [weight], ds, [a], [0.25], bits)),
-        (ops.cpu_grad_right, (x, ds, [a], [0.25], bits)),
-        (ops.cpu_grad_sources, ([base], [weight], ds, [a], [0.0], None, "silu_mul", [x, x])),
+        (ops.cpu_forward, forward),
+        (ops.cpu_forward, (x, [weight], [None], [None], [], [], [0], [], [], None)),
+        (ops.cpu_backward, ([dy, dy], [y, None], s, bits, [x], "", weights, biases, [gain, None], [b, b], *one, some)),
+        (ops.cpu_backward, ([None, dy], [None, None], s, None, [x], "", *plain, [False, *[True] * 3, *[False] * 3, *[True] * 4])),
+        (ops.cpu_backward, ([dy, dy], [None, None], s, None, [x, x], "silu_mul", *plain, [True, *[False] * 6, *[True] * 4])),
     ):
         torch.library.opcheck(operator.default, given)

@@ -21,7 +21,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 import lorafx
-from lorafx.kernels.base import Adapters, GradUp, Layers, Upstreams, quantised
+from lorafx.kernels.base import Adapters, Operands, quantised
+from lorafx.kernels.steps import GradUp, Upstream, adapted
 from lorafx.kernels.triton.device import Device, pretend
 from lorafx.kernels.triton.dropout import Plan, mask, plan
 from lorafx.kernels.triton.grad_down import grad_x
@@ -68,8 +69,7 @@ class Run:
 
     case: Case
     x: Tensor
-    rights: Sequence[Tensor]
-    layers: Layers
+    operands: Operands
     dys: list[Tensor]
     adapters: Adapters
     seed: Tensor
@@ -82,17 +82,23 @@ class Run:
 
     def run(self) -> Run:
         """Forward and backward, as the autograd function does it."""
-        layers, adapters = self.layers, self.adapters
+        operands, adapters = self.operands, self.adapters
+        layers = [*adapted(operands, adapters).values()]
         self.s, kept = PROVIDER.down(self.x, self.rights, adapters, self.seed)
         self.ys = PROVIDER.up(self.x, self.s, layers, adapters)
-        ys = [None if gain is None else y for y, gain in zip(self.ys, layers.gains, strict=True)]
-        upstream = Upstreams(self.dys, ys, [bias is not None for bias in layers.biases])
+        given = zip(self.dys, self.ys, layers, strict=True)
+        upstream = [Upstream(dy, None if la.gain is None else y, la.bias is not None) for dy, y, la in given]
         self.ds, ups = PROVIDER.grad_up(upstream, self.s, layers, adapters)
         self.ups = [up for up in ups if up is not None]
         bases = [up.base for up in self.ups]
-        self.dx = PROVIDER.grad_x(bases, layers.weights, self.ds, self.rights, adapters, kept)
+        self.dx = PROVIDER.grad_x(bases, operands.weights, self.ds, self.rights, adapters, kept)
         self.drights = PROVIDER.grad_right(self.x, self.ds, self.rights, adapters, kept)
         return self
+
+    @property
+    def rights(self) -> Sequence[Tensor]:
+        """Of all adapters."""
+        return self.operands.rights
 
     @property
     def outputs(self) -> list[Tensor]:
@@ -113,21 +119,19 @@ def make(case: Case) -> Run:
         stored = normal(*shape, scale=case.k**-0.5)
         return stored.mT if case.transposed else stored
 
-    layers = Layers(
+    operands = Operands(
         [weight(n) for n in case.widths],
         [normal(n) if case.bias else None for n in case.widths],
         [1 + normal(n, of=case.adapters, scale=0.1) if case.gain else None for n in case.widths],
         [normal(n, r, of=case.adapters, scale=r**-0.5) for n, r in zip(case.widths, case.ranks, strict=True)],
-        [1] * len(case.widths),
-        [slice(i, i + 1) for i in range(len(case.widths))],
+        [normal(r, case.k, of=case.adapters, scale=case.k**-0.5) for r in case.ranks],
     )
     return Run(
         case,
         normal(case.m, case.k + 3)[:, : case.k] if case.transposed else normal(case.m, case.k),
-        [normal(r, case.k, of=case.adapters, scale=case.k**-0.5) for r in case.ranks],
-        layers,
+        operands,
         [normal(case.m, n) for n in case.widths],
-        Adapters(case.ranks, case.p, SCALES[: len(case.ranks)]),
+        Adapters((1,) * len(case.ranks), case.ranks, case.p, SCALES[: len(case.ranks)]),
         torch.tensor([case.seed], device=DEVICE),
     )
 
@@ -170,7 +174,7 @@ def test_outputs_and_gradients(case: Case) -> None:
     run, dtype = make(case).run(), case.dtype
     x, loss = run.x.double().requires_grad_(), torch.zeros((), dtype=torch.float64, device=DEVICE)
     rights = [right.to(dtype).double().requires_grad_() for right in run.rights]
-    lefts = [left.to(dtype).double().requires_grad_() for left in run.layers.lefts]
+    lefts = [left.to(dtype).double().requires_grad_() for left in run.operands.lefts]
     for i, (layer, dy, found) in enumerate(zip(run.layers, run.dys, run.ups, strict=True)):
         zero, one = (torch.full(dy.shape[1:], v, dtype=torch.float64, device=DEVICE) for v in (0.0, 1.0))
         bias = zero if layer.bias is None else layer.bias.double()
@@ -194,7 +198,7 @@ def test_outputs_and_gradients(case: Case) -> None:
     dx, *expected = torch.autograd.grad(loss, [x, *leaves])
     check(run.dx, dx, dtype)
     actuals = [*run.drights, *(found.dlefts[0] for found in run.ups)]
-    given = [*run.rights, *run.layers.lefts]
+    given = [*run.rights, *run.operands.lefts]
     for actual, gradient, value in zip(actuals, expected, given, strict=True):
         check(actual, gradient, dtype)
         assert actual.dtype == value.dtype
@@ -219,7 +223,7 @@ def test_everything_dropped() -> None:
     run = make(Case(20, 24, (16,), (4,), (1.0,), F32)).run()
     assert not run.s.any()
     assert not run.drights[0].any()
-    check(run.dx, run.dys[0].double() @ run.layers.weights[0].double(), F32)
+    check(run.dx, run.dys[0].double() @ run.operands.weights[0].double(), F32)
 
 
 @pytest.mark.parametrize("case", [CASES[3], CASES[5], CASES[10]], ids=lambda case: case.id)
@@ -229,7 +233,7 @@ def test_both_ways_to_multiply(case: Case) -> None:
     for layer, y in zip(run.layers, run.ys, strict=True):
         own = (run.s[:, layer.columns(run.adapters)], layer.left(run.adapters), layer.gain)
         check(up(run.x, layer.weight, layer.bias, *own, fused=True), y.double(), case.dtype)
-    weights, bases = run.layers.weights, [u.base for u in run.ups]
+    weights, bases = run.operands.weights, [u.base for u in run.ups]
     pieces, right = plan(case.ranks, case.p), torch.cat(list(run.rights))
     for fused in (True, False):
         check(grad_x(bases, weights, run.ds, right, pieces, run.seed, fused), run.dx.double(), case.dtype)
@@ -238,11 +242,12 @@ def test_both_ways_to_multiply(case: Case) -> None:
 @pytest.mark.parametrize("case", [CASES[3], CASES[4], CASES[10]], ids=lambda case: case.id)
 def test_an_adapter_that_changes_nothing_keeps_the_frozen_bits(case: Case) -> None:
     run = make(case)
-    s, layers = torch.ones(case.m, sum(case.ranks), dtype=case.dtype, device=DEVICE), run.layers
+    s, operands = torch.ones(case.m, sum(case.ranks), dtype=case.dtype, device=DEVICE), run.operands
     for gain in (False, True):
         gains = [torch.ones(n, device=DEVICE) if gain else None for n in case.widths]
-        fresh = replace(layers, gains=gains, lefts=[torch.zeros_like(left) for left in layers.lefts])
-        for y, layer in zip(PROVIDER.up(run.x, s, fresh, run.adapters), layers, strict=True):
+        fresh = operands._replace(gains=gains, lefts=[torch.zeros_like(left) for left in operands.lefts])
+        layers = [*adapted(fresh, run.adapters).values()]
+        for y, layer in zip(PROVIDER.up(run.x, s, layers, run.adapters), layers, strict=True):
             assert torch.equal(y, torch.nn.functional.linear(run.x, layer.weight, layer.bias))
 
 
@@ -365,7 +370,7 @@ def test_mask_depends_on_place_and_seed_only() -> None:
     # From the kernels' own tiles: with right the identity, s is x where it is kept.
     x, right = torch.ones(70, 40, device=DEVICE), torch.eye(40, device=DEVICE)
     for rows in (70, 3):
-        s, _ = PROVIDER.down(x[:rows], [right], Adapters((40,), (0.1,), (1.0,)), torch.tensor([5], device=DEVICE))
+        s, _ = PROVIDER.down(x[:rows], [right], Adapters((1,), (40,), (0.1,), (1.0,)), torch.tensor([5], device=DEVICE))
         assert torch.equal(s.cpu() != 0, large[:rows, :40])
 
 
@@ -475,8 +480,8 @@ def test_model_of_traffic(case: Case) -> None:
     run = make(case)
     with counted() as launches:
         run.run()
-        weight = run.layers.weights[0]
-        row_norm(weight, run.rights[0], run.layers.lefts[0], compute_squares(weight), 2.0)
+        weight = run.operands.weights[0]
+        row_norm(weight, run.rights[0], run.operands.lefts[0], compute_squares(weight), 2.0)
     names = {launch.name for launch, _ in launches}
     assert names >= {"down", "up", "grad_up", "dx", "dright", "row_norm"}
     assert "reduce" in names or case.m < 100  # small sums are not split

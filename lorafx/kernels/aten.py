@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafx.kernels.base import Adapters, Call, GradUp, Layers, Provider, Upstreams, like, split
+from lorafx.kernels.base import Adapters, Call
+from lorafx.kernels.steps import GradUp, Layer, Stepwise, Upstream, like, split
 
 #: Random numbers are 16 bits an element, so that p is exact to 2^-16; one int64 has those of four elements.
 _LEVELS = 1 << 16
 _LOWEST = torch.iinfo(torch.int64).min
 
 
-class Aten(Provider):
+class Aten(Stepwise):
     """Any device and floating dtype."""
 
     name: ClassVar[str] = "torch"
@@ -41,11 +42,11 @@ class Aten(Provider):
     ) -> tuple[Tensor, Tensor | None]:
         if seed is None:
             return torch.mm(x, _turned(torch.cat(list(rights)), x.dtype)), None
-        kept = _kept(seed, x, adapters)
-        dropped = _dropped(x, adapters, kept)
-        return torch.cat([torch.mm(d, _turned(r, x.dtype)) for d, r in zip(dropped, rights, strict=True)], 1), kept
+        masks = _kept(seed, x, adapters)
+        dropped = _dropped(x, adapters, masks)
+        return torch.cat([torch.mm(d, _turned(r, x.dtype)) for d, r in zip(dropped, rights, strict=True)], 1), masks
 
-    def up(self, x: Tensor, s: Tensor, layers: Layers, adapters: Adapters) -> list[Tensor]:
+    def up(self, x: Tensor, s: Tensor, layers: Sequence[Layer], adapters: Adapters) -> list[Tensor]:
         ys = []
         for layer in layers:
             gain, bias, left = layer.gain, layer.bias, layer.left(adapters)
@@ -56,7 +57,7 @@ class Aten(Provider):
         return ys
 
     def grad_up(
-        self, upstream: Upstreams, s: Tensor, layers: Layers, adapters: Adapters
+        self, upstream: Sequence[Upstream], s: Tensor, layers: Sequence[Layer], adapters: Adapters
     ) -> tuple[Tensor, list[GradUp | None]]:
         ds, ups = torch.empty_like(s), list[GradUp | None]()
         for layer, given in zip(layers, upstream, strict=True):
@@ -79,23 +80,23 @@ class Aten(Provider):
         ds: Tensor,
         rights: Sequence[Tensor],
         adapters: Adapters,
-        kept: Tensor | None,
+        masks: Tensor | None,
     ) -> Tensor:
         dx, right = sum_of_products(bases, weights), torch.cat(list(rights)).to(ds.dtype)
-        if kept is None:
+        if masks is None:
             return dx.addmm_(ds, right)
         columns, parts = split(ds, adapters.ranks, 1), split(right, adapters.ranks)
         low = [torch.mm(c, p) for c, p in zip(columns, parts, strict=True)]
-        for dropped in _dropped(low, adapters, kept):
+        for dropped in _dropped(low, adapters, masks):
             dx += dropped
         return dx
 
     def grad_right(
-        self, x: Tensor, ds: Tensor, rights: Sequence[Tensor], adapters: Adapters, kept: Tensor | None
+        self, x: Tensor, ds: Tensor, rights: Sequence[Tensor], adapters: Adapters, masks: Tensor | None
     ) -> list[Tensor]:
-        if kept is None:
+        if masks is None:
             return like(split(torch.mm(x.t(), ds).t(), adapters.ranks), rights)
-        columns, dropped = split(ds, adapters.ranks, 1), _dropped(x, adapters, kept)
+        columns, dropped = split(ds, adapters.ranks, 1), _dropped(x, adapters, masks)
         return like([torch.mm(d.t(), c).t() for d, c in zip(dropped, columns, strict=True)], rights)
 
 

@@ -1,9 +1,9 @@
-"""What a provider is: five functions that together are the forward and backward of adapted linear layers.
+"""What a provider is: the forward and the backward of adapted linear layers that read one input.
 
 Layers that read the same ``x [M, k]`` are one *group*. Of layer ``i``, ``W_i [n_i, k]`` is frozen; its adapters ``j``
-are ``left_j [n_i, r_j]`` and ``right_j [r_j, k]`` with a factor ``scale_j``. ``R`` is the sum of all ``r_j``, and ``s``
-has one column for each, in the order of layers and adapters. With ``D_j`` the dropout of adapter ``j`` (its own mask,
-kept elements over 1 - p):
+(there may be none) are ``left_j [n_i, r_j]`` and ``right_j [r_j, k]`` with a factor ``scale_j``. ``R`` is the sum of all
+``r_j``, and ``s`` has one column for each, in the order of layers and adapters. With ``D_j`` the dropout of adapter
+``j`` (its own mask, kept elements over 1 - p):
 
     s_j = scale_j D_j(x) right_j^T                              down            [M, R]
     y_i = gain_i * (x W_i^T) + sum_j s_j left_j^T + b_i         up              [M, n_i]
@@ -14,18 +14,18 @@ kept elements over 1 - p):
 
 The contraction through ``s`` keeps what is read and written at one pass over ``x``, ``y``, ``dy`` and ``dx`` each
 (RunLoRA, arXiv 2312.03415; LoRAFusion, arXiv 2510.00206, splits at ``s`` too). Sums are accumulated in float32 or
-better. Whether ``scale`` is in ``s`` and ``ds``, or at ``left``, is the provider's choice. It may have a sixth
-function, ``grad_sources``, for an ``x`` that is an activation.
+better. Whether ``scale`` is in ``s`` and ``ds``, or at ``left``, is the provider's choice. One that computes step by
+step is below :class:`lorafx.kernels.steps.Stepwise`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,8 +46,9 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapters:
-    """What of a group's adapters is no tensor: of each its rank, dropout's ``p`` (:func:`quantised`), and its scale."""
+    """What of a group's adapters is no tensor: how many each layer has; the rank, ``p`` (:func:`quantised`), scale of each."""
 
+    counts: tuple[int, ...]
     ranks: tuple[int, ...]
     p: tuple[float, ...]
     scales: tuple[float, ...]
@@ -60,96 +61,61 @@ class Adapters:
     @cached_property
     def columns(self) -> tuple[slice, ...]:
         """The columns of ``s`` of each."""
-        return tuple(slice(a, b) for a, b in pairwise(accumulate(self.ranks, initial=0)))
+        return slices(self.ranks)
+
+    @cached_property
+    def places(self) -> tuple[slice, ...]:
+        """The adapters of each layer."""
+        return slices(self.counts)
+
+    @cached_property
+    def operands(self) -> tuple[slice, ...]:
+        """Where :class:`Operands` have what, flattened."""
+        n, count = len(self.counts), sum(self.counts)
+        return slices((n, n, n, count, count))
 
 
-class Layer(NamedTuple):
-    """One layer with adapters, whose numbers in the group are ``adapters``: at least one."""
+class Operands(NamedTuple):
+    """The tensors of a group, or one thing for each of them: of each layer, and of each adapter its factors."""
 
-    weight: Tensor
-    bias: Tensor | None
-    gain: Tensor | None
-    lefts: Sequence[Tensor]
-    adapters: slice
+    weights: Sequence[Any]
+    biases: Sequence[Any]
+    gains: Sequence[Any]
+    lefts: Sequence[Any]
+    rights: Sequence[Any]
 
-    def columns(self, adapters: Adapters) -> slice:
-        """The columns of ``s`` that are its own."""
-        mine = adapters.columns[self.adapters]
-        return slice(mine[0].start, mine[-1].stop)
-
-    def left(self, adapters: Adapters) -> Tensor:
-        """``[n, R_i]``: ``scale_j left_j``, one beside the other."""
-        mine = [t if c == 1.0 else t * c for t, c in zip(self.lefts, adapters.scales[self.adapters], strict=True)]
-        return mine[0] if len(mine) == 1 else torch.cat(mine, 1)
-
-    def dlefts(self, grad: Tensor, adapters: Adapters) -> list[Tensor]:
-        """The gradient of each of ``lefts``, from that of :meth:`left`."""
-        parts = like(split(grad, adapters.ranks[self.adapters], 1), self.lefts)
-        return [t if c == 1.0 else t * c for t, c in zip(parts, adapters.scales[self.adapters], strict=True)]
+    @classmethod
+    def unflatten(cls, adapters: Adapters, values: Sequence[Any]) -> Operands:
+        """From the order of the fields, one after the other."""
+        return cls(*[values[place] for place in adapters.operands])
 
 
-@dataclass(slots=True)
-class Layers:
-    """The layers of a group that have adapters; ``counts`` and ``places`` say how many and which of ``lefts``."""
+class Kept(NamedTuple):
+    """What a forward keeps for backward: ``s``, and what :meth:`Provider.forward` says drops the same elements again."""
 
-    weights: Sequence[Tensor]
-    biases: Sequence[Tensor | None]
-    gains: Sequence[Tensor | None]
-    lefts: Sequence[Tensor]
-    counts: Sequence[int]
-    places: Sequence[slice]
-
-    def __iter__(self) -> Iterator[Layer]:
-        for weight, bias, gain, place in zip(self.weights, self.biases, self.gains, self.places, strict=True):
-            yield Layer(weight, bias, gain, self.lefts[place], place)
+    s: Tensor
+    masks: Tensor | None
 
 
-class Upstream(NamedTuple):
-    """What comes back to a layer: ``dy [M, n]``, None where nothing reads its output; and what is asked for.
+class Gradients(NamedTuple):
+    """Of ``x`` (None: not wanted, or its sources have it), of the sources, of the operands in the order of :class:`Operands`."""
 
-    With ``y`` the sums that the gradient of the gain needs, with ``needs_total`` that of the bias.
-    """
-
-    dy: Tensor | None
-    y: Tensor | None = None
-    needs_total: bool = False
-
-
-@dataclass(slots=True)
-class Upstreams:
-    """:class:`Upstream` of all layers."""
-
-    dys: Sequence[Tensor | None]
-    ys: Sequence[Tensor | None]
-    needs_total: Sequence[bool]
-
-    def __iter__(self) -> Iterator[Upstream]:
-        return map(Upstream, self.dys, self.ys, self.needs_total)
-
-
-class GradUp(NamedTuple):
-    """What :meth:`Provider.grad_up` gives of one layer.
-
-    ``dlefts`` are like the layer's ``lefts``, ``base [M, n]`` is ``gain * dy`` (``dy`` itself without gain),
-    ``total [n]`` the sum of ``dy`` over M, and ``dot [n]`` that of ``dy * y``, both in float32 or better; from these
-    the gradients of bias and gain follow.
-    """
-
-    dlefts: Sequence[Tensor]
-    base: Tensor
-    total: Tensor | None = None
-    dot: Tensor | None = None
+    x: Tensor | None
+    sources: Sequence[Tensor]
+    operands: Sequence[Tensor | None]
 
 
 class Provider(ABC):
-    """One way to compute the five functions.
+    """One way to compute groups.
 
-    Unless said otherwise tensors are 2-D (vectors: 1-D), on one device, of one dtype.
+    Unless said otherwise tensors are on one device and of one dtype.
     ``left``, ``right``, ``gain`` and gradients of them may be wider than ``x`` (float32 adapters beside bfloat16
-    activations): the small side is cast. ``s`` and ``ds`` are in whatever dtype the provider likes.
+    activations): the small side is cast. ``s`` is in whatever dtype the provider likes.
     """
 
     name: ClassVar[str]
+    #: The activations (:data:`ACTIVATIONS`) that it differentiates itself.
+    activations: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def unavailable(self) -> str | None:
@@ -167,61 +133,39 @@ class Provider(ABC):
         return torch.empty(1, dtype=torch.int64, device=x.device).random_()
 
     @abstractmethod
-    def down(
-        self, x: Tensor, rights: Sequence[Tensor], adapters: Adapters, seed: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """``s``, and what the gradients need to drop the same elements again (None without dropout).
-
-        ``seed`` is what :meth:`random` drew: all that the masks depend on beside their place.
-        """
-
-    @abstractmethod
-    def up(self, x: Tensor, s: Tensor, layers: Layers, adapters: Adapters) -> list[Tensor]:
-        """``y [M, n]`` of each layer, bit for bit that of the frozen layer where gain is 1 and ``left`` 0.
+    def forward(
+        self, x: Tensor, operands: Operands, adapters: Adapters, seed: Tensor | None
+    ) -> tuple[list[Tensor], Kept]:
+        """``y [..., n]`` of each layer, bit for bit the frozen layer's where gain is 1 and ``left`` 0; and what to keep.
 
         For that, ``x [..., k]`` is as the layer has it: a product of a strided input has its own way of adding a bias.
+        No ``y`` is a view. ``seed`` is what :meth:`random` drew, None without dropout.
         """
 
     @abstractmethod
-    def grad_up(
-        self, upstream: Upstreams, s: Tensor, layers: Layers, adapters: Adapters
-    ) -> tuple[Tensor, list[GradUp | None]]:
-        """``ds [M, R]``, and the gradients of each layer's own tensors; zeros and None where there is no ``dy``."""
-
-    @abstractmethod
-    def grad_x(
+    def backward(
         self,
-        bases: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        ds: Tensor,
-        rights: Sequence[Tensor],
-        adapters: Adapters,
-        kept: Tensor | None,
-    ) -> Tensor:
-        """``dx [M, k]``, in memory of its own; ``kept`` is what :meth:`down` gave."""
-
-    @abstractmethod
-    def grad_right(
-        self, x: Tensor, ds: Tensor, rights: Sequence[Tensor], adapters: Adapters, kept: Tensor | None
-    ) -> list[Tensor]:
-        """The gradient of each of ``rights``, like it."""
-
-    #: The activations (:data:`ACTIVATIONS`) for which it has :meth:`grad_sources`.
-    activations: ClassVar[frozenset[str]] = frozenset()
-
-    def grad_sources(
-        self,
-        bases: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        ds: Tensor,
-        rights: Sequence[Tensor],
-        adapters: Adapters,
-        kept: Tensor | None,
+        dys: Sequence[Tensor | None],
+        ys: Sequence[Tensor | None],
+        kept: Kept,
+        inputs: Sequence[Tensor],
         activation: str,
-        sources: Sequence[Tensor],
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Instead of :meth:`grad_x`, where ``x`` is an activation: ``x`` again, and its sources' gradients."""
-        raise NotImplementedError(activation)
+        operands: Operands,
+        adapters: Adapters,
+        needed: Sequence[bool],
+    ) -> Gradients:
+        """All gradients.
+
+        Args:
+            dys: ``[..., n]`` of each layer, None where nothing reads its output; of one layer at least there is one.
+            ys: the outputs of layers whose gain needs a gradient; None of others.
+            kept: what :meth:`forward` kept.
+            inputs: ``x [..., k]``, nothing if no gradient depends on it; with an activation its sources.
+            activation: one of :attr:`activations`, or empty: what makes ``x`` of the sources, which then get the
+                gradients instead of ``x``.
+            operands, adapters: as forward had them.
+            needed: whether a gradient is wanted: of ``x`` (or of its sources), and of each of the operands.
+        """
 
 
 def quantised(p: float) -> float:
@@ -229,15 +173,6 @@ def quantised(p: float) -> float:
     return min(round(p * 65536), 65535) / 65536
 
 
-def split(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor]:
-    """Views of these sizes along a dimension."""
-    found: Sequence[Tensor] = torch.split_with_sizes(tensor, sizes, dim)
-    return found
-
-
-def like(gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients in the dtypes of what they are gradients of."""
-    return [
-        grad if grad.dtype is tensor.dtype else grad.to(tensor.dtype)
-        for grad, tensor in zip(gradients, tensors, strict=True)
-    ]
+def slices(sizes: Sequence[int]) -> tuple[slice, ...]:
+    """Places of these sizes, one after the other."""
+    return tuple(slice(a, b) for a, b in pairwise(accumulate(sizes, initial=0)))

@@ -142,8 +142,8 @@ def grouped_reference(
         chosen = provider("torch")
     if activation not in chosen.activations or not all(_alike(source, sources[0]) for source in sources):
         activation = ""  # the sources get their gradients by autograd, as where factors broadcast
-    adapters = Adapters(ranks, p, tuple(scale for s in siblings for scale in s.scales))
-    group = make_group(chosen, tuple(counts), adapters, recipe, activation)
+    adapters = Adapters(tuple(counts), ranks, p, tuple(scale for s in siblings for scale in s.scales))
+    group = make_group(chosen, adapters, recipe, activation)
     operands = (
         *[s.weight.to(x.dtype) if autocast else s.weight for s in siblings],
         *[s.bias if s.bias is None or s.bias.dtype is x.dtype else s.bias.to(x.dtype) for s in siblings],

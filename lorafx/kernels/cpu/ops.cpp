@@ -4,6 +4,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/_unsafe_view.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
@@ -94,134 +95,211 @@ void run(at::ScalarType dtype, const std::vector<Job> &jobs) {
     TORCH_CHECK(false, "the compiled kernels are for float32 and bfloat16, not ", dtype);
 }
 
-std::tuple<Tensor, Tensor> down(const Tensor &given, at::TensorList rights, at::ArrayRef<double> p,
-                                at::ArrayRef<double> scales, const Maybe &seed) {
-  const Tensor x = rows(given);
-  const std::vector<Tensor> small = smalls(rights, x);
+// lorafx/kernels/gain.py has the formula.
+Tensor grad_gain(const Tensor &dot, const Tensor &total, at::TensorList dlefts, at::TensorList lefts, const Maybe &bias,
+                 const Tensor &gain, const Tensor &dy, const Tensor &x, const Tensor &weight) {
+  Tensor found = dot.clone();
+  for (size_t j = 0; j < lefts.size(); ++j) found = found.sub(dlefts[j].to(dot.scalar_type()).mul(lefts[j]).sum(1));
+  if (bias) found = found.sub(bias->mul(total));
+  const Tensor small = gain.abs().lt(SMALL_GAIN);
+  found = found.div(gain.masked_fill(small, 1.0));
+  if (small.any().item<bool>()) {
+    const Tensor at = small.nonzero().flatten();
+    const Tensor y = at::linear(x, weight.index_select(0, at));
+    found.index_copy_(0, at, dy.index_select(1, at).mul(y).sum(0, false, found.scalar_type()));
+  }
+  return found.to(gain.scalar_type());
+}
+
+// The tensor [..., n] as [M, n].
+Tensor flat(const Tensor &t, int64_t m) { return t.reshape({m, t.size(-1)}); }
+
+// The sizes of a tensor, the last one replaced.
+std::vector<int64_t> sizes(const Tensor &t, int64_t last) {
+  std::vector<int64_t> found = t.sizes().vec();
+  found.back() = last;
+  return found;
+}
+
+std::vector<Tensor> forward(const Tensor &x, at::TensorList weights, const Maybes &biases, const Maybes &gains,
+                            at::TensorList lefts, at::TensorList rights, at::IntArrayRef counts,
+                            at::ArrayRef<double> p, at::ArrayRef<double> scales, const Maybe &seed) {
+  const int64_t m = c10::multiply_integers(x.sizes().slice(0, size_t(x.dim() - 1)));
+  const Tensor wide_x = rows(flat(x, m));
+  const std::vector<Tensor> small = smalls(rights, x), up = smalls(lefts, x);
   const int64_t drop = std::count_if(p.begin(), p.end(), [](double chance) { return chance > 0.0; });
-  Tensor s = x.new_empty({x.size(0), total(rights, 0)});
-  Tensor bits = x.new_empty({drop, x.size(0), (x.size(1) + LANES - 1) / LANES}, x.options().dtype(at::kShort));
+  const Tensor s = x.new_empty({m, total(rights, 0)});
+  const Tensor bits = x.new_empty({drop, m, (x.size(-1) + LANES - 1) / LANES}, x.options().dtype(at::kShort));
   std::vector<Adapter> adapters = masked(small, p, bits);
   for (size_t j = 0; j < adapters.size(); ++j) adapters[j].factor *= float(scales[j]);
-  Job job = make(NARROW, x, s, std::move(adapters));
-  if (seed) job.seed = uint64_t(seed->item<int64_t>());
-  run(x.scalar_type(), {job});
-  return {s, bits};
-}
+  Job down = make(NARROW, wide_x, s, std::move(adapters));
+  if (seed) down.seed = uint64_t(seed->item<int64_t>());
+  run(x.scalar_type(), {down});
 
-std::vector<Tensor> up(const Tensor &x, const Tensor &s, at::TensorList weights, const Maybes &biases,
-                       const Maybes &gains, at::TensorList lefts, at::IntArrayRef counts) {
-  const std::vector<Tensor> small = smalls(lefts, x);
-  std::vector<Tensor> ys;
-  int64_t column = 0, left = 0;
+  std::vector<Tensor> found = {s, bits};
+  int64_t column = 0;
+  size_t left = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Maybe bias = biases[i], gain = wide(gains[i]), plain = gain ? wide(bias) : std::nullopt;
-    const Tensor y = at::linear(x, weights[i], bias).reshape({s.size(0), weights[i].size(0)});
-    std::vector<Adapter> adapters;
-    int64_t r = 0;
-    for (int64_t j = 0; j < counts[i]; ++j, ++left) {
-      adapters.push_back(adapter(small[size_t(left)], 1));
-      r += adapters.back().r;
+    Tensor y = at::linear(x, weights[i], bias);
+    if (counts[i]) {
+      y = flat(y, m);
+      std::vector<Adapter> mine;
+      int64_t r = 0;
+      for (int64_t j = 0; j < counts[i]; ++j) {
+        mine.push_back(adapter(up[left++], 1));
+        r += mine.back().r;
+      }
+      Job job = make(EXPAND, y, s.narrow(1, column, r), std::move(mine));
+      job.gain = floats(gain);
+      job.bias = floats(plain);
+      run(y.scalar_type(), {job});  // while y is near
+      column += r;
+      y = at::_unsafe_view(y, sizes(x, y.size(1)));  // not a view: that may not be written to
     }
-    Job job = make(EXPAND, y, s.narrow(1, column, r), std::move(adapters));
-    job.gain = floats(gain);
-    job.bias = floats(plain);
-    run(y.scalar_type(), {job});  // while y is near
-    column += r;
-    ys.push_back(y);
+    found.push_back(y);
   }
-  return ys;
+  return found;
 }
 
-std::vector<Tensor> grad_up(const Maybes &dys, const Maybes &ys, const c10::List<bool> &needs_total, const Tensor &s,
-                            const Maybes &gains, at::TensorList lefts, at::IntArrayRef counts,
-                            at::ArrayRef<double> scales) {
-  const Tensor ds = s.new_empty(s.sizes());
+// One layer's share of backward. Undefined is what is not wanted.
+struct Share {
+  Tensor dy, base, total, dot;      // base: gain * dy, or dy
+  std::vector<Tensor> lefts, dlefts;
+};
+
+// ds, and what depends on dy alone.
+std::vector<Share> grad_up(const Maybes &dys, const Maybes &ys, const Tensor &s, const Tensor &ds,
+                           const std::vector<bool> &needs_total, const Maybes &gains, at::TensorList lefts,
+                           at::IntArrayRef counts, at::ArrayRef<double> scales) {
   const std::vector<Tensor> small = smalls(lefts, s), dlefts = gradients(lefts, s);
-  std::vector<Tensor> found = {ds}, alive;
-  found.insert(found.end(), dlefts.begin(), dlefts.end());
+  std::vector<Share> shares(dys.size());
+  std::vector<Tensor> alive;
   std::vector<Job> jobs;
   int64_t column = 0;
   size_t left = 0;
-  for (size_t i = 0; i < dys.size(); ++i) {
+  for (size_t i = 0; i < shares.size(); ++i) {
+    Share &share = shares[i];
     const Maybe dy = dys[i], y = ys[i], gain = wide(gains[i]);
+    if (dy) share.dy = share.base = flat(*dy, s.size(0));
+    if (!counts[i]) {
+      if (dy && needs_total[i]) share.total = share.dy.sum(0);
+      continue;
+    }
     std::vector<Adapter> in, out;
     int64_t r = 0;
     for (int64_t j = 0; j < counts[i]; ++j, ++left) {
       in.push_back(adapter(small[left], 1, float(scales[left])));
       out.push_back(adapter(dlefts[left], 1));
+      share.lefts.push_back(lefts[left]);
+      share.dlefts.push_back(dlefts[left]);
       r += in.back().r;
     }
-    const int64_t n = dy ? dy->size(1) : 0;
-    const Tensor base = gain && dy ? s.new_empty(dy->sizes()) : s.new_empty({0});
-    const Tensor total = s.new_empty({needs_total[i] ? n : 0}, s.options().dtype(at::kFloat));
-    const Tensor dot = s.new_empty({y ? n : 0}, s.options().dtype(at::kFloat));
-    found.insert(found.end(), {base, total, dot});
-    const Tensor mine = ds.narrow(1, column, r);
-    if (dy) {
-      const Tensor d = rows(*dy);
-      jobs.push_back(make(NARROW, d, mine, std::move(in)));
-      Job job = make(OUTER, d, s.narrow(1, column, r), std::move(out));
-      job.gain = floats(gain);
-      job.base = gain ? base.data_ptr() : nullptr;
-      job.total = total.numel() ? total.data_ptr<float>() : nullptr;
-      job.dot = dot.numel() ? dot.data_ptr<float>() : nullptr;
-      alive.insert(alive.end(), {d, gain ? *gain : d});
-      if (y) {
-        alive.push_back(rows(*y));
-        job.y = alive.back().data_ptr();
-        job.ldy = alive.back().stride(0);
-      }
-      jobs.push_back(std::move(job));
-    } else {
-      mine.zero_();
-      for (int64_t j = 1; j <= counts[i]; ++j) dlefts[left - size_t(j)].zero_();
-    }
+    const Tensor mine = ds.narrow(1, column, r), with = s.narrow(1, column, r);
     column += r;
+    if (!dy) {
+      mine.zero_();
+      continue;
+    }
+    const Tensor d = rows(share.dy);
+    jobs.push_back(make(NARROW, d, mine, std::move(in)));
+    Job job = make(OUTER, d, with, std::move(out));
+    alive.insert(alive.end(), {d, gain ? *gain : d});
+    if (gain) {
+      share.base = s.new_empty(d.sizes());
+      job.gain = floats(gain);
+      job.base = share.base.data_ptr();
+    }
+    const auto sums = [&] { return s.new_empty({d.size(1)}, s.options().dtype(at::kFloat)); };
+    if (needs_total[i]) job.total = (share.total = sums()).data_ptr<float>();
+    if (y) {
+      alive.push_back(rows(flat(*y, s.size(0))));
+      job.y = alive.back().data_ptr();
+      job.ldy = alive.back().stride(0);
+      job.dot = (share.dot = sums()).data_ptr<float>();
+    }
+    jobs.push_back(std::move(job));
   }
   if (!jobs.empty()) run(s.scalar_type(), jobs);
-  return found;
+  return shares;
 }
 
-// The frozen layers' part of dx, and the job that adds the rest.
-std::pair<Tensor, Job> begin_grad_x(at::TensorList bases, at::TensorList weights, const Tensor &ds,
-                                    const std::vector<Tensor> &rights, at::ArrayRef<double> p, const Maybe &bits) {
-  Tensor dx = at::mm(bases[0], weights[0]);
-  for (size_t i = 1; i < bases.size(); ++i) dx.addmm_(bases[i], weights[i]);
-  return {dx, make(EXPAND, dx, ds, masked(rights, p, bits))};
-}
-
-Tensor grad_x(at::TensorList bases, at::TensorList weights, const Tensor &ds, at::TensorList rights,
-              at::ArrayRef<double> p, const Maybe &bits) {
-  const std::vector<Tensor> small = smalls(rights, ds);
-  const auto [dx, job] = begin_grad_x(bases, weights, ds, small, p, bits);
-  run(dx.scalar_type(), {job});
+// The sum of dy W over layers.
+Tensor product_with_weights(const std::vector<Share> &shares, at::TensorList weights) {
+  Tensor dx;
+  for (size_t i = 0; i < shares.size(); ++i)
+    if (shares[i].base.defined())
+      dx = dx.defined() ? dx.addmm_(shares[i].base, weights[i]) : at::mm(shares[i].base, weights[i]);
   return dx;
 }
 
-// x, and the gradients of the sources.
-std::vector<Tensor> grad_sources(at::TensorList bases, at::TensorList weights, const Tensor &ds, at::TensorList rights,
-                                 at::ArrayRef<double> p, const Maybe &bits, c10::string_view name,
-                                 at::TensorList sources) {
-  const std::vector<Tensor> small = smalls(rights, ds);
-  auto [dx, job] = begin_grad_x(bases, weights, ds, small, p, bits);
-  const Tensor h = sources[0].contiguous(), u = sources.size() > 1 ? sources[1].contiguous() : Tensor();
-  std::vector<Tensor> found = {at::empty_like(h), dx.view(h.sizes())};
-  if (u.defined()) found.push_back(at::empty_like(u));
-  job.f = name.starts_with("gelu_tanh") ? GELU_TANH : name.starts_with("gelu") ? GELU : SILU;
-  job.h = h.data_ptr();
-  job.x = found[0].data_ptr();
-  if (u.defined()) job.u = u.data_ptr(), job.du = found[2].data_ptr();
-  run(dx.scalar_type(), {job});
-  return found;
-}
+std::vector<Tensor> backward(const Maybes &dys, const Maybes &ys, const Tensor &s, const Maybe &bits,
+                             at::TensorList inputs, c10::string_view activation, at::TensorList weights,
+                             const Maybes &biases, const Maybes &gains, at::TensorList lefts, at::TensorList rights,
+                             at::IntArrayRef counts, at::ArrayRef<double> p, at::ArrayRef<double> scales,
+                             const c10::List<bool> &needed) {
+  const size_t n = weights.size(), count = rights.size(), m = size_t(s.size(0));
+  const size_t of_bias = 1 + n, of_gain = of_bias + n, of_left = of_gain + n, of_right = of_left + count;
+  const bool needs_x = needed[0];
+  bool needs_right = false;
+  std::vector<bool> needs_total;
+  for (size_t j = 0; j < count; ++j) needs_right |= needed[of_right + j];
+  for (size_t i = 0; i < n; ++i) needs_total.push_back(needed[of_bias + i] || needed[of_gain + i]);
 
-std::vector<Tensor> grad_right(const Tensor &given, const Tensor &ds, at::TensorList rights, at::ArrayRef<double> p,
-                               const Maybe &bits) {
-  const Tensor x = rows(given);
-  const std::vector<Tensor> found = gradients(rights, ds);
-  run(x.scalar_type(), {make(OUTER, x, ds, masked(found, p, bits))});
-  return found;
+  const Tensor ds = s.new_empty(s.sizes());
+  const std::vector<Share> shares = grad_up(dys, ys, s, ds, needs_total, gains, lefts, counts, scales);
+
+  // dx, through an activation on to its sources; and the gradients of rights, which read x.
+  const std::vector<Tensor> small = smalls(rights, ds), drights = needs_right ? gradients(rights, ds) : small;
+  std::vector<Tensor> first, sources;
+  std::vector<Job> jobs;
+  Tensor x = inputs.empty() || !activation.empty() ? Tensor() : rows(flat(inputs[0], int64_t(m)));
+  if (needs_x) {
+    Tensor dx = product_with_weights(shares, weights);
+    Job job = make(EXPAND, dx, ds, masked(small, p, bits));
+    if (activation.empty()) {
+      Maybe given;
+      for (size_t i = 0; i < n && !given; ++i) given = dys[i];
+      first = {dx.view(sizes(*given, dx.size(1)))};
+      jobs.push_back(std::move(job));
+    } else {
+      for (const Tensor &source : inputs) sources.push_back(source.contiguous());
+      const Tensor &h = sources[0];
+      x = at::empty_like(dx);
+      first = {dx.view(h.sizes())};
+      job.f = activation.starts_with("gelu_tanh") ? GELU_TANH : activation.starts_with("gelu") ? GELU : SILU;
+      job.h = h.data_ptr();
+      job.x = x.data_ptr();
+      if (sources.size() > 1) {
+        first.push_back(at::empty_like(h));
+        job.u = sources[1].data_ptr();
+        job.du = first[1].data_ptr();
+      }
+      run(s.scalar_type(), {job});
+    }
+  } else {
+    first = {s.new_empty({0})};
+  }
+  if (needs_right) jobs.push_back(make(OUTER, x, ds, masked(drights, p, bits)));
+  if (!jobs.empty()) run(s.scalar_type(), jobs);
+
+  // In the order of the operands.
+  std::vector<Tensor> own(needed.size() - 1);
+  for (size_t i = 0, left = 0; i < n; left += size_t(counts[i++])) {
+    const Share &share = shares[i];
+    if (!share.dy.defined()) continue;
+    const Maybe bias = biases[i], gain = gains[i];
+    if (needed[1 + i]) own[i] = at::mm(share.base.t(), x);
+    if (needed[of_bias + i]) own[of_bias - 1 + i] = share.total.to(bias->scalar_type());
+    if (needed[of_gain + i])
+      own[of_gain - 1 + i] = grad_gain(share.dot, share.total, share.dlefts, share.lefts, bias, *gain, share.dy, x, weights[i]);
+    for (size_t j = left; j < left + size_t(counts[i]); ++j) {
+      if (needed[of_left + j]) own[of_left - 1 + j] = share.dlefts[j - left].to(lefts[j].scalar_type());
+      if (needed[of_right + j]) own[of_right - 1 + j] = drights[j].to(rights[j].scalar_type());
+    }
+  }
+  for (Tensor &one : own) first.push_back(one.defined() ? std::move(one) : s.new_empty({0}));
+  return first;
 }
 
 // weight right^T in float32 or better, right's dtype
@@ -256,31 +334,11 @@ Tensor factored_norm(const Tensor &squares, const Tensor &weight, const Tensor &
   return squares.add(terms.mul_(left).sum(-1)).clamp_min_(0).sqrt_().to(dtype);
 }
 
-// lorafx/kernels/gain.py has the formula.
-Tensor grad_gain(const Tensor &dot, const Tensor &total, at::TensorList dlefts, at::TensorList lefts, const Maybe &bias,
-                 const Tensor &gain, const Tensor &dy, const Tensor &x, const Tensor &weight) {
-  Tensor found = dot.clone();
-  for (size_t j = 0; j < lefts.size(); ++j) found = found.sub(dlefts[j].to(dot.scalar_type()).mul(lefts[j]).sum(1));
-  if (bias) found = found.sub(bias->mul(total));
-  const Tensor small = gain.abs().lt(SMALL_GAIN);
-  found = found.div(gain.masked_fill(small, 1.0));
-  if (small.any().item<bool>()) {
-    const Tensor at = small.nonzero().flatten();
-    const Tensor y = at::linear(x, weight.index_select(0, at));
-    found.index_copy_(0, at, dy.index_select(1, at).mul(y).sum(0, false, found.scalar_type()));
-  }
-  return found.to(gain.scalar_type());
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lorafx, CPU, m) {
-  m.impl("cpu_down", down);
-  m.impl("cpu_up", up);
-  m.impl("cpu_grad_up", grad_up);
-  m.impl("cpu_grad_x", grad_x);
-  m.impl("cpu_grad_right", grad_right);
-  m.impl("cpu_grad_sources", grad_sources);
+  m.impl("cpu_forward", forward);
+  m.impl("cpu_backward", backward);
   m.impl("factored_norm", factored_norm);
   m.impl("grad_gain", grad_gain);
 }

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lorafx.kernels.base import ACTIVATIONS, Adapters, Call, GradUp, Layers, Provider, Upstreams, like
+from lorafx.kernels.base import ACTIVATIONS, Adapters, Call, Gradients, Kept, Operands, Provider
 from lorafx.kernels.cpu import build, ops
 
 
@@ -16,6 +16,7 @@ class Cpu(Provider):
     """float32 and bfloat16. Masks are one bit an element, kept for backward."""
 
     name: ClassVar[str] = "cpu"
+    activations = frozenset(ACTIVATIONS)
 
     def unavailable(self) -> str | None:
         return _unavailable()
@@ -27,71 +28,32 @@ class Cpu(Provider):
             return f"it computes in float32 and bfloat16, and the layer is {call.dtype}"
         return self.unavailable()  # where this graph was lowered there may have been a compiler
 
-    def down(
-        self, x: Tensor, rights: Sequence[Tensor], adapters: Adapters, seed: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        s, bits = ops.cpu_down(x, rights, adapters.p, adapters.scales, seed)
-        return s, None if seed is None else bits
+    def forward(
+        self, x: Tensor, operands: Operands, adapters: Adapters, seed: Tensor | None
+    ) -> tuple[list[Tensor], Kept]:
+        """One operator."""
+        s, bits, *ys = ops.cpu_forward(x, *operands, adapters.counts, adapters.p, adapters.scales, seed)
+        return ys, Kept(s, None if seed is None else bits)
 
-    def up(self, x: Tensor, s: Tensor, layers: Layers, adapters: Adapters) -> list[Tensor]:
-        ys: list[Tensor] = ops.cpu_up(x, s, layers.weights, layers.biases, layers.gains, layers.lefts, layers.counts)
-        return ys
-
-    def grad_up(
-        self, upstream: Upstreams, s: Tensor, layers: Layers, adapters: Adapters
-    ) -> tuple[Tensor, list[GradUp | None]]:
-        dys, ys, needs_total = upstream.dys, upstream.ys, upstream.needs_total
-        lefts, gains = layers.lefts, layers.gains
-        ds, *found = ops.cpu_grad_up(dys, ys, needs_total, s, gains, lefts, layers.counts, adapters.scales)
-        dlefts, extras = like(found[: len(lefts)], lefts), found[len(lefts) :]
-        ups: list[GradUp | None] = []
-        for i, (dy, place) in enumerate(zip(dys, layers.places, strict=True)):
-            if dy is None:
-                ups.append(None)
-                continue
-            base, total, dot = extras[3 * i : 3 * i + 3]
-            ups.append(
-                GradUp(
-                    dlefts[place],
-                    dy if gains[i] is None else base,
-                    total if needs_total[i] else None,
-                    None if ys[i] is None else dot,
-                )
-            )
-        return ds, ups
-
-    def grad_x(
+    def backward(
         self,
-        bases: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        ds: Tensor,
-        rights: Sequence[Tensor],
-        adapters: Adapters,
-        kept: Tensor | None,
-    ) -> Tensor:
-        dx: Tensor = ops.cpu_grad_x(bases, weights, ds, rights, adapters.p, kept)
-        return dx
-
-    def grad_right(
-        self, x: Tensor, ds: Tensor, rights: Sequence[Tensor], adapters: Adapters, kept: Tensor | None
-    ) -> list[Tensor]:
-        return like(ops.cpu_grad_right(x, ds, rights, adapters.p, kept), rights)
-
-    activations = frozenset(ACTIVATIONS)
-
-    def grad_sources(
-        self,
-        bases: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        ds: Tensor,
-        rights: Sequence[Tensor],
-        adapters: Adapters,
-        kept: Tensor | None,
+        dys: Sequence[Tensor | None],
+        ys: Sequence[Tensor | None],
+        kept: Kept,
+        inputs: Sequence[Tensor],
         activation: str,
-        sources: Sequence[Tensor],
-    ) -> tuple[Tensor, list[Tensor]]:
-        x, *grads = ops.cpu_grad_sources(bases, weights, ds, rights, adapters.p, kept, activation, sources)
-        return x, grads
+        operands: Operands,
+        adapters: Adapters,
+        needed: Sequence[bool],
+    ) -> Gradients:
+        """One operator."""
+        static = (adapters.counts, adapters.p, adapters.scales, needed)
+        found = ops.cpu_backward(dys, ys, *kept, inputs, activation, *operands, *static)
+        end = len(inputs) if activation else 1
+        if None in dys:
+            needed = ops.alive(needed, dys, adapters.counts)
+        own = [g if wanted else None for g, wanted in zip(found[end:], needed[1:], strict=True)]
+        return Gradients(None, found[:end], own) if activation else Gradients(found[0] if needed[0] else None, (), own)
 
 
 @cache

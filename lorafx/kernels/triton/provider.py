@@ -12,11 +12,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lorafx.kernels.base import Adapters, Call, GradUp, Layers, Provider, Upstreams, like, split
+from lorafx.kernels.base import Adapters, Call
+from lorafx.kernels.steps import GradUp, Layer, Stepwise, Upstream, like, split
 from lorafx.kernels.triton import ops
 
 
-class TritonProvider(Provider):
+class TritonProvider(Stepwise):
     """Fused kernels in Triton, for CUDA devices (and AMD's, which PyTorch calls by that name too).
 
     ``s`` and ``ds`` are in x's dtype. Masks are drawn anew in backward from the seed, which is all that
@@ -52,10 +53,10 @@ class TritonProvider(Provider):
         self, x: Tensor, rights: Sequence[Tensor], adapters: Adapters, seed: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """``s`` by one kernel (two where the sum over k is split), and the seed: all that the masks depend on."""
-        kept = seed.to(x.device) if seed is not None and adapters.drops else None
-        return ops.triton_down(x, _beside(rights, 0), adapters.ranks, adapters.p, kept), kept
+        masks = seed.to(x.device) if seed is not None and adapters.drops else None
+        return ops.triton_down(x, _beside(rights, 0), adapters.ranks, adapters.p, masks), masks
 
-    def up(self, x: Tensor, s: Tensor, layers: Layers, adapters: Adapters) -> list[Tensor]:
+    def up(self, x: Tensor, s: Tensor, layers: Sequence[Layer], adapters: Adapters) -> list[Tensor]:
         """One kernel a layer, after the library's product."""
         return [
             ops.triton_up(x, layer.weight, layer.bias, s[:, layer.columns(adapters)], layer.left(adapters), layer.gain)
@@ -63,7 +64,7 @@ class TritonProvider(Provider):
         ]
 
     def grad_up(
-        self, upstream: Upstreams, s: Tensor, layers: Layers, adapters: Adapters
+        self, upstream: Sequence[Upstream], s: Tensor, layers: Sequence[Layer], adapters: Adapters
     ) -> tuple[Tensor, list[GradUp | None]]:
         """One kernel a layer, and one that adds up its parts."""
         parts, ups = list[Tensor](), list[GradUp | None]()
@@ -89,17 +90,17 @@ class TritonProvider(Provider):
         ds: Tensor,
         rights: Sequence[Tensor],
         adapters: Adapters,
-        kept: Tensor | None,
+        masks: Tensor | None,
     ) -> Tensor:
         """One kernel, for half types the large products too."""
-        dx: Tensor = ops.triton_grad_x(bases, weights, ds, _beside(rights, 0), adapters.ranks, adapters.p, kept)
+        dx: Tensor = ops.triton_grad_x(bases, weights, ds, _beside(rights, 0), adapters.ranks, adapters.p, masks)
         return dx
 
     def grad_right(
-        self, x: Tensor, ds: Tensor, rights: Sequence[Tensor], adapters: Adapters, kept: Tensor | None
+        self, x: Tensor, ds: Tensor, rights: Sequence[Tensor], adapters: Adapters, masks: Tensor | None
     ) -> list[Tensor]:
         """One kernel, and one that adds up its parts; in float32."""
-        return like(split(ops.triton_grad_right(ds, x, adapters.ranks, adapters.p, kept), adapters.ranks), rights)
+        return like(split(ops.triton_grad_right(ds, x, adapters.ranks, adapters.p, masks), adapters.ranks), rights)
 
 
 def _beside(tensors: Sequence[Tensor], dim: int) -> Tensor:
