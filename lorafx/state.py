@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lorafx.adapter_config import adapter_config, trained_modules
-from lorafx.errors import AdapterError, SpecError
+from lorafx.adapter_files import WEIGHTS_NAME, read_spec, read_tensors
+from lorafx.errors import AdapterError
 from lorafx.graph import CapturedModule, get_path, named_tensors
 from lorafx.ir import Adapter, Site, find_adapter
 from lorafx.passes.residual import plain_factors
@@ -30,8 +31,6 @@ from lorafx.peft_targets import Target, Wrapped, targets
 from lorafx.spec import PEFT_CONFIG_NAME, LoraSpec
 from lorafx.variants import VARIANTS
 from lorafx.variants.inits import find_init
-
-WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def adapter_state_dict(gm: CapturedModule, adapter: str | None = None) -> dict[str, Tensor]:
@@ -199,39 +198,6 @@ def _write(directory: Path, config: bytes, tensors: Mapping[str, Tensor]) -> Non
                 if old[name].exists():
                     old[name].replace(target[name])
             raise
-
-
-def read_spec(directory: Path) -> LoraSpec:
-    """The settings of an adapter on disk; raises :class:`AdapterError`, as :func:`load_adapter`."""
-    if not directory.is_dir():
-        raise AdapterError(
-            f"{directory}: no such directory. Give a local one that holds {PEFT_CONFIG_NAME} and {WEIGHTS_NAME}; an "
-            "adapter on a hub must be downloaded first"
-        )
-    try:
-        return LoraSpec.from_json(directory / PEFT_CONFIG_NAME)
-    except (SpecError, OSError) as error:
-        raise AdapterError(str(error)) from error
-
-
-def read_tensors(directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter on disk, by PEFT's keys; raises :class:`AdapterError`, as :func:`load_adapter`."""
-    path = directory / WEIGHTS_NAME
-    if not path.is_file():
-        pickles = sorted(p.name for p in directory.glob("adapter_model.*"))
-        advice = (
-            f"{pickles[0]} is not read: a pickle can run any code. If you trust it, convert it with PEFT: "
-            "PeftModel.from_pretrained(model, directory).save_pretrained(directory)"
-            if pickles
-            else "save_adapter and PEFT's save_pretrained write it; look for the directory with both files"
-        )
-        raise AdapterError(f"{path}: no such file. {advice}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(
-            f"{path}: not a whole safetensors file ({error}). It was cut off or damaged; copy it again"
-        ) from error
 
 
 def _difference(adapter: Adapter, target: Target, spec: LoraSpec) -> str | None:

@@ -6,63 +6,22 @@ train are compared with them, and how wide its layers are stands nowhere in the 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lorafx.adapter_files import IN, OUT, RANK, StoredAdapter, StoredSite, as_matrix
 from lorafx.arithmetic.changes import refuse_unusable
 from lorafx.arithmetic.low_rank import Factors
 from lorafx.checks import did_you_mean
 from lorafx.errors import AdapterError
 from lorafx.inspection.report import Inspection, SiteInspection, measure, trained_whole
-from lorafx.peft_files import ATTENTION_OUTPUT, PREFIX, SHARED_PREFIX
 from lorafx.spec import LoraSpec, matches
-from lorafx.state import read_spec, read_tensors
-from lorafx.variants import VARIANTS
 from lorafx.variants.base import Variant
 from lorafx.variants.inits import find_init
-
-#: What a tensor's key ends in, and the parameter that it is.
-_SUFFIXES: Mapping[str, str] = {
-    "lora_A.weight": "lora_A",
-    "lora_B.weight": "lora_B",
-    "lora_B.bias": "lora_B_bias",
-    "lora_embedding_A": "lora_A",
-    "lora_embedding_B": "lora_B",
-    "token_adapter.trainable_tokens_delta": "trainable_tokens_delta",
-    **{name: name for variant in VARIANTS.values() for name in variant.parameters},
-}
-_KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)((?:\.base_layer)*)\.({'|'.join(map(re.escape, _SUFFIXES))})")
-
-#: What stands for a matrix's sizes in a variant's shapes, to read them off its tensors.
-_OUT, _IN, _RANK = -1, -2, -3
-
-
-@dataclass
-class StoredSite:
-    """The tensors of one site as they lie in a file.
-
-    ``wrapper`` is the path in the file, ``depth`` how many of PEFT's wrappers are around this one, which nests one for
-    each parameter of a module.
-    """
-
-    wrapper: str
-    depth: int
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def path(self) -> str:
-        """The path in the base model."""
-        return ".".join(atom for atom in self.wrapper.split(".") if atom != "base_layer")
-
-    @property
-    def factor(self) -> float:
-        """How many times PEFT adds the change: see :data:`lorafx.peft_files.ATTENTION_OUTPUT`."""
-        return ATTENTION_OUTPUT if self.wrapper.endswith(".base_layer.out_proj") else 1.0
 
 
 @dataclass(frozen=True)
@@ -81,22 +40,8 @@ class Stored:
         Raises:
             AdapterError: a file is missing or damaged, or holds no site.
         """
-        spec, given = read_spec(directory), read_tensors(directory)
-        sites: dict[tuple[str, int], StoredSite] = {}
-        whole = []
-        shared = {SHARED_PREFIX + leaf for leaf in VARIANTS[spec.variant].shared}
-        for key, tensor in given.items():
-            match = _KEY.fullmatch(key)
-            if match is not None:
-                path, depth = match[1], match[2].count(".base_layer")
-                sites.setdefault((path, depth), StoredSite(path, depth)).tensors[_SUFFIXES[match[3]]] = tensor
-            elif key not in shared:
-                whole.append(key.removeprefix(PREFIX))
-        if not sites:
-            raise AdapterError(
-                f"{directory}: the file has no site of an adapter, only {', '.join(whole[:3]) or 'nothing'}"
-            )
-        return cls(directory.resolve().name, spec, tuple(sorted(sites.values(), key=_by_number)), tuple(whole))
+        found = StoredAdapter.read(directory)
+        return cls(directory.resolve().name, found.spec, found.sites, tuple(found.whole))
 
     def needs_base(self) -> bool:
         """Whether a base model tells more than the norms of its weights."""
@@ -121,7 +66,7 @@ class Stored:
             )
 
     def _inspected(self, site: StoredSite, base: Mapping[str, Tensor]) -> SiteInspection:
-        variant, name, change = self._variant(site), self._name(site), self._change(site)
+        variant, name, change = site.variant(self.spec), self._name(site), self._change(site)
         rows = variant.name == "tokens"
         scaling = None if rows else self.spec.scaling_for(name) * site.factor
         if isinstance(change, str):
@@ -129,9 +74,6 @@ class Stored:
         shape = (*change.left.shape[:-1], change.right.shape[-1])
         settings = SiteInspection(name, variant.name, change.left.shape[-1], scaling, shape)
         return measure(settings, change, _weight(base, name) if base else None)
-
-    def _variant(self, site: StoredSite) -> Variant:
-        return VARIANTS["tokens" if "trainable_tokens_delta" in site.tensors else self.spec.variant]
 
     def _parameters(self, site: StoredSite) -> list[str]:
         """The names of the parameters of the site's module that have adapters; none, if it is a layer."""
@@ -148,17 +90,14 @@ class Stored:
         """The rank, of which rows that train whole have as many as there are."""
         if len(ranks := {self.spec.rank_for(name) for name in self._parameters(site)}) == 1:
             return ranks.pop()  # the tensors have it once for each expert
-        shapes = variant.shapes(_OUT, _IN, _RANK)
-        of_rank = (p for p in variant.parameters if shapes[p][0] == _RANK)
+        shapes = variant.shapes(OUT, IN, RANK)
+        of_rank = (p for p in variant.parameters if shapes[p][0] == RANK)
         return len(site.tensors[next(of_rank, variant.parameters[0])])
 
     def _change(self, site: StoredSite) -> Factors | str:
         """What a site changes, in float64; or why the file does not say."""
-        variant = self._variant(site)
-        if absent := [p for p in variant.parameters if p not in site.tensors]:
-            raise AdapterError(
-                f"site '{site.path}': the file lacks its {', '.join(absent)}. It is damaged, or not whole"
-            )
+        variant = site.variant(self.spec)
+        site.refuse_absent(variant)
         if variant.scales_rows:
             return f"{variant.name} is relative to the base's weights: give the base model"
         for parameter in variant.parameters:
@@ -166,45 +105,20 @@ class Stored:
         names = self._parameters(site)
         tensors = {p: site.tensors[p].double() for p in variant.parameters}
         if not names:
-            tensors = {p: _as_matrix(tensor) for p, tensor in tensors.items()}
+            tensors = {p: as_matrix(tensor) for p, tensor in tensors.items()}
         ranks = {self.spec.rank_for(name) for name in names or [site.path]}
         if names and len(ranks) > 1:
             return "its ranks differ by parameter, and the file does not say which one this is: give the base model"
         flat = names and tensors["lora_A"].dim() == 2  # AdaLoRA's have a dimension for the experts
         if flat and (experts := len(tensors["lora_A"]) // max(1, *ranks)) > 1:
             tensors = _unstacked(tensors, experts)
-        sizes = _sizes(site, variant, tensors)
-        if _IN not in sizes:
+        sizes = site.sizes(variant, tensors)
+        if IN not in sizes:
             return f"a {variant.name} file does not say how wide the layers are: give the base model"
-        weight = torch.empty(sizes[_OUT], sizes[_IN], device="meta")  # only the shape of it matters here
+        weight = torch.empty(sizes[OUT], sizes[IN], device="meta")  # only the shape of it matters here
         scaling = self.spec.scaling_for(names[0] if names else site.path) * site.factor
         update = variant.update(weight, tensors, scaling)
         return Factors(update.left, update.right)
-
-
-def _by_number(site: StoredSite) -> tuple[list[tuple[int, str]], int]:
-    """By name, with numbers in their order: the file has them as text, layer 10 before layer 2."""
-    return [(int(atom), "") if atom.isdecimal() else (-1, atom) for atom in site.wrapper.split(".")], -site.depth
-
-
-def _sizes(site: StoredSite, variant: Variant, tensors: Mapping[str, Tensor]) -> dict[int, int]:
-    """The sizes of a site's matrix, as far as its tensors have them."""
-    shapes = variant.shapes(_OUT, _IN, _RANK)
-    sizes: dict[int, int] = {}
-    for parameter in variant.parameters:
-        marks, shape = shapes[parameter], tensors[parameter].shape
-        found = dict(zip(marks, shape[-len(marks) :], strict=False))
-        if any(sizes.get(mark, size) != size for mark, size in found.items()):
-            raise AdapterError(
-                f"site '{site.path}': {parameter} is {list(shape)}, which does not go with the others of it"
-            )
-        sizes.update(found)
-    return sizes
-
-
-def _as_matrix(tensor: Tensor) -> Tensor:
-    """A convolution's factor as a matrix's: ``[r, in, 3, 3]`` as ``[r, 9 in]``, ``[out, r, 1, 1]`` as ``[out, r]``."""
-    return tensor.flatten(1) if tensor.dim() > 2 else tensor
 
 
 def _unstacked(tensors: Mapping[str, Tensor], experts: int) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ class Cpu(Provider):
         static = (adapters.counts, adapters.p, adapters.scales, needed)
         found = ops.cpu_backward(dys, ys, *kept, inputs, activation, *operands, *static)
         end = len(inputs) if activation else 1
-        if None in dys:
+        if any(dy is None for dy in dys):
             needed = ops.alive(needed, dys, adapters.counts)
         own = [g if wanted else None for g, wanted in zip(found[end:], needed[1:], strict=True)]
         return Gradients(None, found[:end], own) if activation else Gradients(found[0] if needed[0] else None, (), own)
