@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorafx.kernels.base import Adapters, Operands, quantised
-from lorafx.kernels.steps import Upstream, adapted
+from lorafx.kernels.base import Adapters, quantised
+from lorafx.kernels.steps import Layer, Upstream
 from lorafx.kernels.triton.provider import TritonProvider
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -98,7 +98,8 @@ def _outputs(
     weights = [normal(n, k, scale=k**-0.5) for _ in range(2)]
     biases, gains = [normal(n) for _ in range(2)], [1 + normal(n) for _ in range(2)]
     adapters = Adapters((1, 1), (r, r), (0.1, 0.0), (2.0, 0.5))
-    layers = [*adapted(Operands(weights, biases, gains, lefts, rights), adapters).values()]
+    parts = zip(weights, biases, gains, lefts, strict=True)
+    layers = [Layer(w, b, g, [left], slice(i, i + 1)) for i, (w, b, g, left) in enumerate(parts)]
     factor = mask(seed, 0, 0.1, (m, k)).double() / (1 - quantised(0.1))
     dropped = [x.double() * factor, x.double()]
     s, kept = provider.down(x, rights, adapters, seed)

@@ -263,12 +263,19 @@ def test_the_compiled_operators_are_well_behaved(dtype: torch.dtype) -> None:
     forward = (x, weights, biases, [gain, None], [b, b], *one, seed)
     s, bits, y, _ = ops.cpu_forward(*forward)
     some = [True, False, True, True, False, True, False, True, False, True, False]
+    other, third = [False, *[True] * 3, *[False] * 3, *[True] * 4], [True, *[False] * 6, *[True] * 4]
     plain = (weights, biases, [None, None], [b, b], [a, a], [1, 1], [0.0, 0.0], [1.0, 1.0])
     for operator, given in (
         (ops.cpu_forward, forward),
         (ops.cpu_forward, (x, [weight], [None], [None], [], [], [0], [], [], None)),
         (ops.cpu_backward, ([dy, dy], [y, None], s, bits, [x], "", weights, biases, [gain, None], [b, b], *one, some)),
-        (ops.cpu_backward, ([None, dy], [None, None], s, None, [x], "", *plain, [False, *[True] * 3, *[False] * 3, *[True] * 4])),
-        (ops.cpu_backward, ([dy, dy], [None, None], s, None, [x, x], "silu_mul", *plain, [True, *[False] * 6, *[True] * 4])),
+        (
+            ops.cpu_backward,
+            ([None, dy], [None, None], s, None, [x], "", *plain, other),
+        ),
+        (
+            ops.cpu_backward,
+            ([dy, dy], [None, None], s, None, [x, x], "silu_mul", *plain, third),
+        ),
     ):
         torch.library.opcheck(operator.default, given)

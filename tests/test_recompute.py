@@ -62,14 +62,14 @@ def kept_by(gm: nn.Module, call: Callable[[], Any]) -> int:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The bytes of each ``s`` and its masks, as they are made."""
     sizes: list[int] = []
-    down = Cpu.down
+    forward = Cpu.forward
 
     def watched(self: Cpu, *arguments: Any, **options: Any) -> Any:
-        s, kept = down(self, *arguments, **options)
-        sizes.append(s.untyped_storage().nbytes() + (0 if kept is None else kept.untyped_storage().nbytes()))
-        return s, kept
+        ys, kept = forward(self, *arguments, **options)
+        sizes.append(sum(t.untyped_storage().nbytes() for t in kept if t is not None))
+        return ys, kept
 
-    monkeypatch.setattr(Cpu, "down", watched)
+    monkeypatch.setattr(Cpu, "forward", watched)
     return sizes
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import runpy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
 import lorafx
-from lorafx.kernels.base import Adapters, Operands, quantised
-from lorafx.kernels.steps import GradUp, Upstream, adapted
+from lorafx.kernels.base import Adapters, quantised
+from lorafx.kernels.steps import GradUp, Layer, Upstream
 from lorafx.kernels.triton.device import Device, pretend
 from lorafx.kernels.triton.dropout import Plan, mask, plan
 from lorafx.kernels.triton.grad_down import grad_x
@@ -69,7 +69,8 @@ class Run:
 
     case: Case
     x: Tensor
-    operands: Operands
+    rights: Sequence[Tensor]
+    layers: Sequence[Layer]
     dys: list[Tensor]
     adapters: Adapters
     seed: Tensor
@@ -82,8 +83,7 @@ class Run:
 
     def run(self) -> Run:
         """Forward and backward, as the autograd function does it."""
-        operands, adapters = self.operands, self.adapters
-        layers = [*adapted(operands, adapters).values()]
+        layers, adapters = self.layers, self.adapters
         self.s, kept = PROVIDER.down(self.x, self.rights, adapters, self.seed)
         self.ys = PROVIDER.up(self.x, self.s, layers, adapters)
         given = zip(self.dys, self.ys, layers, strict=True)
@@ -91,14 +91,19 @@ class Run:
         self.ds, ups = PROVIDER.grad_up(upstream, self.s, layers, adapters)
         self.ups = [up for up in ups if up is not None]
         bases = [up.base for up in self.ups]
-        self.dx = PROVIDER.grad_x(bases, operands.weights, self.ds, self.rights, adapters, kept)
+        self.dx = PROVIDER.grad_x(bases, self.weights, self.ds, self.rights, adapters, kept)
         self.drights = PROVIDER.grad_right(self.x, self.ds, self.rights, adapters, kept)
         return self
 
     @property
-    def rights(self) -> Sequence[Tensor]:
-        """Of all adapters."""
-        return self.operands.rights
+    def weights(self) -> list[Tensor]:
+        """Of all layers."""
+        return [layer.weight for layer in self.layers]
+
+    @property
+    def lefts(self) -> list[Tensor]:
+        """Of all adapters: one a layer."""
+        return [left for layer in self.layers for left in layer.lefts]
 
     @property
     def outputs(self) -> list[Tensor]:
@@ -119,17 +124,21 @@ def make(case: Case) -> Run:
         stored = normal(*shape, scale=case.k**-0.5)
         return stored.mT if case.transposed else stored
 
-    operands = Operands(
-        [weight(n) for n in case.widths],
-        [normal(n) if case.bias else None for n in case.widths],
-        [1 + normal(n, of=case.adapters, scale=0.1) if case.gain else None for n in case.widths],
-        [normal(n, r, of=case.adapters, scale=r**-0.5) for n, r in zip(case.widths, case.ranks, strict=True)],
-        [normal(r, case.k, of=case.adapters, scale=case.k**-0.5) for r in case.ranks],
-    )
+    layers = [
+        Layer(
+            weight(n),
+            normal(n) if case.bias else None,
+            1 + normal(n, of=case.adapters, scale=0.1) if case.gain else None,
+            [normal(n, r, of=case.adapters, scale=r**-0.5)],
+            slice(i, i + 1),
+        )
+        for i, (n, r) in enumerate(zip(case.widths, case.ranks, strict=True))
+    ]
     return Run(
         case,
         normal(case.m, case.k + 3)[:, : case.k] if case.transposed else normal(case.m, case.k),
-        operands,
+        [normal(r, case.k, of=case.adapters, scale=case.k**-0.5) for r in case.ranks],
+        layers,
         [normal(case.m, n) for n in case.widths],
         Adapters((1,) * len(case.ranks), case.ranks, case.p, SCALES[: len(case.ranks)]),
         torch.tensor([case.seed], device=DEVICE),
@@ -174,7 +183,7 @@ def test_outputs_and_gradients(case: Case) -> None:
     run, dtype = make(case).run(), case.dtype
     x, loss = run.x.double().requires_grad_(), torch.zeros((), dtype=torch.float64, device=DEVICE)
     rights = [right.to(dtype).double().requires_grad_() for right in run.rights]
-    lefts = [left.to(dtype).double().requires_grad_() for left in run.operands.lefts]
+    lefts = [left.to(dtype).double().requires_grad_() for left in run.lefts]
     for i, (layer, dy, found) in enumerate(zip(run.layers, run.dys, run.ups, strict=True)):
         zero, one = (torch.full(dy.shape[1:], v, dtype=torch.float64, device=DEVICE) for v in (0.0, 1.0))
         bias = zero if layer.bias is None else layer.bias.double()
@@ -198,7 +207,7 @@ def test_outputs_and_gradients(case: Case) -> None:
     dx, *expected = torch.autograd.grad(loss, [x, *leaves])
     check(run.dx, dx, dtype)
     actuals = [*run.drights, *(found.dlefts[0] for found in run.ups)]
-    given = [*run.rights, *run.operands.lefts]
+    given = [*run.rights, *run.lefts]
     for actual, gradient, value in zip(actuals, expected, given, strict=True):
         check(actual, gradient, dtype)
         assert actual.dtype == value.dtype
@@ -223,7 +232,7 @@ def test_everything_dropped() -> None:
     run = make(Case(20, 24, (16,), (4,), (1.0,), F32)).run()
     assert not run.s.any()
     assert not run.drights[0].any()
-    check(run.dx, run.dys[0].double() @ run.operands.weights[0].double(), F32)
+    check(run.dx, run.dys[0].double() @ run.weights[0].double(), F32)
 
 
 @pytest.mark.parametrize("case", [CASES[3], CASES[5], CASES[10]], ids=lambda case: case.id)
@@ -233,7 +242,7 @@ def test_both_ways_to_multiply(case: Case) -> None:
     for layer, y in zip(run.layers, run.ys, strict=True):
         own = (run.s[:, layer.columns(run.adapters)], layer.left(run.adapters), layer.gain)
         check(up(run.x, layer.weight, layer.bias, *own, fused=True), y.double(), case.dtype)
-    weights, bases = run.operands.weights, [u.base for u in run.ups]
+    weights, bases = run.weights, [u.base for u in run.ups]
     pieces, right = plan(case.ranks, case.p), torch.cat(list(run.rights))
     for fused in (True, False):
         check(grad_x(bases, weights, run.ds, right, pieces, run.seed, fused), run.dx.double(), case.dtype)
@@ -242,11 +251,12 @@ def test_both_ways_to_multiply(case: Case) -> None:
 @pytest.mark.parametrize("case", [CASES[3], CASES[4], CASES[10]], ids=lambda case: case.id)
 def test_an_adapter_that_changes_nothing_keeps_the_frozen_bits(case: Case) -> None:
     run = make(case)
-    s, operands = torch.ones(case.m, sum(case.ranks), dtype=case.dtype, device=DEVICE), run.operands
+    s = torch.ones(case.m, sum(case.ranks), dtype=case.dtype, device=DEVICE)
     for gain in (False, True):
-        gains = [torch.ones(n, device=DEVICE) if gain else None for n in case.widths]
-        fresh = operands._replace(gains=gains, lefts=[torch.zeros_like(left) for left in operands.lefts])
-        layers = [*adapted(fresh, run.adapters).values()]
+        layers = [
+            la._replace(gain=torch.ones(n, device=DEVICE) if gain else None, lefts=[torch.zeros_like(la.lefts[0])])
+            for n, la in zip(case.widths, run.layers, strict=True)
+        ]
         for y, layer in zip(PROVIDER.up(run.x, s, layers, run.adapters), layers, strict=True):
             assert torch.equal(y, torch.nn.functional.linear(run.x, layer.weight, layer.bias))
 
@@ -480,8 +490,8 @@ def test_model_of_traffic(case: Case) -> None:
     run = make(case)
     with counted() as launches:
         run.run()
-        weight = run.operands.weights[0]
-        row_norm(weight, run.rights[0], run.operands.lefts[0], compute_squares(weight), 2.0)
+        weight = run.weights[0]
+        row_norm(weight, run.rights[0], run.lefts[0], compute_squares(weight), 2.0)
     names = {launch.name for launch, _ in launches}
     assert names >= {"down", "up", "grad_up", "dx", "dright", "row_norm"}
     assert "reduce" in names or case.m < 100  # small sums are not split

@@ -1,16 +1,20 @@
 """What a provider is: the forward and the backward of adapted linear layers that read one input.
 
 Layers that read the same ``x [M, k]`` are one *group*. Of layer ``i``, ``W_i [n_i, k]`` is frozen; its adapters ``j``
-(there may be none) are ``left_j [n_i, r_j]`` and ``right_j [r_j, k]`` with a factor ``scale_j``. ``R`` is the sum of all
-``r_j``, and ``s`` has one column for each, in the order of layers and adapters. With ``D_j`` the dropout of adapter
-``j`` (its own mask, kept elements over 1 - p):
+(there may be none) are ``left_j [n_i, r_j]`` and ``right_j [r_j, k]`` with a factor ``scale_j``, and those that scale
+rows have ``gain_j [n_i]``. Each changes the frozen layer, so that the layer's gain is ``g_i = 1 + sum_j (gain_j - 1)``;
+with ``l_j = gain_j * left_j``. ``R`` is the sum of all ``r_j``, and ``s`` has one column for each, in the order of
+layers and adapters. With ``D_j`` the dropout of adapter ``j`` (its own mask, kept elements over 1 - p):
 
-    s_j = scale_j D_j(x) right_j^T                              down            [M, R]
-    y_i = gain_i * (x W_i^T) + sum_j s_j left_j^T + b_i         up              [M, n_i]
+    s_j = scale_j D_j(x) right_j^T                           down            [M, R]
+    y_i = g_i * (x W_i^T) + sum_j s_j l_j^T + b_i            up              [M, n_i]
 
-    ds_j = scale_j dy_i left_j      dleft_j = dy_i^T s_j        grad_up
-    dx   = sum_i (gain_i * dy_i) W_i + sum_j D_j(ds_j right_j)  grad_x          [M, k]
-    dright_j = ds_j^T D_j(x)                                    grad_right      [r_j, k]
+    ds_j = scale_j dy_i l_j         dl_j = dy_i^T s_j        grad_up
+    dx   = sum_i (g_i * dy_i) W_i + sum_j D_j(ds_j right_j)  grad_x          [M, k]
+    dright_j = ds_j^T D_j(x)                                 grad_right      [r_j, k]
+    dg_i = sum_M dy_i * (x W_i^T)                            grad_gain       [n_i]
+
+    dleft_j = gain_j * dl_j         dgain_j = dg_i + sum_r dl_j * left_j
 
 The contraction through ``s`` keeps what is read and written at one pass over ``x``, ``y``, ``dy`` and ``dx`` each
 (RunLoRA, arXiv 2312.03415; LoRAFusion, arXiv 2510.00206, splits at ``s`` too). Sums are accumulated in float32 or
@@ -46,7 +50,10 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapters:
-    """What of a group's adapters is no tensor: how many each layer has; the rank, ``p`` (:func:`quantised`), scale of each."""
+    """What of a group's adapters is no tensor: how many each layer has, and of each its rank, ``p`` and scale.
+
+    ``p`` is that of dropout, :func:`quantised`.
+    """
 
     counts: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -72,11 +79,11 @@ class Adapters:
     def operands(self) -> tuple[slice, ...]:
         """Where :class:`Operands` have what, flattened."""
         n, count = len(self.counts), sum(self.counts)
-        return slices((n, n, n, count, count))
+        return slices((n, n, count, count, count))
 
 
 class Operands(NamedTuple):
-    """The tensors of a group, or one thing for each of them: of each layer, and of each adapter its factors."""
+    """The tensors of a group, or one thing for each: of each layer ``W`` and ``b``, of each adapter the rest."""
 
     weights: Sequence[Any]
     biases: Sequence[Any]
@@ -91,14 +98,14 @@ class Operands(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What a forward keeps for backward: ``s``, and what :meth:`Provider.forward` says drops the same elements again."""
+    """What a forward keeps for backward: ``s``, and what drops the same elements again (None without dropout)."""
 
     s: Tensor
     masks: Tensor | None
 
 
 class Gradients(NamedTuple):
-    """Of ``x`` (None: not wanted, or its sources have it), of the sources, of the operands in the order of :class:`Operands`."""
+    """Of ``x`` (None: not wanted, or its sources have it), of the sources, and of :class:`Operands`, flattened."""
 
     x: Tensor | None
     sources: Sequence[Tensor]
@@ -136,7 +143,7 @@ class Provider(ABC):
     def forward(
         self, x: Tensor, operands: Operands, adapters: Adapters, seed: Tensor | None
     ) -> tuple[list[Tensor], Kept]:
-        """``y [..., n]`` of each layer, bit for bit the frozen layer's where gain is 1 and ``left`` 0; and what to keep.
+        """``y [..., n]`` of each layer, bit for bit the frozen layer's where gains are 1 and lefts 0; and what to keep.
 
         For that, ``x [..., k]`` is as the layer has it: a product of a strided input has its own way of adding a bias.
         No ``y`` is a view. ``seed`` is what :meth:`random` drew, None without dropout.
@@ -158,7 +165,7 @@ class Provider(ABC):
 
         Args:
             dys: ``[..., n]`` of each layer, None where nothing reads its output; of one layer at least there is one.
-            ys: the outputs of layers whose gain needs a gradient; None of others.
+            ys: the outputs of layers of which a gain needs a gradient; None of others.
             kept: what :meth:`forward` kept.
             inputs: ``x [..., k]``, nothing if no gradient depends on it; with an activation its sources.
             activation: one of :attr:`activations`, or empty: what makes ``x`` of the sources, which then get the

@@ -34,9 +34,10 @@ def make_group(provider: Provider, adapters: Adapters, recipe: str, activation: 
 
 @dataclass(frozen=True)
 class Needs:
-    """What gradients are wanted: ``needed`` as :meth:`Provider.backward` takes it, ``gains`` the layers whose gain needs one.
+    """What gradients are wanted: ``needed`` is as :meth:`Provider.backward` takes it.
 
-    ``input`` says whether any depends on ``x``, ``idle`` are outputs that depend on nothing that trains.
+    ``gains`` are the layers of which a gain needs one, ``input`` says whether any depends on ``x``, and ``idle`` are
+    the outputs that depend on nothing that trains.
     """
 
     needed: tuple[bool, ...]
@@ -53,18 +54,17 @@ def find_needs(group: Group, needed: tuple[bool, ...], sources: int) -> Needs:
     idle = [i for i, n in enumerate(group.adapters.counts) if not (n or x or wanted.weights[i] or wanted.biases[i])]
     return Needs(
         needed=(x, *own),
-        gains=tuple(i for i, gain in enumerate(wanted.gains) if gain),
+        gains=tuple(i for i, place in enumerate(group.adapters.places) if any(wanted.gains[place])),
         input=any((*wanted.rights, *wanted.weights, *wanted.gains)),
         idle=tuple(idle),
     )
 
 
 class LowRankLinear(torch.autograd.Function):
-    """``y_i = gain_i * (x W_i^T) + sum_j s_j left_j^T + b_i``, with gradients for all that is handed over.
+    """A group's outputs, with gradients for all that is handed over.
 
     Inputs after the group: ``x [..., k]``; how many and which tensors ``x`` can be computed from again; then the
-    operands, :class:`Operands` flattened. ``W_i`` is ``[n_i, k]``, ``b_i`` and ``gain_i`` are ``[n_i]`` or None, an
-    adapter's ``left`` is ``[n_i, r]`` and its ``right`` ``[r, k]``. Kept for backward are ``s``, and ``x`` or what it
+    operands, :class:`Operands` flattened. Kept for backward are ``s``, and ``x`` or what it
     comes from. With an activation that the provider differentiates itself, the gradient goes to the sources, and
     none to ``x``.
 

@@ -40,7 +40,7 @@ class _Sibling(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     late: Tensor | None
-    gain: Tensor | None
+    gains: list[Tensor | None]
     lefts: list[Tensor]
     rights: list[Tensor]
     scales: list[float]
@@ -71,18 +71,16 @@ class _Layer:
         return adapted
 
     def sibling(self, stored: Tensor, bias: Tensor | None, tensors: Sequence[Tensor]) -> _Sibling:
-        """Each update is relative to the frozen layer: the gains' excesses over 1 add up, and scale no bias."""
+        """The shifts are added to the bias."""
         weight, late = LAYERS[self.kind].storage.matrix(stored), None
         changes = list(updates(weight, tensors[self.place], self.variants, self.scaling))
-        gains = [u.gain for u in changes if u.gain is not None]
-        gain = gains[0] if len(gains) == 1 else 1 + torch.stack([g - 1 for g in gains]).sum(0) if gains else None
-        lefts = [u.unscaled if u.gain is None else u.gain.unsqueeze(-1) * u.unscaled for u in changes]
         for change in changes:
             if change.shift is not None:
                 bias = change.shift if bias is None else bias + change.shift
         if bias is not None and bias.shape != weight.shape[:1]:
             bias, late = None, bias
-        return _Sibling(weight, bias, late, gain, lefts, [u.right for u in changes], [u.scaling for u in changes])
+        gains, lefts, rights = [u.gain for u in changes], [u.unscaled for u in changes], [u.right for u in changes]
+        return _Sibling(weight, bias, late, gains, lefts, rights, [u.scaling for u in changes])
 
 
 @lru_cache(maxsize=4096)
@@ -147,7 +145,7 @@ def grouped_reference(
     operands = (
         *[s.weight.to(x.dtype) if autocast else s.weight for s in siblings],
         *[s.bias if s.bias is None or s.bias.dtype is x.dtype else s.bias.to(x.dtype) for s in siblings],
-        *[s.gain for s in siblings],
+        *[gain for s in siblings for gain in s.gains],
         *[left for s in siblings for left in s.lefts],
         *rights,
     )  # Operands, flattened

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ aten = torch.ops.aten
 
 
 class Layer(NamedTuple):
-    """One layer with adapters, whose numbers in the group are ``adapters``: at least one."""
+    """One layer with adapters, whose numbers in the group are ``adapters``: at least one.
+
+    ``gain`` is that of the layer, ``g``, and ``lefts`` have their own gains, as ``l`` in the formulas.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -41,13 +44,17 @@ class Layer(NamedTuple):
         return [t if c == 1.0 else t * c for t, c in zip(parts, adapters.scales[self.adapters], strict=True)]
 
 
-def adapted(operands: Operands, adapters: Adapters) -> dict[int, Layer]:
+def adapted_layers(operands: Operands, adapters: Adapters) -> dict[int, Layer]:
     """The layers that have adapters, by their number in the group."""
-    return {
-        i: Layer(operands.weights[i], operands.biases[i], operands.gains[i], operands.lefts[place], place)
-        for i, place in enumerate(adapters.places)
-        if adapters.counts[i]
-    }
+    layers = {}
+    for i, place in enumerate(adapters.places):
+        if adapters.counts[i]:
+            gains, lefts = operands.gains[place], operands.lefts[place]
+            given = [gain for gain in gains if gain is not None]
+            total = 1 + torch.stack([g - 1 for g in given]).sum(0) if len(given) > 1 else given[0] if given else None
+            own = [left if g is None else g.unsqueeze(-1) * left for g, left in zip(gains, lefts, strict=True)]
+            layers[i] = Layer(operands.weights[i], operands.biases[i], total, own, place)
+    return layers
 
 
 class Upstream(NamedTuple):
@@ -117,11 +124,13 @@ class Stepwise(Provider):
     ) -> tuple[list[Tensor], Kept]:
         """``down``, and ``up`` for the layers with adapters."""
         s, masks = self.down(x.reshape(-1, x.shape[-1]), operands.rights, adapters, seed)
-        layers = adapted(operands, adapters)
+        layers = adapted_layers(operands, adapters)
         ups = dict(zip(layers, self.up(x, s, [*layers.values()], adapters), strict=True))
         # Not by view(): a view may not be written to, as an activation in place does.
         ys = [
-            aten._unsafe_view.default(ups[i], (*x.shape[:-1], weight.shape[0])) if i in ups else F.linear(x, weight, bias)
+            aten._unsafe_view.default(ups[i], (*x.shape[:-1], weight.shape[0]))
+            if i in ups
+            else F.linear(x, weight, bias)
             for i, (weight, bias) in enumerate(zip(operands.weights, operands.biases, strict=True))
         ]
         return ys, Kept(s, masks)
@@ -139,11 +148,11 @@ class Stepwise(Provider):
     ) -> Gradients:
         """``grad_up`` for the layers with adapters, then the others."""
         assert not activation
-        wanted, layers = Operands.unflatten(adapters, needed[1:]), adapted(operands, adapters)
+        wanted, layers = Operands.unflatten(adapters, needed[1:]), adapted_layers(operands, adapters)
         flat = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        rows = inputs[0].reshape(-1, inputs[0].shape[-1]) if inputs else None
-        totals = [a or b for a, b in zip(wanted.biases, wanted.gains, strict=True)]
         outputs = [None if y is None else y.reshape(-1, y.shape[-1]) for y in ys]
+        totals = [bias or y is not None for bias, y in zip(wanted.biases, ys, strict=True)]
+        rows: Any = inputs[0].reshape(-1, inputs[0].shape[-1]) if inputs else None
 
         upstream = [Upstream(flat[i], outputs[i], totals[i]) for i in layers]
         ds, grads = self.grad_up(upstream, kept.s, [*layers.values()], adapters)
@@ -154,29 +163,33 @@ class Stepwise(Provider):
 
         dx = None
         if needed[0]:
-            bases, weights = [up.base for up in ups.values()], [operands.weights[i] for i in ups]
+            bases, frozen = [up.base for up in ups.values()], [operands.weights[i] for i in ups]
             given = next(dy for dy in dys if dy is not None)
-            dx = self.grad_x(bases, weights, ds, operands.rights, adapters, kept.masks)
+            dx = self.grad_x(bases, frozen, ds, operands.rights, adapters, kept.masks)
             dx = dx.view(*given.shape[:-1], dx.shape[-1])
-        rights: list[Tensor | None] = [None] * len(operands.rights)
+        found: list[list[Any]] = [[None] * len(each) for each in operands]
+        weights, biases, gains, lefts, rights = found
         if any(wanted.rights):
-            assert rows is not None
-            rights = [*self.grad_right(rows, ds, operands.rights, adapters, kept.masks)]
-        found = Operands(*[[None] * len(each) for each in operands[:-1]], rights)
+            rights[:] = self.grad_right(rows, ds, operands.rights, adapters, kept.masks)
         for i, place in enumerate(adapters.places):
             if i not in ups:
-                found.rights[place] = [None] * adapters.counts[i]
+                rights[place] = [None] * adapters.counts[i]
                 continue
-            up, dy, bias = ups[i], flat[i], operands.biases[i]
-            found.lefts[place] = up.dlefts
+            up, bias = ups[i], operands.biases[i]
             if wanted.biases[i] and up.total is not None:
-                found.biases[i] = up.total.to(bias.dtype)
-            if wanted.gains[i]:
-                sums = (up.dot, up.total, up.dlefts, operands.lefts[place], bias, operands.gains[i])
-                found.gains[i] = grad_gain(*sums, dy, rows, operands.weights[i])
+                biases[i] = up.total.to(bias.dtype)
             if wanted.weights[i]:
-                assert rows is not None
-                found.weights[i] = torch.mm(up.base.t(), rows)
+                weights[i] = torch.mm(up.base.t(), rows)
+            dgain = None
+            if any(wanted.gains[place]):
+                layer = layers[i]
+                sums = (up.dot, up.total, up.dlefts, layer.lefts, bias, layer.gain)
+                dgain = grad_gain(*sums, flat[i], rows, layer.weight)
+            for j, dl in zip(range(place.start, place.stop), up.dlefts, strict=True):
+                gain, left = operands.gains[j], operands.lefts[j]
+                lefts[j] = dl if gain is None else (gain.unsqueeze(-1) * dl).to(left.dtype)
+                if wanted.gains[j]:
+                    gains[j] = (dgain + (dl * left).sum(1)).to(gain.dtype)
         return Gradients(dx, (), [gradient for each in found for gradient in each])
 
 

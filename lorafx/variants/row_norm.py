@@ -87,9 +87,9 @@ def compute_norm(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling:
 
 
 def factored_norm(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """What the operator means."""
+    """What the operator means. Beside a half-precision weight A is rounded to its dtype, as in the layer's products."""
     dtype = _result_dtype(weight, a)
-    right, left = a.to(dtype), (b * scaling).to(dtype)
+    right, left = (a.to(weight.dtype) if weight.dtype.itemsize == 2 else a).to(dtype), (b * scaling).to(dtype)
     terms = 2 * _product(weight, right) + left @ (right @ right.mT)
     return (squares + (terms * left).sum(-1)).clamp_min(0).sqrt().to(dtype)
 

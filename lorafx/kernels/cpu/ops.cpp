@@ -121,12 +121,35 @@ std::vector<int64_t> sizes(const Tensor &t, int64_t last) {
   return found;
 }
 
+// What the gains make of a group: of each adapter gain * left, and of each layer its gain, if any.
+struct Scaled {
+  std::vector<Tensor> lefts;
+  std::vector<Maybe> layers;
+};
+
+Scaled scale(const Maybes &gains, at::TensorList lefts, at::IntArrayRef counts, const Tensor &x) {
+  Scaled found = {smalls(lefts, x), {}};
+  size_t j = 0;
+  for (const int64_t count : counts) {
+    Maybe layer;
+    for (int64_t of = 0; of < count; ++of, ++j) {
+      const Maybe gain = wide(gains[j]);
+      if (!gain) continue;
+      found.lefts[j] = lefts[j].to(at::kFloat).mul(gain->unsqueeze(1));
+      layer = layer ? Maybe(layer->add(*gain).sub_(1)) : gain;
+    }
+    found.layers.push_back(layer);
+  }
+  return found;
+}
+
 std::vector<Tensor> forward(const Tensor &x, at::TensorList weights, const Maybes &biases, const Maybes &gains,
-                            at::TensorList lefts, at::TensorList rights, at::IntArrayRef counts,
-                            at::ArrayRef<double> p, at::ArrayRef<double> scales, const Maybe &seed) {
+                            at::TensorList lefts, at::TensorList rights, at::IntArrayRef counts, at::ArrayRef<double> p,
+                            at::ArrayRef<double> scales, const Maybe &seed) {
   const int64_t m = c10::multiply_integers(x.sizes().slice(0, size_t(x.dim() - 1)));
   const Tensor wide_x = rows(flat(x, m));
-  const std::vector<Tensor> small = smalls(rights, x), up = smalls(lefts, x);
+  const std::vector<Tensor> small = smalls(rights, x);
+  const Scaled scaled = scale(gains, lefts, counts, x);
   const int64_t drop = std::count_if(p.begin(), p.end(), [](double chance) { return chance > 0.0; });
   const Tensor s = x.new_empty({m, total(rights, 0)});
   const Tensor bits = x.new_empty({drop, m, (x.size(-1) + LANES - 1) / LANES}, x.options().dtype(at::kShort));
@@ -140,14 +163,14 @@ std::vector<Tensor> forward(const Tensor &x, at::TensorList weights, const Maybe
   int64_t column = 0;
   size_t left = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
-    const Maybe bias = biases[i], gain = wide(gains[i]), plain = gain ? wide(bias) : std::nullopt;
+    const Maybe bias = biases[i], gain = scaled.layers[i], plain = gain ? wide(bias) : std::nullopt;
     Tensor y = at::linear(x, weights[i], bias);
     if (counts[i]) {
       y = flat(y, m);
       std::vector<Adapter> mine;
       int64_t r = 0;
       for (int64_t j = 0; j < counts[i]; ++j) {
-        mine.push_back(adapter(up[left++], 1));
+        mine.push_back(adapter(scaled.lefts[left++], 1));
         r += mine.back().r;
       }
       Job job = make(EXPAND, y, s.narrow(1, column, r), std::move(mine));
@@ -162,17 +185,16 @@ std::vector<Tensor> forward(const Tensor &x, at::TensorList weights, const Maybe
   return found;
 }
 
-// One layer's share of backward. Undefined is what is not wanted.
+// One layer's share of backward; dls are one an adapter. Undefined is what is not wanted.
 struct Share {
-  Tensor dy, base, total, dot;      // base: gain * dy, or dy
-  std::vector<Tensor> lefts, dlefts;
+  Tensor dy, base, total, dot;  // base: gain * dy, or dy
+  std::vector<Tensor> dls;
 };
 
 // ds, and what depends on dy alone.
 std::vector<Share> grad_up(const Maybes &dys, const Maybes &ys, const Tensor &s, const Tensor &ds,
-                           const std::vector<bool> &needs_total, const Maybes &gains, at::TensorList lefts,
-                           at::IntArrayRef counts, at::ArrayRef<double> scales) {
-  const std::vector<Tensor> small = smalls(lefts, s), dlefts = gradients(lefts, s);
+                           const std::vector<bool> &needs_total, const Scaled &scaled, const Maybes &gains,
+                           at::TensorList lefts, at::IntArrayRef counts, at::ArrayRef<double> scales) {
   std::vector<Share> shares(dys.size());
   std::vector<Tensor> alive;
   std::vector<Job> jobs;
@@ -180,7 +202,7 @@ std::vector<Share> grad_up(const Maybes &dys, const Maybes &ys, const Tensor &s,
   size_t left = 0;
   for (size_t i = 0; i < shares.size(); ++i) {
     Share &share = shares[i];
-    const Maybe dy = dys[i], y = ys[i], gain = wide(gains[i]);
+    const Maybe dy = dys[i], y = ys[i], &gain = scaled.layers[i];
     if (dy) share.dy = share.base = flat(*dy, s.size(0));
     if (!counts[i]) {
       if (dy && needs_total[i]) share.total = share.dy.sum(0);
@@ -189,10 +211,10 @@ std::vector<Share> grad_up(const Maybes &dys, const Maybes &ys, const Tensor &s,
     std::vector<Adapter> in, out;
     int64_t r = 0;
     for (int64_t j = 0; j < counts[i]; ++j, ++left) {
-      in.push_back(adapter(small[left], 1, float(scales[left])));
-      out.push_back(adapter(dlefts[left], 1));
-      share.lefts.push_back(lefts[left]);
-      share.dlefts.push_back(dlefts[left]);
+      const bool plain = lefts[left].scalar_type() == s.scalar_type() && !gains[left];
+      share.dls.push_back(s.new_empty(lefts[left].sizes(), plain ? s.options() : s.options().dtype(at::kFloat)));
+      in.push_back(adapter(scaled.lefts[left], 1, float(scales[left])));
+      out.push_back(adapter(share.dls.back(), 1));
       r += in.back().r;
     }
     const Tensor mine = ds.narrow(1, column, r), with = s.narrow(1, column, r);
@@ -202,9 +224,9 @@ std::vector<Share> grad_up(const Maybes &dys, const Maybes &ys, const Tensor &s,
       continue;
     }
     const Tensor d = rows(share.dy);
+    alive.push_back(d);
     jobs.push_back(make(NARROW, d, mine, std::move(in)));
     Job job = make(OUTER, d, with, std::move(out));
-    alive.insert(alive.end(), {d, gain ? *gain : d});
     if (gain) {
       share.base = s.new_empty(d.sizes());
       job.gain = floats(gain);
@@ -239,15 +261,16 @@ std::vector<Tensor> backward(const Maybes &dys, const Maybes &ys, const Tensor &
                              at::IntArrayRef counts, at::ArrayRef<double> p, at::ArrayRef<double> scales,
                              const c10::List<bool> &needed) {
   const size_t n = weights.size(), count = rights.size(), m = size_t(s.size(0));
-  const size_t of_bias = 1 + n, of_gain = of_bias + n, of_left = of_gain + n, of_right = of_left + count;
+  const size_t of_bias = 1 + n, of_gain = of_bias + n, of_left = of_gain + count, of_right = of_left + count;
   const bool needs_x = needed[0];
   bool needs_right = false;
   std::vector<bool> needs_total;
   for (size_t j = 0; j < count; ++j) needs_right |= needed[of_right + j];
-  for (size_t i = 0; i < n; ++i) needs_total.push_back(needed[of_bias + i] || needed[of_gain + i]);
+  for (size_t i = 0; i < n; ++i) needs_total.push_back(needed[of_bias + i] || Maybe(ys[i]));
+  const Scaled scaled = scale(gains, lefts, counts, s);
 
   const Tensor ds = s.new_empty(s.sizes());
-  const std::vector<Share> shares = grad_up(dys, ys, s, ds, needs_total, gains, lefts, counts, scales);
+  const std::vector<Share> shares = grad_up(dys, ys, s, ds, needs_total, scaled, gains, lefts, counts, scales);
 
   // dx, through an activation on to its sources; and the gradients of rights, which read x.
   const std::vector<Tensor> small = smalls(rights, ds), drights = needs_right ? gradients(rights, ds) : small;
@@ -288,13 +311,20 @@ std::vector<Tensor> backward(const Maybes &dys, const Maybes &ys, const Tensor &
   for (size_t i = 0, left = 0; i < n; left += size_t(counts[i++])) {
     const Share &share = shares[i];
     if (!share.dy.defined()) continue;
-    const Maybe bias = biases[i], gain = gains[i];
+    const Maybe bias = biases[i];
     if (needed[1 + i]) own[i] = at::mm(share.base.t(), x);
     if (needed[of_bias + i]) own[of_bias - 1 + i] = share.total.to(bias->scalar_type());
-    if (needed[of_gain + i])
-      own[of_gain - 1 + i] = grad_gain(share.dot, share.total, share.dlefts, share.lefts, bias, *gain, share.dy, x, weights[i]);
+    Tensor dgain;
+    if (share.dot.defined()) {
+      const at::TensorList mine(scaled.lefts.data() + left, size_t(counts[i]));
+      dgain = grad_gain(share.dot, share.total, share.dls, mine, bias, *scaled.layers[i], share.dy, x, weights[i]);
+    }
     for (size_t j = left; j < left + size_t(counts[i]); ++j) {
-      if (needed[of_left + j]) own[of_left - 1 + j] = share.dlefts[j - left].to(lefts[j].scalar_type());
+      const Tensor dl = share.dls[j - left];
+      const Maybe gain = gains[j];
+      if (needed[of_left + j])
+        own[of_left - 1 + j] = (gain ? dl.mul(gain->unsqueeze(1)) : dl).to(lefts[j].scalar_type());
+      if (needed[of_gain + j]) own[of_gain - 1 + j] = dgain.add(dl.mul(lefts[j]).sum(1)).to(gain->scalar_type());
       if (needed[of_right + j]) own[of_right - 1 + j] = drights[j].to(rights[j].scalar_type());
     }
   }
@@ -302,35 +332,60 @@ std::vector<Tensor> backward(const Maybes &dys, const Maybes &ys, const Tensor &
   return first;
 }
 
-// weight right^T in float32 or better, right's dtype
-Tensor product(const Tensor &weight, const Tensor &right) {
-  const bool narrow = weight.scalar_type() == at::kBFloat16;
-  if (weight.dim() == 2 && (narrow || weight.scalar_type() == at::kFloat) && right.scalar_type() == at::kFloat &&
-      weight.stride(1) == 1) {
-    // Beside bfloat16 the kernels round right to that: its rest is a second factor.
-    const Tensor high = narrow ? right.to(at::kBFloat16).to(at::kFloat) : right,
-                 rest = narrow ? right.sub(high) : Tensor();
-    std::vector<Adapter> adapters = {adapter(high, 0)};
-    if (narrow) adapters.push_back(adapter(rest, 0));
-    const Tensor found = right.new_empty({weight.size(0), int64_t(adapters.size()) * right.size(0)});
-    Job job = {NARROW,         weight.data_ptr(), weight.stride(0), weight.size(0),
-               weight.size(1), found.data_ptr(),  found.stride(0),  std::move(adapters)};
-    job.s_is_float = true;
-    run(weight.scalar_type(), {job});
-    return narrow ? found.narrow(1, 0, right.size(0)).add(found.narrow(1, right.size(0), right.size(0))) : found;
-  }
-  if (weight.scalar_type() == right.scalar_type()) return at::matmul(weight, right.mT());
-  std::vector<Tensor> parts;  // few enough elements to stay in the caches
-  for (const Tensor &part : weight.chunk(std::max<int64_t>(1, weight.numel() >> 19), -2))
-    parts.push_back(at::matmul(part.to(right.scalar_type()), right.mT()));
-  return at::cat(parts, -2);
+// The end of lorafx/variants/row_norm.py's formula: products are weight right^T and right right^T.
+Tensor add_terms(const Tensor &squares, const Tensor &products, const Tensor &among, const Tensor &b, double scaling) {
+  const Tensor left = b.to(at::kFloat).contiguous(), found = left.new_empty({b.size(0)});
+  const int64_t r = b.size(1);
+  const float *const l = left.const_data_ptr<float>(), *const g = among.const_data_ptr<float>();
+  const float *const w = products.const_data_ptr<float>();
+  const double *const s = squares.const_data_ptr<double>();
+  float *const norm = found.data_ptr<float>();
+  at::parallel_for(0, b.size(0), 256, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const float *const row = l + i * r;
+      vec sums = {};
+      for (int64_t j = 0; j < r; j += LANES) {
+        vec terms = 2.0f * load(w + i * r + j, r - j);
+        for (int64_t q = 0; q < r; ++q) terms += float(scaling) * row[q] * load(g + q * r + j, r - j);
+        sums += terms * load(row + j, r - j);
+      }
+      double sum = 0.0;
+      for (int64_t lane = 0; lane < LANES; ++lane) sum += double(sums[lane]);
+      norm[i] = float(std::sqrt(std::max(0.0, s[i] + scaling * sum)));
+    }
+  });
+  return found;
 }
 
-// lorafx/variants/row_norm.py has the formula.
+// On the jobs, for a matrix beside float32 factors; anything else in torch's operators.
 Tensor factored_norm(const Tensor &squares, const Tensor &weight, const Tensor &a, const Tensor &b, double scaling) {
   const auto dtype = c10::promoteTypes(c10::promoteTypes(weight.scalar_type(), a.scalar_type()), at::kFloat);
-  const Tensor right = a.to(dtype), left = b.mul(scaling).to(dtype);
-  const Tensor terms = product(weight, right).mul_(2).add_(at::matmul(left, at::matmul(right, right.mT())));
+  const bool served = weight.scalar_type() == at::kBFloat16 || weight.scalar_type() == at::kFloat;
+  if (weight.dim() == 2 && served && dtype == at::kFloat && weight.stride(1) == 1 &&
+      squares.scalar_type() == at::kDouble && squares.is_contiguous()) {
+    const Tensor right = a.to(weight.scalar_type()).contiguous();
+    const auto floats = b.options().dtype(at::kFloat);
+    const Tensor products = at::empty_like(b, floats, at::MemoryFormat::Contiguous),
+                 among = b.new_empty({right.size(0), right.size(0)}, floats);
+    const auto multiply = [&](const Tensor &big, const Tensor &result) {
+      Job job = {NARROW,      big.data_ptr(),    big.stride(0),    big.size(0),
+                 big.size(1), result.data_ptr(), result.stride(0), {adapter(right, 0)}};
+      job.s_is_float = true;
+      return job;
+    };
+    run(weight.scalar_type(), {multiply(weight, products), multiply(right, among)});
+    return add_terms(squares, products, among, b, scaling);
+  }
+  const bool half = weight.element_size() == 2;
+  const Tensor right = (half ? a.to(weight.scalar_type()) : a).to(dtype), left = b.mul(scaling).to(dtype);
+  const auto product = [&]() -> Tensor {
+    if (weight.scalar_type() == dtype) return at::matmul(weight, right.mT());
+    std::vector<Tensor> parts;  // few enough elements to stay in the caches
+    for (const Tensor &part : weight.chunk(std::max<int64_t>(1, weight.numel() >> 19), -2))
+      parts.push_back(at::matmul(part.to(dtype), right.mT()));
+    return at::cat(parts, -2);
+  };
+  const Tensor terms = product().mul_(2).add_(at::matmul(left, at::matmul(right, right.mT())));
   return squares.add(terms.mul_(left).sum(-1)).clamp_min_(0).sqrt_().to(dtype);
 }
 

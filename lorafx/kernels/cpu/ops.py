@@ -27,7 +27,7 @@ def alive(needed: Sequence[bool], dys: Sequence[Tensor | None], counts: Sequence
     """What is wanted, without the operands of layers whose output nothing reads."""
     lives = [dy is not None for dy in dys]
     factors = [life for life, count in zip(lives, counts, strict=True) for _ in range(count)]
-    of = (True, *lives * 3, *factors * 2)
+    of = (True, *lives * 2, *factors * 3)
     return [wanted and life for wanted, life in zip(needed, of, strict=True)]
 
 
@@ -61,7 +61,9 @@ def _backward(
     needed = alive(needed, dys, counts)
     given = next(dy for dy in dys if dy is not None)
     flat = [t for each in operands for t in each]
-    own = [s.new_empty(t.shape if n else 0, dtype=t.dtype if n else None) for t, n in zip(flat, needed[1:], strict=True)]
+    own = [
+        s.new_empty(t.shape if n else 0, dtype=t.dtype if n else None) for t, n in zip(flat, needed[1:], strict=True)
+    ]
     if activation:
         return [*[torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs], *own]
     return [s.new_empty((*given.shape[:-1], operands[-1][0].shape[1]) if needed[0] else 0), *own]
