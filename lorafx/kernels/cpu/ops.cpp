@@ -19,6 +19,7 @@ namespace {
 using at::Tensor;
 using Maybe = std::optional<Tensor>;
 using Maybes = c10::List<Maybe>;
+constexpr int64_t PART = 256;            // rows of gain * dy
 constexpr double SMALL_GAIN = 1.0 / 16;  // as in gain.py
 
 // The tensor with its rows in one piece each.
@@ -193,8 +194,9 @@ struct Share {
 
 // ds, and what depends on dy alone.
 std::vector<Share> grad_up(const Maybes &dys, const Maybes &ys, const Tensor &s, const Tensor &ds,
-                           const std::vector<bool> &needs_total, const Scaled &scaled, const Maybes &gains,
-                           at::TensorList lefts, at::IntArrayRef counts, at::ArrayRef<double> scales) {
+                           const std::vector<bool> &needs_total, at::TensorList weights, const c10::List<bool> &needed,
+                           const Scaled &scaled, const Maybes &gains, at::TensorList lefts, at::IntArrayRef counts,
+                           at::ArrayRef<double> scales) {
   std::vector<Share> shares(dys.size());
   std::vector<Tensor> alive;
   std::vector<Job> jobs;
@@ -203,7 +205,8 @@ std::vector<Share> grad_up(const Maybes &dys, const Maybes &ys, const Tensor &s,
   for (size_t i = 0; i < shares.size(); ++i) {
     Share &share = shares[i];
     const Maybe dy = dys[i], y = ys[i], &gain = scaled.layers[i];
-    if (dy) share.dy = share.base = flat(*dy, s.size(0));
+    if (dy) share.dy = flat(*dy, s.size(0));
+    if (dy && !gain) share.base = share.dy;
     if (!counts[i]) {
       if (dy && needs_total[i]) share.total = share.dy.sum(0);
       continue;
@@ -227,7 +230,7 @@ std::vector<Share> grad_up(const Maybes &dys, const Maybes &ys, const Tensor &s,
     alive.push_back(d);
     jobs.push_back(make(NARROW, d, mine, std::move(in)));
     Job job = make(OUTER, d, with, std::move(out));
-    if (gain) {
+    if (gain && (needed[1 + i] || d.size(1) <= weights[i].size(1))) {
       share.base = s.new_empty(d.sizes());
       job.gain = floats(gain);
       job.base = share.base.data_ptr();
@@ -246,12 +249,26 @@ std::vector<Share> grad_up(const Maybes &dys, const Maybes &ys, const Tensor &s,
   return shares;
 }
 
-// The sum of dy W over layers.
-Tensor product_with_weights(const std::vector<Share> &shares, at::TensorList weights) {
+// The sum of gain * dy W over layers. Of a gain * dy that is larger than dx there are only ever some rows.
+Tensor product_with_weights(const std::vector<Share> &shares, const Scaled &scaled, at::TensorList weights) {
   Tensor dx;
-  for (size_t i = 0; i < shares.size(); ++i)
-    if (shares[i].base.defined())
-      dx = dx.defined() ? dx.addmm_(shares[i].base, weights[i]) : at::mm(shares[i].base, weights[i]);
+  for (size_t i = 0; i < shares.size(); ++i) {
+    const Tensor &dy = shares[i].dy, &weight = weights[i];
+    if (!dy.defined()) continue;
+    if (shares[i].base.defined()) {
+      dx = dx.defined() ? dx.addmm_(shares[i].base, weight) : at::mm(shares[i].base, weight);
+      continue;
+    }
+    const bool first = !dx.defined();
+    if (first) dx = dy.new_empty({dy.size(0), weight.size(1)});
+    const Tensor gain = scaled.layers[i]->to(dy.scalar_type());
+    for (int64_t m = 0; m < dy.size(0); m += PART) {
+      const int64_t count = std::min(PART, dy.size(0) - m);
+      Tensor part = dx.narrow(0, m, count);
+      const Tensor base = dy.narrow(0, m, count).mul(gain);
+      first ? at::mm_out(part, base, weight) : part.addmm_(base, weight);
+    }
+  }
   return dx;
 }
 
@@ -270,7 +287,8 @@ std::vector<Tensor> backward(const Maybes &dys, const Maybes &ys, const Tensor &
   const Scaled scaled = scale(gains, lefts, counts, s);
 
   const Tensor ds = s.new_empty(s.sizes());
-  const std::vector<Share> shares = grad_up(dys, ys, s, ds, needs_total, scaled, gains, lefts, counts, scales);
+  const std::vector<Share> shares =
+      grad_up(dys, ys, s, ds, needs_total, weights, needed, scaled, gains, lefts, counts, scales);
 
   // dx, through an activation on to its sources; and the gradients of rights, which read x.
   const std::vector<Tensor> small = smalls(rights, ds), drights = needs_right ? gradients(rights, ds) : small;
@@ -278,7 +296,7 @@ std::vector<Tensor> backward(const Maybes &dys, const Maybes &ys, const Tensor &
   std::vector<Job> jobs;
   Tensor x = inputs.empty() || !activation.empty() ? Tensor() : rows(flat(inputs[0], int64_t(m)));
   if (needs_x) {
-    Tensor dx = product_with_weights(shares, weights);
+    Tensor dx = product_with_weights(shares, scaled, weights);
     Job job = make(EXPAND, dx, ds, masked(small, p, bits));
     if (activation.empty()) {
       Maybe given;
