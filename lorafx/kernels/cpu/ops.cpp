@@ -379,19 +379,23 @@ Tensor add_terms(const Tensor &squares, const Tensor &products, const Tensor &am
 Tensor factored_norm(const Tensor &squares, const Tensor &weight, const Tensor &a, const Tensor &b, double scaling) {
   const auto dtype = c10::promoteTypes(c10::promoteTypes(weight.scalar_type(), a.scalar_type()), at::kFloat);
   const bool served = weight.scalar_type() == at::kBFloat16 || weight.scalar_type() == at::kFloat;
-  if (weight.dim() == 2 && served && dtype == at::kFloat && weight.stride(1) == 1 &&
-      squares.scalar_type() == at::kDouble && squares.is_contiguous()) {
+  if (weight.dim() == 2 && served && dtype == at::kFloat && squares.scalar_type() == at::kDouble &&
+      squares.is_contiguous() && (weight.stride(1) == 1 || weight.stride(0) == 1)) {
     const Tensor right = a.to(weight.scalar_type()).contiguous();
     const auto floats = b.options().dtype(at::kFloat);
     const Tensor products = at::empty_like(b, floats, at::MemoryFormat::Contiguous),
                  among = b.new_empty({right.size(0), right.size(0)}, floats);
-    const auto multiply = [&](const Tensor &big, const Tensor &result) {
+    const auto narrow = [&](const Tensor &big, const Tensor &result) {
       Job job = {NARROW,      big.data_ptr(),    big.stride(0),    big.size(0),
                  big.size(1), result.data_ptr(), result.stride(0), {adapter(right, 0)}};
       job.s_is_float = true;
       return job;
     };
-    run(weight.scalar_type(), {multiply(weight, products), multiply(right, among)});
+    std::vector<Job> jobs = {narrow(right, among)};
+    const Tensor turned = weight.stride(1) == 1 ? Tensor() : right.t().contiguous();
+    jobs.push_back(turned.defined() ? make(OUTER, weight.t(), turned, {adapter(products, 1)})
+                                    : narrow(weight, products));
+    run(weight.scalar_type(), jobs);
     return add_terms(squares, products, among, b, scaling);
   }
   const bool half = weight.element_size() == 2;
