@@ -23,6 +23,7 @@ import argparse
 import copy
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -399,8 +400,14 @@ def main() -> None:
     for case in cases_of(given):
         rows.append(row_of(case, given))
         if given.out:
-            command = " ".join(["python", "benchmarks/tax.py", *sys.argv[1:]])
+            command = shlex.join(["python", "benchmarks/tax.py", *without_folder(sys.argv[1:])])
             tax_report.write(rows, called, given.out, "tax-quick" if given.quick else "tax", command)
+
+
+def without_folder(arguments: list[str]) -> list[str]:
+    """What says how the table was made, not where it was written."""
+    place = arguments.index("--out") if "--out" in arguments else len(arguments)
+    return arguments[:place] + arguments[place + 2 :]
 
 
 def row_of(case: Case, given: argparse.Namespace) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def markdown(rows: Sequence[dict[str, Any]], calls: Sequence[dict[str, Any]], na
         "# What adapters cost",
         "",
         f"`{command}`, with {torch.get_num_threads()} threads on {processor()}, torch {torch.__version__}.",
+        f"Models of {' or '.join(sorted({str(row['layers']) for row in rows}))} layers, without embeddings and heads. "
         "A step (forward and backward) over the frozen model's in the same mode: median of the rounds, and quartiles.",
         "*frozen, again* is the frozen model over a copy of itself, so what it is off 1 is noise; *captured* the graph",
         "without adapters. Where noise was above 2 %, a case was measured *again*, three times at most (quick: two);",

@@ -1,12 +1,12 @@
-"""Export: fold the adapters, translate, write beside the target, check, and only then rename.
+"""Export: translate the graph, write its weights, folding adapters in on the way, check, and only then rename.
 
-gm --merge--> merged --inference, translate--> ONNX --write--> draft --check--> path
-gm --unadapted--> base graph ----------------- same nodes, names, shapes? -|
-gm --inference--> torch ---------------------- same numbers in ONNX Runtime? -|
+gm --unadapted--> base graph --inference, translate--> ONNX --weights folded in pieces--> draft --check--> path
+gm --inference--> torch ------------------------------ same numbers in ONNX Runtime? -----------|
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,17 +19,21 @@ import torch
 from torch import Tensor
 
 from lorafx.errors import ExportError
+from lorafx.export.cast import cast_graph, file_dtype
 from lorafx.export.parity import TOLERANCES, Tolerance, make_cases, precision
-from lorafx.export.report import ExportReport, Parity
-from lorafx.export.translate import output_names, structure, translate
+from lorafx.export.provenance import digest, provenance
+from lorafx.export.report import ExportReport, Parity, TensorRounding
+from lorafx.export.translate import Translation, output_names, structure, translate
 from lorafx.export.verify import check_graph, check_numbers, check_weights
 from lorafx.export.weights import fill
-from lorafx.export.write import draft
+from lorafx.export.widen import widen_graph, widen_tensor
+from lorafx.export.write import draft, parse_size
 from lorafx.graph import CapturedModule, get_path
 from lorafx.ir import Stage, sites, stage
 from lorafx.passes.example import ExampleInputs, make_example
+from lorafx.passes.fold import Fold, Rounding
 from lorafx.passes.inference import inference
-from lorafx.passes.merge import merge, unadapted
+from lorafx.passes.merge import merge_lazily, unadapted
 from lorafx.signature import Signature
 
 Progress = Callable[[str, float], None]
@@ -46,7 +50,10 @@ def merge_and_export(
     verify: bool = True,
     example_inputs: ExampleInputs = None,
     opset: int | None = None,
+    dtype: torch.dtype | str | None = None,
     external_data: bool | None = None,
+    data_name: str | None = None,
+    max_shard_size: int | str | None = None,
     keep_loss: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
@@ -55,7 +62,12 @@ def merge_and_export(
     """Fold the adapters into the weights and write the model as ONNX, checked before it gets its name.
 
     Inputs and outputs have the model's own names (``input_ids``, ``logits``), dynamic dimensions are
-    called ``batch`` and ``sequence``. ``gm`` is left as it is and goes on training.
+    called ``batch`` and ``sequence``. ``gm`` is left as it is and goes on training. Weights are folded, converted and
+    transposed piece by piece while they are written, and keep their names (``<name>.T`` where stored transposed).
+
+    With the same ``data_name`` the ``.onnx`` that :func:`export_base` writes and those of all that is merged into that
+    base are the same to the byte, and their weights lie at the same offsets: a fine-tune ships as a file of weights.
+    What the file was made from is therefore not in it, but in the report (``report.provenance``, ``save_json``).
 
     Args:
         gm: what :func:`lorafx.apply` returned.
@@ -64,27 +76,43 @@ def merge_and_export(
         example_inputs: inputs to translate and compare with instead of those of the capture; needed for a
             graph that was traced without any.
         opset: version of ONNX's operators; None: torch's default, or :data:`BFLOAT16_OPSET`.
+        dtype: the floating weights' in the file (``"fp32"``, ``"fp16"``, ``"bf16"``, or torch's), to which the exact
+            sums are rounded once; the graph is then that of the model converted to it. None: the model's.
         external_data: keep weights in a file beside; None: if they exceed 1.5 GiB.
+        data_name: what to call that file, which then exists always; None: by its content. Weights of another
+            graph are not overwritten.
+        max_shard_size: keep them in several files of at most so many bytes (or ``"2GB"``).
         keep_loss: export the loss, and the labels as an input.
         atol, rtol: other tolerances than the table's (:data:`lorafx.export.parity.TOLERANCES`); the report
             shows those that were used.
-        progress: called with the phase (``"merge"``, ``"translate"``, ``"write"``, ``"compare"``) and the
-            share of it that is done.
+        progress: called with the phase (``"merge"``, ``"translate"``, ``"write"``, ``"compare"``, ``"sync"``) and the
+            share of it that is done, of ``"write"`` by bytes.
 
     The checks: (a) onnx.checker with shape inference; (b) the graph is that of the unadapted model's
-    export, node by node, names and shapes included, and the file holds every weight to the bit; (c) ONNX
-    Runtime gives the outputs of the *unmerged* torch graph, on the example and at several other sizes.
+    export, node by node, names and shapes included, and the file holds every weight to the bit, computed once more; (c)
+    ONNX Runtime gives the outputs of the *unmerged* torch graph, on the example and at several other sizes.
 
     Raises:
-        MergeError: an adapter holds NaN or Inf.
+        MergeError: an adapter holds NaN or Inf, or a merged weight does not fit in the dtype.
         ParityError: (b) or (c) failed; says where and by how much.
-        ExportError: the graph cannot be expressed in ONNX, or the file cannot be written.
+        ExportError: the graph cannot be expressed in ONNX, or not in this dtype, or the file cannot be written.
     """
-    run = _Run(progress)
+    run = Run(progress)
+    options = Options(
+        verify,
+        example_inputs,
+        opset,
+        file_dtype(dtype),
+        external_data,
+        data_name,
+        parse_size(max_shard_size),
+        keep_loss,
+        atol,
+        rtol,
+    )
     with run.phase("merge"):
-        merged, base = merge(gm), unadapted(gm)
-    options = _Options(verify, example_inputs, opset, external_data, keep_loss, atol, rtol)
-    return _export(gm, merged, base, path, run, options)
+        merged, folds = merge_lazily(gm)
+    return export_graph(gm, merged, folds, path, run, options)
 
 
 def export_base(
@@ -94,7 +122,10 @@ def export_base(
     verify: bool = True,
     example_inputs: ExampleInputs = None,
     opset: int | None = None,
+    dtype: torch.dtype | str | None = None,
     external_data: bool | None = None,
+    data_name: str | None = None,
+    max_shard_size: int | str | None = None,
     keep_loss: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -103,28 +134,37 @@ def export_base(
     Raises:
         ParityError, ExportError: as :func:`merge_and_export`.
     """
-    run = _Run(progress)
+    run = Run(progress)
+    limit = parse_size(max_shard_size)
+    options = Options(verify, example_inputs, opset, file_dtype(dtype), external_data, data_name, limit, keep_loss)
     with run.phase("merge"):
         base = unadapted(gm) if stage(gm) is Stage.INSERTED else gm
-    options = _Options(verify, example_inputs, opset, external_data, keep_loss)
-    return _export(base, base, base, path, run, options)
+    return export_graph(base, base, {}, path, run, options)
 
 
 @dataclass(frozen=True)
-class _Options:
-    """See :func:`merge_and_export`."""
+class Options:
+    """See :func:`merge_and_export`.
+
+    ``no_numbers`` is why (c) is not to be run, if it is not; ``twin`` the graph captured in ``dtype``, if there is one.
+    """
 
     verify: bool
     example_inputs: ExampleInputs
     opset: int | None
+    dtype: torch.dtype | None
     external_data: bool | None
-    keep_loss: bool
+    data_name: str | None
+    limit: int | None
+    keep_loss: bool = False
     atol: float | None = None
     rtol: float | None = None
+    no_numbers: str | None = None
+    twin: CapturedModule | None = None
 
 
 @dataclass
-class _Run:
+class Run:
     """Times the phases of an export and tells the caller how far it is."""
 
     progress: Progress | None
@@ -143,22 +183,37 @@ class _Run:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _export(
+def export_graph(
     trained: CapturedModule,
     written: CapturedModule,
-    base: CapturedModule,
+    folds: Mapping[str, Fold | Tensor],
     path: str | os.PathLike[str],
-    run: _Run,
-    options: _Options,
+    run: Run,
+    options: Options,
 ) -> ExportReport:
-    """Export ``written``, which must have the graph of ``base`` and the numbers of ``trained``."""
-    adapted = sites(trained)
-    apart = [site.name for site in adapted if site.apart]
-    captured = trained.meta.get("example")
-    trained, written, base = (inference(g, keep_loss=options.keep_loss) for g in (trained, written, base))
-    example = flat_example(written.signature, captured, options.example_inputs)
-    dims = written.signature.dims if captured is not None else usual_dims(example)
-    dtype = precision(written)
+    """Export ``written``, in which ``folds`` take the place of tensors; it must have the numbers of ``trained``."""
+    held = {id(get_path(written, name)): value for name, value in folds.items()}
+    for value in folds.values():
+        if isinstance(value, Fold):
+            value.rounding = Rounding()
+    plain = inference(written, keep_loss=options.keep_loss)
+
+    def source(name: str) -> Fold | Tensor:
+        tensor: Tensor = get_path(plain, name)
+        return held.get(id(tensor), tensor)
+
+    def converted(graph: CapturedModule) -> CapturedModule:
+        if options.twin is not None:
+            return inference(options.twin, keep_loss=options.keep_loss)
+        return graph if options.dtype is None else cast_graph(graph, options.dtype)
+
+    graph = converted(plain)
+    inputs = flat_example(plain.signature, trained.meta.get("example"), options.example_inputs)
+    example = inputs
+    if graph is not plain:
+        example = {name: t.to(options.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
+    dims = plain.signature.dims if trained.meta.get("example") is not None else usual_dims(example)
+    dtype = precision(graph)
     opset = BFLOAT16_OPSET if options.opset is None and dtype is torch.bfloat16 else options.opset
     default = TOLERANCES[dtype]
     tolerance = Tolerance(
@@ -167,61 +222,101 @@ def _export(
     )
     checks: dict[str, str] = {}
     parity: tuple[Parity, ...] = ()
-    with draft(path) as file:
+    origin = provenance(trained)
+    with draft(path, options.data_name) as file:
         with run.phase("translate"):
-            translation = translate(written, example, dims, opset)
+            translation = translate(graph, example, dims, opset)
             model = translation.model
-            # A translation does not depend on weights, so that of an equal graph need not be repeated.
-            twin = structure(base) == structure(written)
-            reference = model if twin else translate(base, example, dims, opset).model
         warnings = [f"{place} came out fixed: the file takes this size only" for place in translation.fixed]
         warnings += [
             f"dimension {dim} of '{name}' is fixed at {size}: the model's code was traced for that size only"
-            for name, sizes in written.signature.fixed.items()
+            for name, sizes in graph.signature.fixed.items()
             for dim, size in sizes.items()
         ]
         with run.phase("write") as done:
-            fill(translation.weights, translation.folded, lambda name: get_path(written, name))
-            file.write(model, options.external_data, done)
+            fill(translation.weights, translation.folded, source)
+            weights = {*translation.weights.values(), *(f.value for f in translation.folded)}
+            file.write(model, options.external_data, done, weights, options.limit)
             file.check()
+        bytes_changed, rounding = _changes(translation, folds, source)
         checks["onnx.checker"] = "passed, with shape inference"
         if options.verify:
             with run.phase("compare") as done:
+                base = inference(
+                    unadapted(trained) if stage(trained) is Stage.INSERTED else trained, keep_loss=options.keep_loss
+                )
+                # A translation does not depend on weights, so that of an equal graph need not be repeated.
+                twin = structure(base) == structure(plain)
+                reference = model if twin else translate(converted(base), example, dims, opset).model
                 loaded = ir.load(file.path)
+                apart = [site.name for site in sites(trained) if site.apart]
                 difference = check_graph(loaded, reference, apart)
                 count = check_weights(loaded, model)
-                cases = make_cases(example, translation.dims, written.signature.ranges)
-                parity, note = check_numbers(file.path, trained, dtype, cases, tolerance, done)
+                origin["base_sha256"] = digest(
+                    (name, t) for name, t in base.state_dict().items() if name in translation.weights
+                )
+                if options.no_numbers is None:
+                    unmerged = inference(trained, keep_loss=options.keep_loss)
+                    if graph is not plain:  # the torch graph in float32 or better, whatever the file is in
+                        unmerged, inputs = widen_graph(unmerged), {n: widen_tensor(t) for n, t in inputs.items()}
+                    cases = make_cases(inputs, translation.dims, plain.signature.ranges)
+                    parity, note = check_numbers(file.path, unmerged, dtype, cases, tolerance, done)
+                    checks["same numbers"] = f"{sum(p.refused is None for p in parity)} runs agree with torch"
+                    if note is not None:
+                        checks["not run"] = note
+                else:
+                    checks["not checked"] = options.no_numbers
             checks["same graph"] = f"{len(model.graph)} nodes, named, typed and shaped as in the base model's export"
             if difference is not None:
                 checks["same graph"] = f"but for the weights kept apart as asked ({', '.join(apart)}): {difference}"
             checks["same weights"] = f"{count} initializers in the file, to the bit"
-            checks["same numbers"] = f"{sum(p.refused is None for p in parity)} runs agree with torch"
             warnings += [f"torch itself refuses {p.where}: {p.refused}" for p in parity if p.refused is not None]
-            if note is not None:
-                checks["not run"] = note
         else:
             checks["not checked"] = "graph, weights and numbers (verify=False)"
-        file.commit()
+        onnx_sha256 = hashlib.sha256(file.path.read_bytes()).hexdigest()
+        with run.phase("sync"):
+            file.commit()
     return ExportReport(
         path=os.fspath(path),
-        data_path=None if file.data is None else str(file.data),
+        data_paths=tuple(map(str, file.data)),
         onnx_bytes=file.path.stat().st_size,
-        data_bytes=0 if file.data is None else file.data.stat().st_size,
+        data_bytes=sum(f.stat().st_size for f in file.data),
         opset=model.opset_imports[""],
         nodes=len(model.graph),
         initializers=len(model.graph.initializers),
-        sites=len(adapted),
+        sites=len(sites(trained)),
         precision=str(dtype).removeprefix("torch."),
         atol=tolerance.atol,
         rtol=tolerance.rtol,
         inputs={str(v.name): str(v.shape) for v in model.graph.inputs},
-        outputs=output_names(written),
+        outputs=output_names(graph),
         checks=checks,
         parity=parity,
         seconds=run.seconds,
         warnings=tuple(warnings),
+        onnx_sha256=onnx_sha256,
+        bytes_changed=bytes_changed,
+        rounding=rounding,
+        provenance=origin,
     )
+
+
+def _changes(
+    translation: Translation, folds: Mapping[str, Fold | Tensor], source: Callable[[str], Fold | Tensor]
+) -> tuple[int, tuple[TensorRounding, ...]]:
+    """How many bytes of the file adapters changed, and what rounding did to each weight that was folded."""
+    new = {id(value) for value in folds.values()}
+    changed = {value for name, value in translation.weights.items() if id(source(name)) in new}
+    rows = []
+    for name, value in translation.weights.items():
+        if isinstance(found := source(name), Fold) and value in changed and found.rounding is not None:
+            r = found.rounding
+            rows.append(TensorRounding(name, r.largest, r.relative, r.survived))
+    for expression in translation.folded:
+        if changed.intersection(expression.inputs):
+            changed.add(expression.value)
+    written = (v for v in translation.model.graph.initializers.values() if v in changed)
+    return sum(v.const_value.nbytes for v in written if v.const_value is not None), tuple(rows)
 
 
 def flat_example(signature: Signature, captured: Any, given: ExampleInputs) -> dict[str, Tensor]:

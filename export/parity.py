@@ -148,13 +148,20 @@ class Session:
             raise ExportError(f"ONNX Runtime cannot load the exported file: {error}") from error
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[np.ndarray[Any, Any]]:
-        feed = {i.name: inputs[i.name].detach().cpu().numpy() for i in self.session.get_inputs()}
+        feed = {i.name: _as_declared(inputs[i.name], i.type).numpy() for i in self.session.get_inputs()}
         try:
             found: list[np.ndarray[Any, Any]] = self.session.run(None, feed)
         except Exception as error:  # onnxruntime's exceptions share no base class
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feed.items())
             raise ParityError(f"ONNX Runtime cannot run the exported file on {shapes}: {error}") from error
         return found
+
+
+def _as_declared(tensor: Tensor, kind: str) -> Tensor:
+    """A floating input in the precision that the file takes, which need not be the torch graph's."""
+    wanted = {"tensor(float16)": torch.float16, "tensor(float)": torch.float32}.get(kind)
+    tensor = tensor.detach().cpu()
+    return tensor if wanted is None or not tensor.is_floating_point() else tensor.to(wanted)
 
 
 def run_case(

@@ -60,14 +60,33 @@ class Parity:
 
 
 @dataclass(frozen=True)
+class TensorRounding:
+    """What rounding a merged weight to the file's dtype did to the change that the adapters make.
+
+    ``largest`` is the largest difference of an element from the exact sum, ``relative`` the norm of all of them over
+    that of the change, ``survived`` the share of the change that the stored weight has (the projection of what it
+    has moved by on the change, over the change's norm).
+    """
+
+    weight: str
+    largest: float
+    relative: float
+    survived: float
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """What :func:`lorafx.export.export.merge_and_export` wrote and checked.
 
-    ``str(report)`` is the report for people; :meth:`save_json` keeps it.
+    ``str(report)`` is the report for people; :meth:`save_json` keeps it. The file itself has no record of where it
+    comes from, so that the graphs of a base and of all that is merged into it can be the same to the byte;
+    ``provenance`` has: lorafx's version, the settings of each adapter, and SHA-256 digests of adapters and (where they
+    were checked) of the base's weights (:func:`lorafx.export.provenance.digest`). It names no paths, users or machines.
+    ``bytes_changed`` is the size of those weights in the file that adapters changed.
     """
 
     path: str
-    data_path: str | None
+    data_paths: tuple[str, ...]
     onnx_bytes: int
     data_bytes: int
     opset: int
@@ -83,6 +102,15 @@ class ExportReport:
     parity: tuple[Parity, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    onnx_sha256: str = ""
+    bytes_changed: int = 0
+    rounding: tuple[TensorRounding, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def data_path(self) -> str | None:
+        """The (first) file of weights, if they have one of their own."""
+        return self.data_paths[0] if self.data_paths else None
 
     @property
     def max_abs(self) -> float:
@@ -100,14 +128,16 @@ class ExportReport:
 
     def __str__(self) -> str:
         size = format_bytes(self.onnx_bytes)
-        if self.data_path:
-            size += f" + {format_bytes(self.data_bytes)} of weights"
+        if self.data_paths:
+            files = f" in {len(self.data_paths)} files" if len(self.data_paths) > 1 else ""
+            size += f" + {format_bytes(self.data_bytes)} of weights{files}"
         lines = [
             f"ONNX file    {self.path}  ({size})",
             f"graph        {self.nodes} nodes, {self.initializers} initializers, opset {self.opset}; "
             f"{self.sites} adapted layers folded",
             f"inputs       {', '.join(f'{name} {shape}' for name, shape in self.inputs.items())}",
             f"outputs      {', '.join(self.outputs)}",
+            *self._changes(),
             *(f"{name:<12} {result}" for name, result in self.checks.items()),
         ]
         if self.parity:
@@ -118,6 +148,16 @@ class ExportReport:
         ]
         lines += [f"warning      {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    def _changes(self) -> list[str]:
+        if not self.rounding:
+            return []
+        worst = max(self.rounding, key=lambda r: r.relative)
+        return [
+            f"changed      {format_bytes(self.bytes_changed)} of weights; rounded to {self.precision}, at least "
+            f"{min(r.survived for r in self.rounding):.2%} of each change survived. Worst: {worst.weight}, off by "
+            f"{worst.largest:.2g} at most, {worst.relative:.2g} of the change's norm"
+        ]
 
     def _tolerance(self) -> str:
         return (

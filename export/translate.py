@@ -13,29 +13,27 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import onnx_ir as ir
 import torch
 from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from lorafx.errors import ExportError
+from lorafx.export.names import all_values, call_as_module, name_dimensions, name_values, read_call
+from lorafx.export.program import make_program
+from lorafx.export.repeat import CALL, drop_repeats, find_repeats, number_calls, unroll
 from lorafx.export.weights import Folded, fold_weights
 from lorafx.graph import CapturedModule, get_path, named_tensors, notes
 from lorafx.ir import format_graph
 from lorafx.passes.example import make_example
-
-#: The node metadata that stays: where in the module tree a node comes from. The rest holds file paths.
-_KEPT_METADATA = frozenset({"namespace", "pkg.torch.onnx.class_hierarchy", "pkg.torch.onnx.name_scopes"})
-_SYMBOL = re.compile(r"(?<!\w)[su]\d+(?!\w)")
 
 
 @dataclass(frozen=True)
@@ -71,30 +69,23 @@ def translate(
     Raises:
         ExportError: torch cannot express the graph in ONNX (names the operator), or not in this opset.
     """
+    weights = gm.state_dict().keys()
+    flat = _flat(gm)
+    model = None
     with _quiet():
-        try:
-            program = _program(gm, example, dims)
-            converted = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
-        except Exception as error:  # whatever torch, or an operator's translation, raises ends up here
-            raise _not_expressible(error) from error
-        assert converted is not None
-        model = converted.model
-        if opset is not None and model.opset_imports[""] != opset:
-            raise ExportError(
-                f"opset={opset} is not available: torch translates this graph to opset {model.opset_imports['']}. "
-                "Ask for that one or a newer one"
-            )
-        weights = {n: v for n, v in model.graph.initializers.items() if n in gm.state_dict()}
-        for value in weights.values():
-            value.const_value = None
-        optimize_ir(model)
-    folded = fold_weights(model, weights.values())
-    _name_values(model, gm)
+        if repeats := find_repeats(flat, gm, weights):
+            short = _flat(gm)
+            drop_repeats(short, repeats)
+            model = _optimized(GraphModule(gm, short), example, dims, opset, weights)
+        if model is None or not unroll(model.graph, repeats):
+            model = _optimized(GraphModule(gm, flat), example, dims, opset, weights)
+    folded = fold_weights(model, [v for v in model.graph.initializers.values() if v.name in weights])
+    name_values(model, gm.signature.placeholders, output_names(gm), _tensor_names(gm, folded), _modules(gm, flat))
     symbols: dict[str, str] = {}
     for value in model.graph.inputs:
         roles = dims.get(str(value.name), {})
         symbols |= {symbol: roles[dim] for dim, symbol in _dynamic(value).items() if dim in roles}
-    _name_dimensions(model, symbols)
+    name_dimensions(model, symbols)
     _clean(model)
     named = {str(v.name): _dynamic(v) for v in model.graph.inputs}
     fixed = tuple(
@@ -103,7 +94,9 @@ def translate(
         for dim, role in roles.items()
         if dim not in named.get(name, {})
     )
-    return Translation(model, weights, folded, named, fixed)
+    values = (*(v for f in folded for v in f.inputs), *model.graph.initializers.values())
+    held = {str(v.name): v for v in values if v.name in weights}
+    return Translation(model, held, folded, named, fixed)
 
 
 def structure(gm: CapturedModule) -> str:
@@ -123,28 +116,58 @@ def _digest(tensor: Tensor) -> str:
     return hashlib.sha256(data.tobytes()).hexdigest()
 
 
-def _program(
-    gm: CapturedModule, example: Mapping[str, Tensor], dims: Mapping[str, Mapping[int, str]]
-) -> ExportedProgram:
-    """The graph with plain inputs and outputs, exported. No node keeps the place in a file it came from."""
+def _flat(gm: CapturedModule) -> Graph:
+    """The graph with plain inputs and outputs, its calls numbered."""
     graph = Graph()
     outputs = graph.graph_copy(gm.graph, {})
     assert isinstance(outputs, tuple)
     graph.output(tuple(value for value in outputs if value is not None))
-    flat = GraphModule(gm, graph)
-    traced = make_example(dict(example), {}, {name: dims.get(name, {}) for name in example})
-    kwargs, shapes = traced.trace_inputs()
-    program = torch.export.export(flat, (), kwargs, dynamic_shapes=shapes, strict=False)
-    for node in program.graph.nodes:
-        _note_modules(node, gm)
-    return program
+    number_calls(graph)
+    return graph
 
 
-def _note_modules(node: Node, gm: nn.Module) -> None:
-    """Tell torch.onnx the modules of the original that a node is inside of, by path and class."""
-    atoms = str(notes(node).get("scope") or "").split(".")
-    paths = ["", *(".".join(atoms[: i + 1]) for i in range(len(atoms)) if atoms[0])]
-    node.meta["nn_module_stack"] = {path: (path, _class_at(gm, path)) for path in paths}
+def _optimized(
+    flat: GraphModule,
+    example: Mapping[str, Tensor],
+    dims: Mapping[str, Mapping[int, str]],
+    opset: int | None,
+    weights: Collection[str],
+) -> ir.Model:
+    """The ONNX model of a graph, optimised without a look at its weights. Its nodes know what call they come from."""
+    kwargs, _ = make_example(dict(example), {}, {name: dims.get(name, {}) for name in example}).trace_inputs()
+    try:
+        program = make_program(flat, kwargs, dims)
+        for node in program.graph.nodes:
+            node.meta["nn_module_stack"] = call_as_module(notes(node).get("call"))
+        converted = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
+    except Exception as error:  # whatever torch, or an operator's translation, raises ends up here
+        raise _not_expressible(error) from error
+    assert converted is not None
+    model = converted.model
+    if opset is not None and model.opset_imports[""] != opset:
+        raise ExportError(
+            f"opset={opset} is not available: torch translates this graph to opset {model.opset_imports['']}. "
+            "Ask for that one or a newer one"
+        )
+    for name, value in model.graph.initializers.items():
+        if name in weights:
+            value.const_value = None
+    optimize_ir(model)
+    for node in model.graph.all_nodes():
+        node.meta[CALL] = read_call(node)
+    return model
+
+
+def _modules(gm: CapturedModule, flat: Graph) -> Callable[[int | None], list[tuple[str, str]]]:
+    """For a call's number the modules that it is inside of: path and class, from the root on."""
+    scopes = {notes(node).get("call"): str(notes(node).get("scope") or "") for node in flat.nodes}
+
+    @cache
+    def inside(scope: str) -> list[tuple[str, str]]:
+        atoms = scope.split(".") if scope else []
+        return [(path, _class_at(gm, path)) for path in (".".join(atoms[:i]) for i in range(len(atoms) + 1))]
+
+    return lambda call: inside(scopes.get(call, ""))
 
 
 def _class_at(gm: nn.Module, path: str) -> str:
@@ -155,21 +178,15 @@ def _class_at(gm: nn.Module, path: str) -> str:
     return str(getattr(module, "origin", "") or type(module).__name__)
 
 
-def _name_values(model: ir.Model, gm: CapturedModule) -> None:
-    """Give inputs and outputs the names that a user knows; what else has such a name gives way."""
-    names = (*gm.signature.placeholders, *output_names(gm))
-    values = (*model.graph.inputs, *model.graph.outputs)
-    for value in _all_values(model):
-        if value.name in names and value not in values:
-            value.name = f"{value.name}.inner"
-    for value, name in zip(values, names, strict=True):
-        value.name = name
-
-
 def output_names(gm: CapturedModule) -> tuple[str, ...]:
     """The names of the outputs that an ONNX file has: those that are no None."""
     returned: Any = gm.graph.output_node().args[0]
     return tuple(n for n, v in zip(gm.signature.outputs, returned, strict=True) if v is not None)
+
+
+def _tensor_names(gm: nn.Module, folded: Sequence[Folded]) -> set[str]:
+    """The names that initializers may have: those of tensors, and of what is made of them."""
+    return {*(name for name, _ in named_tensors(gm)), *(str(f.value.name) for f in folded)}
 
 
 def _dynamic(value: ir.Value) -> dict[int, str]:
@@ -178,40 +195,16 @@ def _dynamic(value: ir.Value) -> dict[int, str]:
     return {d: size for d, size in dims.items() if size is not None and not size.isdecimal()}
 
 
-def _name_dimensions(model: ir.Model, symbols: Mapping[str, str]) -> None:
-    """Write torch's symbols (``s72*s31``) as names (``batch*sequence``)."""
-
-    def name(size: int | ir.SymbolicDim) -> int | str | None:
-        if isinstance(size, int) or size.value is None:
-            return size if isinstance(size, int) else None
-        if size.value.isdecimal():  # torch writes a symbol that turned out to be a number like this
-            return int(size.value)
-        return _SYMBOL.sub(lambda match: symbols.get(match[0], match[0]), size.value)
-
-    for value in _all_values(model):
-        if value.shape is not None:
-            value.shape = ir.Shape([name(size) for size in value.shape])
-
-
-def _all_values(model: ir.Model) -> Iterator[ir.Value]:
-    yield from model.graph.inputs
-    yield from model.graph.initializers.values()
-    for node in model.graph.all_nodes():
-        yield from node.outputs
-
-
 def _clean(model: ir.Model) -> None:
     """Leave nothing of the exporting machine in the model."""
     model.doc_string = model.graph.doc_string = None
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
-    for value in _all_values(model):
+    for value in all_values(model):
         value.metadata_props.clear()
         value.doc_string = None
     for node in model.graph.all_nodes():
         node.doc_string = None
-        for key in node.metadata_props.keys() - _KEPT_METADATA:
-            del node.metadata_props[key]
 
 
 def _not_expressible(error: Exception) -> ExportError:

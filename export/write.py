@@ -1,18 +1,25 @@
 """Writing an ONNX file so that a reader sees the old one or the new one, whole, and never a mix.
 
-Everything is written and checked in a directory beside the target, flushed to disk, and renamed. Weights
-kept in a file of their own get a name made from their content (``model.onnx.<sha256>.data``), so the one
-rename that counts is that of the ``.onnx``, which names them.
+Everything is written and checked in a directory beside the target, flushed to disk, and renamed. Two files cannot be
+renamed together, so one rename is the commit:
+
+    weights named by their content (``model.onnx.<sha256>.data``)      that of the .onnx, which names them
+    weights under a fixed name (``data_name``), .onnx to the byte      that of the weights: for the same graph they
+    as it is                                                           lie at the same offsets
+
+What lies where in the files follows from names and shapes only. Values are made piece by piece while they are written.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,91 +28,208 @@ import onnx
 import onnx_ir as ir
 
 from lorafx.errors import ExportError
+from lorafx.export.pipe import Pipe
+from lorafx.export.weights import Streamed, pieces_of
+
+if sys.platform != "win32":  # there exports to one target at the same time are the user's to avoid
+    import fcntl
 
 #: From this many bytes of weights on they go into a file of their own: protobuf ends at 2 GiB.
 INLINE_LIMIT = 3 * 2**29
-#: Smaller tensors stay in the graph, where shape inference and readers can see them.
+#: Smaller constants stay in the graph, where shape inference and readers can see them.
 _SMALL = 1024
 _ALIGNMENT = 64
 
 Progress = Callable[[float], None]
 
 
-def write_model(
-    model: ir.Model, path: Path, external_data: bool | None = None, progress: Progress = lambda done: None
-) -> Path | None:
-    """Write a model, its weights fetched one at a time; returns their file if they got one.
+@dataclass(frozen=True)
+class Place:
+    """Where the bytes of an initializer lie: in which of the files of weights, from which byte on, and how many."""
 
-    The model is left as it is.
+    value: ir.Value
+    file: int
+    offset: int
+    length: int
+
+
+def parse_size(size: int | str | None) -> int | None:
+    """A number of bytes: itself, or as in ``"500MB"`` (powers of 1000) or ``"2GiB"`` (of 1024).
+
+    Raises:
+        ExportError: it is none.
+    """
+    if size is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(size).strip(), re.IGNORECASE)
+    power = 0 if found is None else " KMGT".index(found[2].upper() or " ")
+    count = 0 if found is None else int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+    if count <= 0:
+        raise ExportError(f"max_shard_size={size!r} is no size: give a number of bytes, or one like '2GB' or '500MiB'")
+    return count
+
+
+def lay_out(values: Sequence[ir.Value], limit: int | None = None) -> list[Place]:
+    """A place for each value, in files of at most ``limit`` bytes (None: one file; a larger tensor has its own)."""
+    places: list[Place] = []
+    file, end = 0, 0
+    for value in values:
+        assert value.const_value is not None
+        start, length = end + -end % _ALIGNMENT, value.const_value.nbytes
+        if limit is not None and end > 0 and start + length > limit:
+            file, start = file + 1, 0
+        places.append(Place(value, file, start, length))
+        end = start + length
+    return places
+
+
+def write_model(
+    model: ir.Model,
+    path: Path,
+    external_data: bool | None = None,
+    progress: Progress = lambda done: None,
+    *,
+    weights: Collection[ir.Value] = (),
+    data_name: str | None = None,
+    limit: int | None = None,
+    before: Callable[[], None] = lambda: None,
+) -> list[Path]:
+    """Write a model, piece by piece; returns the files of weights, if there are any. The model is left as it is.
 
     Args:
         model: every initializer has a value.
         path: the ``.onnx`` file.
         external_data: whether weights go into a file of their own beside it; None: if they are large.
-        progress: called with the share that is done.
+        progress: called with the share of the bytes that is written.
+        weights: the initializers that never stay in the ``.onnx`` then, however small they are.
+        data_name: what to call the file; None: by its content.
+        limit: how large a file of weights may become.
+        before: called when the ``.onnx`` is there and the weights are not, which only a ``data_name`` allows.
     """
     values = [v for v in model.graph.initializers.values() if v.const_value is not None]
     if external_data is None:
-        external_data = sum(_size(v) for v in values) >= INLINE_LIMIT
-    held = {v: v.const_value for v in values}
+        external_data = data_name is not None or limit is not None or sum(map(_size, values)) >= INLINE_LIMIT
+    outside = set(weights)
+    large = [v for v in values if v in outside or _size(v) >= _SMALL] if external_data else []
+    places = lay_out([v for v in large if _size(v) > 0], limit)
+    count = places[-1].file + 1 if places else 0
+    if data_name is not None:
+        if count > 1:
+            raise ExportError(
+                f"{count} files of weights cannot all be called {data_name}, nor be replaced at one moment: leave out "
+                "data_name= or max_shard_size="
+            )
+        names = [path.with_name(data_name)]
+        path.write_bytes(_serialize(model, places, names))
+        before()
+        _write_data(places, names, progress)
+        return names
+    unnamed = [path.with_name(f"{path.name}.{number}.data") for number in range(count)]
+    digests = _write_data(places, unnamed, progress)
+    names = [path.with_name(f"{path.name}.{digest[:16]}.data") for digest in digests]
+    for old, new in zip(unnamed, names, strict=True):
+        old.rename(new)
+    path.write_bytes(_serialize(model, places, names))
+    return names
+
+
+def _write_data(places: Sequence[Place], paths: Sequence[Path], progress: Progress) -> list[str]:
+    """Write the files of weights; returns their SHA-256. Files are written while the next pieces are made."""
+    total = sum(place.length for place in places)
+    done = 0
+    digests = []
+    for number, path in enumerate(paths):
+        with path.open("wb") as file:
+            digest = hashlib.sha256()
+
+            def write(piece: memoryview | bytes) -> None:
+                digest.update(piece)  # noqa: B023  # the pipe ends before the next file begins
+                file.write(piece)
+
+            with Pipe(write) as pipe:
+                end = 0
+                for place in (p for p in places if p.file == number):
+                    assert place.value.const_value is not None
+                    pipe.put(bytes(place.offset - end))
+                    end = place.offset
+                    for piece in pieces_of(place.value.const_value):
+                        pipe.put(piece)
+                        end += piece.nbytes
+                        progress(min(1.0, (done + end) / max(1, total)))
+                    if end != place.offset + place.length:
+                        raise ExportError(f"'{place.value.name}' has {end - place.offset} bytes, not {place.length}")
+        done += end
+        digests.append(digest.hexdigest())
+    return digests
+
+
+def _serialize(model: ir.Model, places: Sequence[Place], files: Sequence[Path]) -> bytes:
+    """The ``.onnx`` file, in which values refer to their places; the model is left as it is."""
+    placed = {place.value: place for place in places}
+    held = {value: value.const_value for value in model.graph.initializers.values()}
     try:
-        large = [v for v in values if _size(v) >= _SMALL] if external_data else []
-        data = _write_data(large, path, progress) if large else None
-        path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        for value, tensor in held.items():
+            assert value.name is not None
+            if (place := placed.get(value)) is not None:
+                assert value.dtype is not None
+                file = files[place.file]
+                value.const_value = ir.ExternalTensor(
+                    file.name,
+                    place.offset,
+                    place.length,
+                    value.dtype,
+                    shape=value.shape or ir.Shape([]),
+                    name=value.name,
+                    base_dir=file.parent,
+                )
+            elif isinstance(
+                tensor, (ir.LazyTensor, Streamed)
+            ):  # made here, where what is wrong with it is raised as it is
+                value.const_value = ir.tensor(tensor.numpy(), dtype=tensor.dtype, name=value.name)
+        data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+        return data
     finally:
         for value, tensor in held.items():
             value.const_value = tensor
-    progress(1.0)
-    return data
-
-
-def _write_data(values: list[ir.Value], path: Path, progress: Progress) -> Path:
-    """Write the values to a file named by its content, and make them refer to it."""
-    total = sum(_size(v) for v in values)
-    digest = hashlib.sha256()
-    unnamed = path.with_name(f"{path.name}.data")
-    places: list[tuple[ir.Value, int, int]] = []
-    offset = 0
-    with unnamed.open("wb") as file:
-        for value in values:
-            assert value.const_value is not None
-            padding = bytes(-offset % _ALIGNMENT)
-            data = value.const_value.tobytes()
-            for chunk in (padding, data):
-                digest.update(chunk)
-                file.write(chunk)
-            offset += len(padding)
-            places.append((value, offset, len(data)))
-            offset += len(data)
-            progress(min(1.0, offset / total))
-    named = unnamed.rename(path.with_name(f"{path.name}.{digest.hexdigest()[:16]}.data"))
-    for value, start, length in places:
-        assert value.dtype is not None
-        assert value.name is not None
-        value.const_value = ir.ExternalTensor(
-            named.name,
-            start,
-            length,
-            value.dtype,
-            shape=value.shape or ir.Shape([]),
-            name=value.name,
-            base_dir=named.parent,
-        )
-    return named
 
 
 @dataclass
 class Draft:
-    """A file in the making: ``path`` is where it is until it is committed, ``data`` its weights' file."""
+    """A file in the making: ``path`` is where it is until it is committed, ``data`` its files of weights.
+
+    ``data_name`` is the name that these (then one) are to have, None: by their content.
+    """
 
     target: Path
     path: Path
-    data: Path | None = None
+    data_name: str | None = None
+    data: tuple[Path, ...] = ()
 
-    def write(self, model: ir.Model, external_data: bool | None, progress: Progress) -> None:
-        """See :func:`write_model`."""
+    def write(
+        self,
+        model: ir.Model,
+        external_data: bool | None,
+        progress: Progress,
+        weights: Collection[ir.Value] = (),
+        limit: int | None = None,
+    ) -> None:
+        """See :func:`write_model`.
+
+        Raises:
+            ExportError: the files cannot be written; or weights under the fixed name are those of another graph.
+        """
         with _writing(self.target):
-            self.data = write_model(model, self.path, external_data, progress)
+            found = write_model(
+                model,
+                self.path,
+                external_data,
+                progress,
+                weights=weights,
+                data_name=self.data_name,
+                limit=limit,
+                before=self._refuse_mixing,
+            )
+        self.data = tuple(found)
 
     def check(self) -> None:
         """Run onnx's checker, shape inference included.
@@ -119,30 +243,52 @@ class Draft:
             raise ExportError(f"onnx.checker refuses the exported model: {error}") from error
 
     def commit(self) -> None:
-        """Flush to disk and put the files in their place; then remove the data of the file replaced."""
+        """Flush the files to disk and put them in their place; then remove the weights of the file replaced.
+
+        Raises:
+            ExportError: as :meth:`write`.
+        """
         folder = self.target.parent
         with _writing(self.target):
+            for file in (*self.data, self.path):
+                _flush(file)
+        with _writing(self.target), _locked(folder):
             stale = set(_data_files(self.target))
-            for file in (self.data, self.path):
-                if file is not None:
-                    _flush(file)
-            data = None if self.data is None else self.data.replace(folder / self.data.name)
+            new = tuple(folder / file.name for file in self.data)
+            if self.data_name is not None:
+                self._refuse_mixing()
+            for file, place in zip(self.data, new, strict=True):
+                file.replace(place)
             _flush(folder)
             try:
-                self.path.replace(self.target)
+                if self.data_name is None or not _same_bytes(self.path, self.target):
+                    self.path.replace(self.target)
             except OSError:
-                if data is not None and data not in stale:
-                    data.unlink()
+                for place in set(new) - stale:
+                    place.unlink()
                 raise
             _flush(folder)
-            for file in stale - {data}:
-                file.unlink(missing_ok=True)
-        self.path, self.data = self.target, data
+            for place in stale - set(new):
+                place.unlink(missing_ok=True)
+        self.path, self.data = self.target, new
+
+    def _refuse_mixing(self) -> None:
+        """Refuse to replace weights under a fixed name that are not those of the graph at the target."""
+        assert self.data_name is not None
+        data = self.target.with_name(self.data_name)
+        if data.exists() and not _same_bytes(self.path, self.target):
+            what = "is another graph" if self.target.exists() else "is not there"
+            raise ExportError(
+                f"{data} exists, and {self.target} {what}: whoever reads these weights would read others under its own "
+                "graph. Give another data_name= or folder, or delete the files that are there first"
+            )
 
 
 @contextmanager
-def draft(path: str | os.PathLike[str]) -> Iterator[Draft]:
+def draft(path: str | os.PathLike[str], data_name: str | None = None) -> Iterator[Draft]:
     """Start a file at ``path``; what is not committed by the end leaves no trace.
+
+    What exports to the same path left behind when they were killed is removed.
 
     Raises:
         ExportError: the folder does not exist or cannot be written, or the disk is full.
@@ -150,12 +296,63 @@ def draft(path: str | os.PathLike[str]) -> Iterator[Draft]:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise ExportError(f"cannot write {path}: it is a directory; give the name of a file in it")
+    if data_name is not None and (Path(data_name).name != data_name or data_name in ("", ".", "..", target.name)):
+        raise ExportError(f"data_name={data_name!r} must be the name of a file beside {target.name}, without a folder")
+    prefix = f".{target.name}."
     with _writing(target):
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        for left in target.parent.glob(f"{glob.escape(prefix)}*"):
+            _remove_abandoned(left)
+        scratch, lock = _scratch(target.parent, prefix)
     try:
-        yield Draft(target, scratch / target.name)
+        yield Draft(target, scratch / target.name, data_name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _scratch(folder: Path, prefix: str) -> tuple[Path, int | None]:
+    """A directory of one's own, locked for as long as the process lives."""
+    while True:
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=folder))
+        if sys.platform == "win32":
+            return scratch, None
+        lock = os.open(scratch, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if scratch.exists():  # nobody took it for abandoned before it was locked
+            return scratch, lock
+        os.close(lock)
+
+
+def _remove_abandoned(scratch: Path) -> None:
+    """Remove a directory that no living process has locked."""
+    if sys.platform == "win32" or not scratch.is_dir():
+        return
+    try:
+        lock = os.open(scratch, os.O_RDONLY)
+    except OSError:  # its process is done with it just now
+        return
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(scratch, ignore_errors=True)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One commit in a folder at a time, so that none removes the weights of another that is half way."""
+    if sys.platform == "win32":
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextmanager
@@ -171,6 +368,10 @@ def _writing(path: Path) -> Iterator[None]:
 
 def _size(value: ir.Value) -> int:
     return 0 if value.const_value is None else value.const_value.nbytes
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    return b.exists() and a.read_bytes() == b.read_bytes()
 
 
 def _data_files(target: Path) -> list[Path]:

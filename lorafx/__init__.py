@@ -24,9 +24,11 @@ from lorafx.arithmetic.combine import combine_adapters, convert
 from lorafx.arithmetic.extract import Extraction, extract_adapter
 from lorafx.arithmetic.report import FactorReport
 from lorafx.checkpoint import load_checkpoint, save_checkpoint
+from lorafx.deploy import export_checkpoint
 from lorafx.errors import (
     AdapterError,
     CaptureError,
+    CheckpointError,
     ExportError,
     FixedDimensionWarning,
     FrozenHeadWarning,
@@ -40,7 +42,10 @@ from lorafx.errors import (
     SpecError,
     VerifyError,
 )
+from lorafx.export.diff import OnnxDifference, diff_onnx
 from lorafx.export.export import export_base, merge_and_export
+from lorafx.export.merge_onnx import MergeReport, merge_onnx
+from lorafx.export.prove import Proof, verify_onnx
 from lorafx.export.report import ExportReport
 from lorafx.inspection.inspect import inspect_adapter
 from lorafx.inspection.plot import plot_inspection
@@ -63,6 +68,7 @@ __all__ = [
     "AdapterInfo",
     "Allocation",
     "CaptureError",
+    "CheckpointError",
     "Explanation",
     "ExportError",
     "ExportReport",
@@ -77,9 +83,12 @@ __all__ = [
     "LoweringError",
     "MatchError",
     "MergeError",
+    "MergeReport",
+    "OnnxDifference",
     "ParityError",
     "PassError",
     "Plan",
+    "Proof",
     "RankScheduler",
     "Site",
     "SpecError",
@@ -91,9 +100,11 @@ __all__ = [
     "combine_adapters",
     "convert",
     "delete_adapter",
+    "diff_onnx",
     "disable_adapters",
     "explain",
     "export_base",
+    "export_checkpoint",
     "extract_adapter",
     "initialize",
     "inspect_adapter",
@@ -103,6 +114,7 @@ __all__ = [
     "lower",
     "merge",
     "merge_and_export",
+    "merge_onnx",
     "merged_state_dict",
     "plan",
     "plot_inspection",
@@ -114,5 +126,6 @@ __all__ = [
     "sites",
     "unadapted",
     "unmerge",
+    "verify_onnx",
     "with_ranks",
 ]

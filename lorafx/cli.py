@@ -1,4 +1,4 @@
-"""The command line: ``lorafx demo``, ``plan``, ``inspect``, ``verify``. Thin; errors are one clear line."""
+"""The command line, one command a call. Thin; errors are one clear line, and status 2."""
 
 from __future__ import annotations
 
@@ -109,19 +109,44 @@ def inspect(
 
 
 @app.command()
-def verify(
+def merge(
+    base: Annotated[Path, typer.Argument(help="The ONNX file of the model that the adapter was trained on.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of an adapter: adapter_config.json and its weights.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The ONNX file to write.")],
+    check: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove the file before it gets its name.")] = True,
+) -> None:
+    """Fold an adapter into an ONNX file, without the model. Lists what it matched; refuses what is ambiguous."""
+    with Parts(_errors, transient=True) as parts, parts.part("merge"):
+        result = lorafx.merge_onnx(base, adapter, out, verify=check)
+    _console.print(str(result), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def diff(
     first: Annotated[Path, typer.Argument(help="An ONNX file.")],
     second: Annotated[Path, typer.Argument(help="The ONNX file to compare it with.")],
     inputs: Annotated[Path | None, typer.Option(help="An .npz file of inputs by name: run both files on them.")] = None,
     random: Annotated[bool, typer.Option("--random", help="Run both files on random inputs.")] = False,
 ) -> None:
-    """Compare two ONNX files: node by node, weight by weight, and by what they compute. Status 1: they differ."""
-    from lorafx.export.files import verify_files
-
+    """Say what differs between two ONNX files: nodes, tensors and by how much, numbers. Status 1: something does."""
     with Parts(_errors, transient=True) as parts, parts.part("compare"):
-        result = verify_files(first, second, inputs, random=random)
-    _console.print(str(result), highlight=False, soft_wrap=True)
-    if not (result.same_structure and result.same_numbers):
+        result = lorafx.diff_onnx(first, second, inputs, random=random)
+    _console.print(str(result), highlight=False, markup=False, soft_wrap=True)
+    if not result.same:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    merged: Annotated[Path, typer.Argument(help="The ONNX file to prove.")],
+    base: Annotated[Path, typer.Option(help="The ONNX file it was made from.")],
+    adapter: Annotated[Path, typer.Option(help="Folder of the adapter that was merged into it.")],
+) -> None:
+    """Prove, without the model, that an ONNX file is another one with an adapter merged. Status 1: it is not."""
+    with Parts(_errors, transient=True) as parts, parts.part("verify"):
+        result = lorafx.verify_onnx(merged, base, adapter)
+    _console.print(str(result), highlight=False, markup=False, soft_wrap=True)
+    if not result.passed:
         raise typer.Exit(1)
 
 
@@ -136,7 +161,7 @@ def main() -> None:
         if debug:
             raise
         _errors.print(f"lorafx: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(1)
+        sys.exit(2)
 
 
 def _show_warning(

@@ -48,6 +48,10 @@ class AdapterError(LorafxError):
     """An adapter on disk does not fit the graph, or cannot be read or written."""
 
 
+class CheckpointError(LorafxError):
+    """The weights of a model on disk cannot be read, or do not fit the model."""
+
+
 class ExportError(LorafxError):
     """The ONNX file could not be written."""
 

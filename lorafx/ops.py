@@ -230,17 +230,25 @@ def fold(
     ``rows`` has for each adapter the indices (int64, no two equal) of those rows of ``matrix [..., out, in]`` that
     it adapts, or None: all of them.
     """
-    total = matrix
     remaining = iter(tensors)
+    changes: list[tuple[Update, Tensor | None]] = []
     for name, scale, mine in zip(variants, scaling, rows, strict=True):
         part = matrix if mine is None else matrix.index_select(-2, mine)
-        for update in updates(part, remaining, [name], [scale]):
-            change = update.left @ update.right if update.gain is None else update.fold(part) - part
-            if mine is None:
-                total = total + change
-            else:
-                wide = torch.promote_types(total.dtype, change.dtype)
-                total = total.to(wide).index_add(-2, mine, change.to(wide))
+        changes += [(update, mine) for update in updates(part, remaining, [name], [scale])]
+    return add_updates(matrix, changes)
+
+
+def add_updates(matrix: Tensor, changes: Iterable[tuple[Update, Tensor | None]]) -> Tensor:
+    """``W + sum over the updates of (W' - W)``; each with the rows that it adapts, as in :func:`fold`."""
+    total = matrix
+    for update, mine in changes:
+        part = matrix if mine is None else matrix.index_select(-2, mine)
+        change = update.left @ update.right if update.gain is None else update.fold(part) - part
+        if mine is None:
+            total = total + change
+        else:
+            wide = torch.promote_types(total.dtype, change.dtype)
+            total = total.to(wide).index_add(-2, mine, change.to(wide))
     return total
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,31 @@ def find_model(source: str, *, weights: bool = False) -> tuple[nn.Module, Exampl
     if not isinstance(model, nn.Module):
         raise SourceError(f"'{source}' returned a {type(model).__name__}, not a torch.nn.Module")
     return model, inputs
+
+
+def model_of_config(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model that a transformers config, or the ``config.json`` in a folder, describes, with random weights.
+
+    Raises:
+        SourceError: there is no such config, or it names no architecture of transformers.
+    """
+    import transformers
+
+    if isinstance(config, str | os.PathLike):
+        folder = Path(config)
+        if not (folder / "config.json").is_file():
+            raise SourceError(f"'{folder}' has no config.json; give the folder of a Hugging Face checkpoint")
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    names = getattr(config, "architectures", None) or []
+    builder: Any = getattr(transformers, names[0], None) if names else None
+    if builder is None:
+        what = f"the architecture {names[0]}, which transformers does not have" if names else "no architecture"
+        raise SourceError(
+            f"the config names {what}: set config.architectures, or give the model itself, made on the meta device"
+        )
+    model = builder._from_config(copy.deepcopy(config), dtype=dtype)
+    assert isinstance(model, nn.Module)
+    return model
 
 
 def _from_folder(folder: Path, weights: bool) -> nn.Module:

@@ -33,12 +33,14 @@ from lorafx.passes.huggingface import (
     capture_config,
     initializer_range,
     input_embedding,
+    is_hf,
     output_layers,
     synthesize_inputs,
     synthesize_labels,
 )
 from lorafx.passes.mode_reads import same_in_eval, watch_mode_reads
 from lorafx.passes.modes import align
+from lorafx.passes.original import Original
 from lorafx.signature import Argument, Signature, SignatureCodeGen
 
 _LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label"})
@@ -182,6 +184,7 @@ def _build(model: nn.Module, trace: Trace, signature: Signature, example: dict[s
     gm.meta["output_layers"] = output_layers(model)
     gm.meta["input_embedding"] = input_embedding(model)
     gm.meta["initializer_range"] = initializer_range(model)
+    gm.meta["original"] = Original(model) if is_hf(model) else None
     gm.check()
     return gm
 

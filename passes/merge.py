@@ -45,11 +45,11 @@ from lorafx.ir import (
     layer_nodes,
     sites,
 )
-from lorafx.ops import LAYERS, STORAGE, fold, updates
+from lorafx.ops import LAYERS, updates
 from lorafx.passes.activate import activate, deactivate
 from lorafx.passes.base import Pass, PassResult
+from lorafx.passes.fold import Fold
 from lorafx.passes.layers import find_operands, readers
-from lorafx.passes.samples import refuse_changed
 from lorafx.variants import VARIANTS
 
 
@@ -58,11 +58,13 @@ class Merge(Pass):
     """Take all adapters away from a copy of the graph, which no further training of this one changes.
 
     ``fold=True`` writes into the weights those of ``adapters`` (None: the active ones, and what is merged in
-    place); ``fold=False`` gives the base back.
+    place); ``fold=False`` gives the base back. ``lazily`` leaves the base's weights where they are, and in
+    ``meta["folds"]`` what is to take their place, by name.
     """
 
     fold: bool = True
     adapters: tuple[str, ...] | None = None
+    lazily: bool = False
 
     name: ClassVar[str] = "merge"
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.INSERTED})
@@ -79,14 +81,21 @@ class Merge(Pass):
             forget_folded(result)
             activate(result, self.adapters)
         layers = active_layers(result) if self.fold else {}
-        values = folded_tensors(result) if self.fold else {}
+        values = changed_tensors(result) if self.fold else {}
         deactivate(result)
         nodes = layer_nodes(result)
+        later: dict[str, Fold | Tensor] = {}
         for layer, (first, *_) in layers.items():
             if first.apart:
-                _write_apart(result, first, nodes[layer], values.pop(first.name))
-        for name, value in values.items():
-            rebind(result, get_path(result, name), value)  # under every name: ties stay tied
+                value = values.pop(first.name)
+                name = _write_apart(result, first, nodes[layer], _blank(value) if self.lazily else _computed(value))
+                later[name] = value
+        if self.lazily:
+            later |= values
+            result.meta["folds"] = later
+        else:
+            for name, value in values.items():
+                rebind(result, get_path(result, name), _computed(value))  # under every name: ties stay tied
         forget_folded(result)
         for adapter in adapters(gm).values():
             remove_adapter(result, adapter)
@@ -117,25 +126,61 @@ def unadapted(gm: CapturedModule) -> CapturedModule:
     return Merge(fold=False)(gm).gm
 
 
-def folded_tensors(gm: CapturedModule) -> dict[str, Tensor]:
-    """The tensors of the base that the active adapters change, as they make them, by name.
+def merge_lazily(gm: CapturedModule) -> tuple[CapturedModule, dict[str, Fold | Tensor]]:
+    """What :func:`merge` returns, with the weights that adapters change yet to be computed.
+
+    Returns:
+        A graph that is the merged one but for these weights, which are the base's still (or, of a layer that is kept
+        apart, not filled in); and what stands for them, by their names in it.
+
+    Raises:
+        MergeError, PassError: as :func:`merge`; that a result overflows, only when it is computed.
+    """
+    graph = Merge(lazily=True)(gm).gm
+    folds: dict[str, Fold | Tensor] = graph.meta.pop("folds")
+    return graph, folds
+
+
+def changed_tensors(gm: CapturedModule) -> dict[str, Fold | Tensor]:
+    """The tensors of the base that the active adapters change, as they make them, by name; weights yet to be computed.
 
     What is merged in place counts as active. The weight of a layer that is to be kept apart from its other
     uses goes by the layer's name.
 
     Raises:
-        MergeError: as :func:`merged_weight`.
+        MergeError: an adapter holds NaN or Inf; or the base was overwritten after apply.
     """
-    values = {name: get_path(gm, f"{FOLDED}.{name}").detach().clone() for name in gm.meta.get("folded", ())}
+    values: dict[str, Fold | Tensor] = {
+        name: get_path(gm, f"{FOLDED}.{name}").detach() for name in gm.meta.get("folded", ())
+    }
     for adapter in active_adapters(gm):
         for name in (*adapter.trained, *adapter.residual):
-            values[name] = get_path(gm, adapter.own_name(name)).detach().clone()
+            values[name] = get_path(gm, adapter.own_name(name)).detach()
     for found in active_layers(gm).values():
         first = found[0]
-        values[first.name if first.apart else first.weight] = merged_weight(gm, found)
+        values[first.name if first.apart else first.weight] = Fold.of(gm, found, _own_or_base(gm, first.weight))
         if first.bias is not None and (bias := merged_bias(gm, found)) is not None:
             values[first.bias] = bias
     return values
+
+
+def folded_tensors(gm: CapturedModule) -> dict[str, Tensor]:
+    """:func:`changed_tensors`, computed, and each in memory of its own.
+
+    Raises:
+        MergeError: as there; or a result overflows its dtype.
+    """
+    return {name: _computed(value) for name, value in changed_tensors(gm).items()}
+
+
+def _computed(value: Fold | Tensor) -> Tensor:
+    return value.compute() if isinstance(value, Fold) else value.clone()
+
+
+def _blank(value: Fold | Tensor) -> Tensor:
+    """A tensor in the stead of one yet to be computed. Nobody reads or writes it, so that its pages stay untouched."""
+    dtype, device = (value.dtype, value.weight.device) if isinstance(value, Fold) else (value.dtype, value.device)
+    return torch.empty(value.shape, dtype=dtype, device=device)
 
 
 def forget_folded(gm: CapturedModule) -> None:
@@ -144,37 +189,6 @@ def forget_folded(gm: CapturedModule) -> None:
     if hasattr(gm, FOLDED):
         deactivate(gm)
         delete_path(gm, FOLDED)
-
-
-def merged_weight(gm: CapturedModule, found: Sequence[Site]) -> Tensor:
-    """The weight of one layer with the updates of these sites folded in, in the layout and dtype of the base's.
-
-    Raises:
-        MergeError: an adapter or the result holds NaN or Inf; or the base was overwritten after apply.
-    """
-    first = found[0]
-    for site in found:
-        for name, value in site.parameters(gm).items():
-            if not value.is_meta and not bool(torch.isfinite(value).all()):
-                raise MergeError(
-                    f"site '{site.name}': {name} holds NaN or Inf, so it cannot be folded. Training diverged: go back "
-                    "to an earlier adapter, or lower the learning rate"
-                )
-    refuse_changed(gm, first)
-    weight = _own_or_base(gm, first.weight)
-    wide = torch.float32 if weight.dtype.itemsize < 4 else torch.float64
-    tensors = [t.detach().to(wide) for site in found for t in site.tensors(gm).values()]
-    storage = STORAGE[first.kind]
-    rows = [None if s.rows is None else s.index(weight) for s in found]
-    matrix = storage.matrix(weight).to(wide)
-    folded = fold(matrix, tensors, [s.variant for s in found], [s.scaling for s in found], rows)
-    merged = storage.stored(folded, weight.shape).to(weight.dtype)
-    if not merged.is_meta and not bool(torch.isfinite(merged).all()) and bool(torch.isfinite(weight).all()):
-        raise MergeError(
-            f"site '{first.name}': the merged weight does not fit in {weight.dtype} (it overflows to Inf). Merge into "
-            "a wider copy of the model, or lower the adapter's scaling"
-        )
-    return merged
 
 
 def merged_bias(gm: CapturedModule, found: Sequence[Site]) -> Tensor | None:
@@ -223,14 +237,17 @@ def merged_state_dict(gm: CapturedModule) -> dict[str, Tensor]:
     return dict(merge(gm).state_dict())
 
 
-def _write_apart(gm: CapturedModule, site: Site, nodes: Sequence[Node], weight: Tensor) -> None:
-    """Store a layer's folded weight for its own calls only; ``nodes`` are these, in a graph without adapters."""
+def _write_apart(gm: CapturedModule, site: Site, nodes: Sequence[Node], weight: Tensor) -> str:
+    """Store a layer's folded weight for its own calls only; ``nodes`` are these, in a graph without adapters.
+
+    Returns its name.
+    """
     parameter = nn.Parameter(weight, requires_grad=False)
     mark_own(parameter)
     named = [n for n in gm.graph.find_nodes(op="get_attr") if n.target == site.weight]
     if not any(reader not in nodes for source in named for reader in readers(source)):
         set_tensor(gm, site.weight, parameter)  # the other use has a name of its own
-        return
+        return site.weight
     name = f"{site.path}.merged_weight"
     set_tensor(gm, name, parameter)
     for node in nodes:
@@ -241,6 +258,7 @@ def _write_apart(gm: CapturedModule, site: Site, nodes: Sequence[Node], weight: 
         while not read.users and read.op == "call_function":
             unused, read = read, read.all_input_nodes[0]
             gm.graph.erase_node(unused)
+    return name
 
 
 def _read_instead(read: Node, name: str) -> Node:

@@ -77,19 +77,34 @@ def test_plan_of_a_checkpoint_reads_no_weights(tmp_path: Path) -> None:
     assert "model.layers.1.self_attn.q_proj" in shown
 
 
-def test_verify_tells_equal_from_different(tmp_path: Path) -> None:
+def test_diff_tells_equal_from_different(tmp_path: Path) -> None:
     first, second = (exported(tmp_path / f"{seed}.onnx", seed) for seed in (0, 1))
-    code, shown = run("verify", str(first), str(first), "--random")
+    code, shown = run("diff", str(first), str(first), "--random")
     assert code == 0
     assert "the same, names included" in shown
     assert "to the bit" in shown
-    code, shown = run("verify", str(first), str(second))
-    assert code == 0, "without inputs, other weights in the same graph are shown and no failure"
-    assert "4 differ" in shown
     np.savez(tmp_path / "inputs.npz", input=np.ones((3, 6), dtype=np.float32))
-    code, shown = run("verify", str(first), str(second), "--inputs", str(tmp_path / "inputs.npz"))
+    code, shown = run("diff", str(first), str(second), "--inputs", str(tmp_path / "inputs.npz"))
     assert code == 1
+    assert "graph    the same, names included" in shown
+    assert "4 differ" in shown
     assert "EXCEEDED" in shown
+
+
+def test_merge_and_verify_an_onnx_file(here: Path) -> None:
+    torch.manual_seed(0)
+    base, folder = exported(here / "base.onnx", 0), adapter(here / "mine")
+    code, shown = run("merge", str(base), str(folder), "-o", "merged.onnx")
+    assert code == 0
+    assert "merged       2 of 4 initializers" in shown
+    assert "same graph; 2 initializers have the base's bits, 2 are merged" in shown
+    arguments = ["--base", str(base), "--adapter", str(folder)]
+    code, shown = run("verify", "merged.onnx", *arguments)
+    assert code == 0
+    assert "a flipped last bit would be seen in 100.0000%" in shown
+    code, shown = run("verify", str(base), *arguments)
+    assert code == 1
+    assert "NOT PROVED: initializer '0.weight" in shown
 
 
 def adapter(path: Path, variant: str = "lora") -> Path:
@@ -147,7 +162,7 @@ def test_inspect_of_what_is_no_adapter(
         monkeypatch.setattr(sys, "argv", ["lorafx", "inspect", *arguments])
         with pytest.raises(SystemExit) as stop:
             cli.main()
-        assert stop.value.code == 1
+        assert stop.value.code == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert message in line
 
@@ -169,13 +184,13 @@ def test_a_model_that_cannot_be_found(here: Path, source: str, message: str) -> 
 def test_errors_are_one_line_and_a_traceback_only_with_debug(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["lorafx", "verify", "one.onnx", "two.onnx"])
+    monkeypatch.setattr(sys, "argv", ["lorafx", "diff", "one.onnx", "two.onnx"])
     with pytest.raises(SystemExit) as stop:
         cli.main()
-    assert stop.value.code == 1
+    assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines() == ["lorafx: there is no file one.onnx"]
     for place in (1, 4):
-        arguments = ["lorafx", "verify", "one.onnx", "two.onnx"]
+        arguments = ["lorafx", "diff", "one.onnx", "two.onnx"]
         arguments.insert(place, "--debug")
         monkeypatch.setattr(sys, "argv", arguments)
         with pytest.raises(lorafx.ExportError, match=r"there is no file one\.onnx"):

@@ -27,15 +27,16 @@ from conftest import Zoo, leaves, randomize, same, train
 from lorafx.errors import ExportError, InputError, MergeError, ParityError
 from lorafx.export import export, parity, verify
 from lorafx.export.compare import compare
-from lorafx.export.export import export_base, merge_and_export
-from lorafx.export.files import verify_files
+from lorafx.export.diff import diff_onnx
+from lorafx.export.export import merge_and_export
 from lorafx.export.parity import TOLERANCES, NoKernelError, difference
 from lorafx.export.translate import Translation, structure, translate
 from lorafx.export.weights import fill
 from lorafx.export.write import Draft
 from lorafx.graph import CapturedModule, get_path
 from lorafx.passes.inference import inference
-from lorafx.passes.merge import merge, unadapted
+from lorafx.passes.fold import Fold
+from lorafx.passes.merge import merge, merge_lazily, unadapted
 from zoo import FAMILIES, Family
 
 FLOAT32 = TOLERANCES[torch.float32]
@@ -361,7 +362,7 @@ def test_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
     assert {p["location"] for p in places} == {data.name}
     assert all(int(p["offset"]) % 64 == 0 for p in places)
     merge_and_export(gm, tmp_path / "inline.onnx", external_data=False)
-    assert verify_files(path, tmp_path / "inline.onnx").weights == ()
+    assert diff_onnx(path, tmp_path / "inline.onnx").same
     assert same(run_onnx(path, inputs()), run_onnx(tmp_path / "inline.onnx", inputs()))
 
     randomize(gm)
@@ -373,11 +374,11 @@ def test_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
 # What must not get a name.
 
 
-def wrong_weights(gm: CapturedModule) -> CapturedModule:
-    wrong = merge(gm)
-    with torch.no_grad():
-        get_path(wrong, "up.weight").mul_(1.01)
-    return wrong
+def wrong_weights(gm: CapturedModule) -> tuple[CapturedModule, dict[str, Fold | Tensor]]:
+    graph, folds = merge_lazily(gm)
+    wrong = folds["up.weight"]
+    assert isinstance(wrong, Fold)
+    return graph, {**folds, "up.weight": wrong.compute() * 1.01}
 
 
 def other_graph(gm: CapturedModule) -> CapturedModule:
@@ -388,14 +389,14 @@ def other_graph(gm: CapturedModule) -> CapturedModule:
     return other
 
 
-def flipped_bit(draft: Draft, model: ir.Model, external_data: bool | None, progress: Callable[[float], None]) -> None:
+def flipped_bit(draft: Draft, model: ir.Model, *rest: Any) -> None:
     value = model.graph.initializers["up.weight.T"]
     held = value.const_value
     assert held is not None
     array = held.numpy().copy()
     array.view(np.uint32)[3, 4] ^= 1
     value.const_value = ir.tensor(array)
-    Draft.write(draft, model, external_data, progress)
+    Draft.write(draft, model, *rest)
     value.const_value = held
 
 
@@ -404,7 +405,7 @@ def flipped_bit(draft: Draft, model: ir.Model, external_data: bool | None, progr
     [
         (
             export,
-            "merge",
+            "merge_lazily",
             wrong_weights,
             r"unmerged torch graph disagree on example .*'logits' by 0\.\d+ .* allowed",
         ),
@@ -517,7 +518,7 @@ def test_progress_names_each_phase_and_ends_at_one(tmp_path: Path) -> None:
     seen: list[tuple[str, float]] = []
     merge_and_export(adapted(), tmp_path / "model.onnx", progress=lambda *step: seen.append(step))
     phases = list(dict.fromkeys(name for name, _ in seen))
-    assert phases == ["merge", "translate", "write", "compare"]
+    assert phases == ["merge", "translate", "write", "compare", "sync"]
     for phase in phases:
         steps = [done for name, done in seen if name == phase]
         assert steps == sorted(steps)
@@ -551,29 +552,6 @@ def test_a_size_that_torch_refuses_is_reported(tmp_path: Path) -> None:
 
 
 # Two files.
-
-
-def test_verify_files(tmp_path: Path, exported: tuple[CapturedModule, Path, Any]) -> None:
-    gm, path, _ = exported
-    base = tmp_path / "base.onnx"
-    export_base(gm, base)
-    found = verify_files(base, path, random=True)
-    assert found.same_structure
-    assert found.graph is None
-    assert found.weights == ("head.weight", "head.bias", "up.weight.T", "down.weight.T")
-    assert not found.same_numbers
-    assert "4 differ: head.weight, head.bias, up.weight.T, down.weight.T" in str(found)
-    np.savez(tmp_path / "inputs.npz", **{n: t.numpy() for n, t in inputs().items()})
-    assert verify_files(path, path, tmp_path / "inputs.npz").same_numbers
-    with pytest.raises(ExportError, match="the inputs lack attention_mask; there are input_ids"):
-        verify_files(base, path, {"input_ids": torch.zeros(1, 2)})
-    with pytest.raises(ExportError, match="there is no file"):
-        verify_files(base, tmp_path / "none.onnx")
-    (tmp_path / "text.onnx").write_text("no model")
-    with pytest.raises(ExportError, match=r"text\.onnx is no ONNX file"):
-        verify_files(base, tmp_path / "text.onnx")
-    with pytest.raises(ExportError, match=r"it should be a file of numpy\.savez"):
-        verify_files(base, path, tmp_path / "text.onnx")
 
 
 def test_reports_are_plain_data(exported: tuple[CapturedModule, Path, Any]) -> None:

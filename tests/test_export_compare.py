@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 
 from lorafx.errors import ParityError
 from lorafx.export.compare import compare
-from lorafx.export.files import verify_files
+from lorafx.export.diff import diff_onnx
 from lorafx.export.parity import TOLERANCES, difference, make_cases, random_like
 
 FLOAT32 = TOLERANCES[torch.float32]
@@ -129,4 +129,4 @@ def test_compare_without_names_renumbers() -> None:
 def test_files_of_different_graphs(tmp_path: Path) -> None:
     for name, model in (("one", small()), ("other", small(op="Tanh"))):
         ir.save(model, tmp_path / f"{name}.onnx")
-    assert not verify_files(tmp_path / "one.onnx", tmp_path / "other.onnx").same_structure
+    assert not diff_onnx(tmp_path / "one.onnx", tmp_path / "other.onnx").same_structure

@@ -1,0 +1,333 @@
+"""Two ONNX files side by side: nothing differs, or which nodes, which tensors and by how much, and which numbers."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from onnx import GraphProto, ModelProto, NodeProto
+from torch import Tensor
+
+from lorafx.errors import ExportError
+from lorafx.export.compare import compare
+from lorafx.export.onnx_file import DATA_FIELDS, OnnxFile, Source, copy_fields, read_onnx, without_initializers
+from lorafx.export.parity import TOLERANCES, Session, Tolerance, difference, random_like
+from lorafx.export.report import Parity, parity_lines
+from lorafx.variants.inits import leading_singular
+
+#: Sizes of dynamic dimensions in random runs: the first dimension of an input, and any other.
+_RANDOM_SIZES = ((1, 5), (3, 8))
+#: The largest rank that is told apart from "this or more", where the matrix is large.
+_RANKS = 64
+#: Up to so many elements differences are computed in float64; above, those of half types in float32.
+_SMALL = 2**20
+#: What a model, a graph, a node and a value say of themselves: no number depends on it.
+_LABELS = ("doc_string", "metadata_props")
+_PRODUCER = ("producer_name", "producer_version", "model_version")
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """An initializer that differs.
+
+    Attributes:
+        name, shape, dtype: the first file's, or the second's where only that has it.
+        what: why there are no numbers, where there are none.
+        changed: how many elements differ.
+        largest, norm: of the difference, largest magnitude and Frobenius norm.
+        relative: the norm over that of the first file's tensor.
+        rank: of the difference of two matrices, how many singular values are larger than the rounding of the
+            second file's numbers could make one; at most 64 of large matrices. None for vectors.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    what: str = ""
+    changed: int = 0
+    largest: float = 0.0
+    norm: float = 0.0
+    relative: float = 0.0
+    rank: int | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.name}  {' x '.join(map(str, self.shape)) or 'number'} {self.dtype}: "
+        if self.what:
+            return text + self.what
+        text += f"{self.changed} elements differ, by {self.largest:.3g} at most; norm {self.norm:.3g}"
+        text += f" ({self.relative:.3g} of the first's)"
+        if self.rank is None:
+            return text
+        return text + f", rank {self.rank}" + (" or more" if self.rank >= _RANKS else "")
+
+
+@dataclass(frozen=True)
+class OnnxDifference:
+    """What :func:`diff_onnx` found.
+
+    ``graph`` is the first difference of the graphs, ``structure`` that with names left aside, ``nodes`` are all nodes
+    that differ, ``tensors`` the initializers whose values do, ``parity`` what both files computed, if they were run.
+    """
+
+    left: str
+    right: str
+    graph: str | None
+    structure: str | None
+    nodes: tuple[str, ...]
+    tensors: tuple[TensorDifference, ...]
+    parity: tuple[Parity, ...] = ()
+
+    @property
+    def same(self) -> bool:
+        """Whether nothing differs that a number depends on, and no name."""
+        return self.graph is None and not self.tensors and self.same_numbers
+
+    @property
+    def same_structure(self) -> bool:
+        """Whether both have the same graph, names aside."""
+        return self.structure is None
+
+    @property
+    def same_numbers(self) -> bool:
+        """Whether no run differed by more than the tolerance."""
+        return all(row.passed for row in self.parity)
+
+    def __str__(self) -> str:
+        lines = [f"{self.left}", f"{self.right}"]
+        if self.graph is None:
+            lines.append("graph    the same, names included")
+        elif self.structure is None:
+            lines.append(f"graph    the same but for names ({self.graph})")
+        else:
+            lines.append(f"graph    different: {self.structure}")
+            lines += [f"         {node}" for node in self.nodes[:20]]
+            lines += [f"         ... ({len(self.nodes)} nodes in all)"] if len(self.nodes) > 20 else []
+        lines.append(f"weights  {f'{len(self.tensors)} differ' if self.tensors else 'the same, to the bit'}")
+        lines += [f"         {tensor}" for tensor in self.tensors]
+        if self.parity:
+            lines += ["", *parity_lines(self.parity)]
+        return "\n".join(lines)
+
+
+def diff_onnx(
+    left: str | os.PathLike[str],
+    right: str | os.PathLike[str],
+    inputs: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    *,
+    random: bool = False,
+    tolerance: Tolerance = TOLERANCES[torch.float32],
+    progress: Callable[[float], None] = lambda done: None,
+) -> OnnxDifference:
+    """Say what differs between two ONNX files. Weights are read one at a time.
+
+    Metadata and documentation are not compared, since no number depends on them.
+
+    Args:
+        left, right: the files; ``left`` is the reference of numbers.
+        inputs: an ``.npz`` file or arrays by input name to run both on.
+        random: run both on random inputs (integers are 0 or 1, since a file does not say what it allows).
+        tolerance: what counts as the same numbers.
+        progress: called with the share of the weights that are compared.
+
+    Raises:
+        ExportError: a file cannot be read or run, or ``inputs`` lacks one of its inputs.
+        ParityError: one of them cannot run on the inputs, or gives outputs of another shape.
+    """
+    a, b = (read_onnx(path) for path in (left, right))
+    cases = [("the inputs given", _read_inputs(inputs, a.model))] if inputs is not None else []
+    if random:
+        for batch, size in _RANDOM_SIZES:
+            cases.append((f"random, sizes {batch} and {size}", _random_inputs(a.model, batch, size)))
+    rows = []
+    if cases:
+        first, second = (Session(Path(path), str(path)) for path in (left, right))
+        names = tuple(str(v.name) for v in a.model.graph.outputs)
+        for origin, case in cases:
+            pairs = zip(names, first(case), second(case), strict=True)
+            found = tuple(difference(n, x, y, tolerance) for n, x, y in pairs)
+            rows.append(Parity(origin, {}, str(left), str(right), found))
+    graph = graph_difference(a, b)
+    structure = None if graph is None else compare(a.model, b.model, names=False)
+    return OnnxDifference(
+        str(left),
+        str(right),
+        graph,
+        None if structure is None else str(structure),
+        () if graph is None else tuple(_nodes(a.proto.graph, b.proto.graph)),
+        tuple(_tensors(a, b, progress)),
+        tuple(rows),
+    )
+
+
+def graph_difference(left: OnnxFile, right: OnnxFile) -> str | None:
+    """Where two files differ in more than the values of initializers and labels; None if nowhere."""
+    a, b = _skeleton(left.proto), _skeleton(right.proto)
+    if a == b:
+        return None
+    found = compare(left.model, right.model, by_value=lambda value: False)
+    if found is not None:
+        return str(found)
+    parts = [field.name for field in a.DESCRIPTOR.fields if getattr(a, field.name) != getattr(b, field.name)]
+    inner = [f.name for f in a.graph.DESCRIPTOR.fields if getattr(a.graph, f.name) != getattr(b.graph, f.name)]
+    return f"their {', '.join(f'graph.{name}' for name in inner) or ', '.join(parts)}"
+
+
+def _skeleton(proto: ModelProto) -> ModelProto:
+    """A model without the values of its initializers and without what no number depends on."""
+    bare = without_initializers(proto)
+    for name in (*_LABELS, *_PRODUCER):
+        bare.ClearField(name)
+    for tensor in proto.graph.initializer:
+        copy_fields(tensor, bare.graph.initializer.add(), {*DATA_FIELDS, *_LABELS})
+    _strip(bare.graph)
+    for function in bare.functions:
+        for node in function.node:
+            _strip_node(node)
+    return bare
+
+
+def _strip(graph: GraphProto) -> None:
+    for name in _LABELS:
+        graph.ClearField(name)
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            value.ClearField(name)
+    for node in graph.node:
+        _strip_node(node)
+
+
+def _strip_node(node: NodeProto) -> None:
+    for name in _LABELS:
+        node.ClearField(name)
+    for attribute in node.attribute:
+        attribute.ClearField("doc_string")
+        for graph in [*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs]:
+            _strip(graph)
+
+
+def _nodes(left: GraphProto, right: GraphProto) -> Iterator[str]:
+    """The nodes that differ: by name, where all have one of their own, and otherwise by their place."""
+    sides = [{_key(node, i): node for i, node in enumerate(graph.node)} for graph in (left, right)]
+    if any(len({n.name for n in g.node}) < len(g.node) or not all(n.name for n in g.node) for g in (left, right)):
+        sides = [{str(i): node for i, node in enumerate(graph.node)} for graph in (left, right)]
+    first, second = sides
+    for key, node in first.items():
+        other = second.get(key)
+        if other is None:
+            yield f"only in the first: {node.op_type} '{node.name}'"
+        elif changed := list(_node_fields(node, other)):
+            yield f"{node.op_type} '{node.name}': {', '.join(changed)}"
+    yield from (f"only in the second: {n.op_type} '{n.name}'" for key, n in second.items() if key not in first)
+
+
+def _key(node: NodeProto, index: int) -> str:
+    return node.name or str(index)
+
+
+def _node_fields(left: NodeProto, right: NodeProto) -> Iterator[str]:
+    for name in ("op_type", "domain", "input", "output"):
+        a, b = getattr(left, name), getattr(right, name)
+        if a != b:
+            yield f"{name} {_shown(a)} -> {_shown(b)}"
+    first, second = ({a.name: a for a in node.attribute} for node in (left, right))
+    for name in dict.fromkeys((*first, *second)):
+        if first.get(name) != second.get(name):
+            yield f"attribute {name}"
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else f"[{', '.join(value)}]"
+
+
+def _tensors(left: OnnxFile, right: OnnxFile, progress: Callable[[float], None]) -> Iterator[TensorDifference]:
+    names = list(dict.fromkeys((*left.sources, *right.sources)))
+    for index, name in enumerate(names):
+        a, b = left.sources.get(name), right.sources.get(name)
+        if a is None or b is None:
+            yield _described(name, a or b, "only in the " + ("first" if b is None else "second"))
+        elif (a.proto.data_type, a.proto.dims) != (b.proto.data_type, b.proto.dims):
+            yield _described(name, a, f"{_described(name, b).shape} {_described(name, b).dtype} in the second")
+        elif not a.same_bytes(b):
+            yield _compared(name, a, b)
+        progress((index + 1) / len(names))
+
+
+def _described(name: str, source: Source | None, what: str = "") -> TensorDifference:
+    assert source is not None
+    dtype = ir.DataType(source.proto.data_type)
+    return TensorDifference(name, tuple(source.proto.dims), dtype.name.lower(), what)
+
+
+def _compared(name: str, left: Source, right: Source) -> TensorDifference:
+    """How far two tensors of one dtype and shape are apart."""
+    known = _described(name, left)
+    if known.dtype not in ("float", "double", "float16", "bfloat16"):
+        return _described(name, left, "its values differ")
+    a, b = left.tensor(), right.tensor()
+    wide = torch.float64 if a.numel() <= _SMALL or a.dtype.itemsize > 2 else torch.float32
+    changed = int((a != b).sum())
+    change = b.to(wide, copy=True).sub_(a)
+    if not bool(torch.isfinite(change).all()):
+        return _described(name, left, "one of them holds NaN or Inf")
+    norm = float(torch.linalg.vector_norm(change, dtype=torch.float64))
+    size = float(torch.linalg.vector_norm(a, dtype=torch.float64))
+    return TensorDifference(
+        name,
+        known.shape,
+        known.dtype,
+        changed=changed,
+        largest=float(change.abs().max()),
+        norm=norm,
+        relative=norm / size if size else math.inf,
+        rank=None if a.dim() < 2 else _rank(change.flatten(1), b),
+    )
+
+
+def _rank(change: Tensor, stored: Tensor) -> int:
+    """How many singular values are larger than those of the numbers' rounding.
+
+    Errors of up to half a unit in the last place have the deviation u / sqrt(12), and a matrix [m, n] of them a largest
+    singular value of about that times sqrt(m) + sqrt(n).
+    """
+    limits = torch.finfo(stored.dtype)
+    exponents = torch.frexp(stored.double().abs().clamp_min(limits.tiny)).exponent.double() - 1
+    unit = limits.eps * math.sqrt(float(exponents.mul(2).exp2().mean()))
+    noise = 1.5 * unit / math.sqrt(12) * sum(map(math.sqrt, change.shape))
+    generator = torch.Generator().manual_seed(0)
+    _, values, _ = leading_singular(change, _RANKS, 1, generator)
+    return int((values > noise).sum())
+
+
+def _read_inputs(inputs: str | os.PathLike[str] | Mapping[str, Any], model: ir.Model) -> dict[str, Tensor]:
+    if isinstance(inputs, Mapping):
+        arrays = dict(inputs)
+    else:
+        try:
+            with np.load(inputs, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+        except (OSError, ValueError) as error:
+            raise ExportError(
+                f"cannot read inputs from {inputs}: {error}; it should be a file of numpy.savez"
+            ) from error
+    missing = [str(v.name) for v in model.graph.inputs if v.name not in arrays]
+    if missing:
+        raise ExportError(f"the inputs lack {', '.join(missing)}; there are {', '.join(arrays) or 'none'}")
+    return {name: torch.as_tensor(value) for name, value in arrays.items()}
+
+
+def _random_inputs(model: ir.Model, batch: int, size: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    inputs = {}
+    for value in model.graph.inputs:
+        assert value.dtype is not None
+        dtype = ir.tensor_adapters.to_torch_dtype(value.dtype)
+        shape = [n if isinstance(n, int) else (size if d else batch) for d, n in enumerate(value.shape or ())]
+        example = torch.tensor([0, 1]).to(dtype)
+        inputs[str(value.name)] = random_like(str(value.name), example, shape, generator)
+    return inputs

@@ -1,0 +1,216 @@
+"""Merging an adapter straight into an ONNX file: no model, no tracing, one weight at a time.
+
+    BASE.onnx --read, check--> file --which initializer is which layer?--> changes --fold, write beside--> draft
+    draft --proof: the base and the adapter, to half a unit in the last place--> MERGED.onnx
+
+Only the values of the adapted initializers differ in the new file: nodes, names and metadata are the base's messages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto
+
+from lorafx.adapter_files import StoredAdapter
+from lorafx.checks import format_bytes
+from lorafx.errors import ExportError
+from lorafx.export.edits import Change, find_changes
+from lorafx.export.onnx_file import DATA_FIELDS, OnnxFile, copy_fields, read_onnx, without_initializers
+from lorafx.export.prove import Proof, prove
+from lorafx.export.write import draft
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """One initializer of the merged file.
+
+    Attributes:
+        initializer: its name.
+        found: by what it was matched (name, module scope, shape and order).
+        stored: how the operator that reads it takes it: as a ``linear`` layer's (``[out, in]``), ``addmm``'s
+            (``[in, out]``), an ``embedding``'s or a convolution's; empty for a vector.
+        shape, dtype: as stored.
+        change: what the adapter makes of it.
+        relative: norm of what rounding to ``dtype`` lost, over the norm of the change.
+        survived: share of the change that is in the stored tensor.
+    """
+
+    initializer: str
+    found: str
+    stored: str
+    shape: tuple[int, ...]
+    dtype: str
+    change: str
+    relative: float
+    survived: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What :func:`merge_onnx` matched and wrote; ``proof`` is None where it was not asked for."""
+
+    path: str
+    data_paths: tuple[str, ...]
+    onnx_bytes: int
+    data_bytes: int
+    initializers: int
+    tensors: tuple[MergedTensor, ...]
+    proof: Proof | None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data that JSON can hold."""
+        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return found
+
+    def __str__(self) -> str:
+        size = format_bytes(self.onnx_bytes)
+        if self.data_paths:
+            size += f" + {format_bytes(self.data_bytes)} of weights"
+        lines = [
+            f"ONNX file    {self.path}  ({size})",
+            f"merged       {len(self.tensors)} of {self.initializers} initializers; graph and others as in the base",
+            "",
+            *_table(self.tensors),
+            "",
+            "checked      " + ("nothing (verify=False)" if self.proof is None else str(self.proof)),
+            "seconds      " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()),
+        ]
+        return "\n".join(lines)
+
+
+def merge_onnx(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    external_data: bool | None = None,
+    data_name: str | None = None,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Fold an adapter in PEFT's format into an ONNX file, without the model.
+
+    Any exporter's file will do whose weights are still the model's: ours, torch's (with or without its optimizer, the
+    older one too), and so optimum's and Olive's. Each weight is computed in float32 or better (float64 over
+    float32) and rounded once, as by :func:`lorafx.merge_and_export`.
+
+    Args:
+        base: the ``.onnx`` file of the model that the adapter was trained on.
+        adapter: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        out: the file to write; what is there is replaced at the end, by a whole file.
+        verify: prove the file before it gets its name, as :func:`lorafx.verify_onnx`.
+        external_data: keep weights in a file beside; None: if the base does, or they exceed 1.5 GiB.
+        data_name: what to call that file; None: by its content.
+        progress: called with the phase (``"match"``, ``"write"``, ``"verify"``) and the share of it that is done.
+
+    Raises:
+        ExportError: ``base`` is damaged or not to be trusted (:func:`lorafx.export.onnx_file.read_onnx`), or ``out``
+            cannot be written.
+        AdapterError: a tensor of the adapter has no one place in the file, or does not fit it. All in one list.
+        MergeError: the adapter holds NaN or Inf, or a merged weight overflows.
+        ParityError: the proof failed. Nothing is written in any of these cases.
+    """
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(name: str) -> Iterator[Callable[[float], None]]:
+        def tell(done: float) -> None:
+            if progress is not None:
+                progress(name, done)
+
+        start = time.perf_counter()
+        tell(0.0)
+        yield tell
+        tell(1.0)
+        seconds[name] = time.perf_counter() - start
+
+    proof = None
+    with phase("match"):
+        file = read_onnx(base)
+        if os.path.realpath(out) in map(os.path.realpath, (file.path, *file.data)):
+            raise ExportError(f"{out} is the base, which would be lost: give the merged file another name")
+        stored = StoredAdapter.read(Path(adapter))
+        changes = find_changes(file, stored, str(adapter))
+    with draft(out, data_name) as written:
+        with phase("write") as done:
+            model = _merged_model(file, changes)
+            keep_outside = external_data if external_data is not None else (True if file.data else None)
+            outside = [model.graph.initializers[n] for n, s in file.sources.items() if s.path is not None]
+            written.write(model, keep_outside, done, outside)
+            _keep_messages(written.path, file, {c.name for c in changes})
+        if verify:
+            with phase("verify") as done:
+                proof = prove(read_onnx(written.path), file, changes, done)
+                proof.raise_if_failed()
+        written.commit()
+    return MergeReport(
+        path=os.fspath(out),
+        data_paths=tuple(map(str, written.data)),
+        onnx_bytes=written.path.stat().st_size,
+        data_bytes=sum(data.stat().st_size for data in written.data),
+        initializers=len(file.sources),
+        tensors=tuple(_reported(file, c) for c in changes),
+        proof=proof,
+        seconds=seconds,
+    )
+
+
+def _merged_model(file: OnnxFile, changes: Sequence[Change]) -> ir.Model:
+    """The base's model, in which what changes is computed when it is written."""
+    for change in changes:
+        source = file.sources[change.name]
+        value = file.model.graph.initializers[change.name]
+        value.const_value = change.value(source, value)
+    return file.model
+
+
+def _keep_messages(path: Path, base: OnnxFile, changed: set[str]) -> None:
+    """Put the base's own messages into the file that was written, but for where values are."""
+    written = {t.name: t for t in onnx.load(path, load_external_data=False).graph.initializer}
+    proto = without_initializers(base.proto)
+    for tensor in base.proto.graph.initializer:
+        new, kept = written[tensor.name], proto.graph.initializer.add()
+        inside = TensorProto.EXTERNAL not in (tensor.data_location, new.data_location)
+        if inside and tensor.name not in changed:
+            kept.CopyFrom(tensor)
+        else:
+            copy_fields(tensor, kept, DATA_FIELDS)
+            copy_fields(new, kept, {described.name for described in new.DESCRIPTOR.fields} - {*DATA_FIELDS})
+    path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _reported(file: OnnxFile, change: Change) -> MergedTensor:
+    source = file.sources[change.name]
+    return MergedTensor(
+        initializer=change.name,
+        found=change.target.how,
+        stored=change.target.kind,
+        shape=tuple(source.proto.dims),
+        dtype=ir.DataType(source.proto.data_type).numpy().name,
+        change=str(change.edit),
+        relative=change.rounding.relative,
+        survived=change.rounding.survived,
+    )
+
+
+def _table(tensors: Sequence[MergedTensor]) -> list[str]:
+    rows = [("initializer", "found by", "stored as", "shape", "dtype", "change", "rounding")]
+    for t in tensors:
+        shape = " x ".join(map(str, t.shape))
+        rows.append((t.initializer, t.found, t.stored, shape, t.dtype, t.change, f"{t.relative:.1e}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,0 +1,239 @@
+"""Fold: the weight of a layer with the updates of its adapters in it, a panel at a time, so that no whole one is held.
+
+    W'[rows, columns] = round( W[rows, columns] + sum over the sites of the update's part there )
+
+Each weight is computed in float32 or better (float64 where it, or what it is written as, has four bytes or more) and
+rounded once. What a matrix product rounds to depends on its operands' shapes, so the products are always those of the
+same tiles: a panel has, bit for bit, the values of the whole.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lorafx.errors import MergeError
+from lorafx.graph import CapturedModule
+from lorafx.ir import Site
+from lorafx.ops import STORAGE, add_updates, updates
+from lorafx.passes.samples import refuse_changed
+from lorafx.variants import VARIANTS
+from lorafx.variants.base import Update
+
+#: Rows and columns of a tile: its operands and results stay in a processor's cache.
+TILE = 512
+
+
+@dataclass
+class Rounding:
+    """What rounding to the stored dtype did to a fold: sums over the tiles of one pass over it.
+
+    With ``D`` the change that the adapters make and ``e`` what rounding adds to it: ``largest`` is ``max |e|``, and the
+    others are the sums of ``e^2``, ``D^2`` and ``e D``.
+    """
+
+    largest: float = 0.0
+    error: float = 0.0
+    change: float = 0.0
+    along: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """``|e| / |D|`` (Frobenius norms): 0 is no loss; from 1 on more was lost than the adapters change."""
+        return math.sqrt(self.error / self.change) if self.change else 0.0
+
+    @property
+    def survived(self) -> float:
+        """The share of the change that is in the stored weight: the length of ``D + e`` along ``D``, over ``|D|``."""
+        return 1.0 + self.along / self.change if self.change else 1.0
+
+    def add(self, base: Tensor, exact: Tensor, stored: Tensor) -> None:
+        """Count a tile: the base and the exact result in a wide dtype, and what is stored."""
+        change = (exact - base).reshape(-1)
+        error = stored.to(exact.dtype).sub_(exact).reshape(-1)
+        self.largest = max(self.largest, error.abs().max().item())
+        self.error += error.dot(error).item()
+        self.change += change.dot(change).item()
+        self.along += error.dot(change).item()
+
+
+@dataclass(eq=False)
+class Fold:
+    """One weight with the updates of ``sites`` (of one layer, or bare parameter) folded in; computed when asked for.
+
+    ``weight`` is the base's, as it is stored, and is not read before; ``tensors`` are the sites', in the order in which
+    operators take them; ``dtype`` is the result's. While there is a ``rounding``, panels are counted in it.
+    """
+
+    sites: tuple[Site, ...]
+    weight: Tensor
+    tensors: tuple[tuple[Tensor, ...], ...]
+    dtype: torch.dtype
+    rounding: Rounding | None = field(default=None)
+
+    @classmethod
+    def of(cls, gm: CapturedModule, found: Sequence[Site], weight: Tensor, dtype: torch.dtype | None = None) -> Fold:
+        """The fold of these sites of ``gm`` into their layer's weight, in ``dtype`` (None: the weight's).
+
+        Raises:
+            MergeError: an adapter holds NaN or Inf; or the base was overwritten after apply.
+        """
+        for site in found:
+            for name, value in site.parameters(gm).items():
+                if not value.is_meta and not bool(torch.isfinite(value).all()):
+                    raise MergeError(
+                        f"site '{site.name}': {name} holds NaN or Inf, so it cannot be folded. Training diverged: go "
+                        "back to an earlier adapter, or lower the learning rate"
+                    )
+        refuse_changed(gm, found[0])
+        tensors = tuple(tuple(t.detach() for t in s.tensors(gm).values()) for s in found)
+        return cls(tuple(found), weight, tensors, weight.dtype if dtype is None else dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The stored weight's."""
+        return self.weight.shape
+
+    def compute(self) -> Tensor:
+        """The whole weight, in the layout of the base's.
+
+        Raises:
+            MergeError: it overflows its dtype.
+        """
+        result = torch.empty(self.shape, dtype=self.dtype, device=self.weight.device)
+        flat, start = result.view(-1), 0
+        for panel in self.panels():
+            flat[start : start + panel.numel()].copy_(panel.reshape(-1))
+            start += panel.numel()
+        return result
+
+    def panels(self, order: Sequence[int] | None = None) -> Iterator[Tensor]:
+        """The weight in pieces, contiguous and in the order in which memory holds it.
+
+        Args:
+            order: of the stored weight with its dimensions in this order (None: as they are).
+
+        Raises:
+            MergeError: as :meth:`compute`.
+        """
+        storage = STORAGE[self.sites[0].kind]
+        matrix = storage.matrix(self.weight)
+        order = tuple(range(len(self.shape))) if order is None else tuple(order)
+        swapped = _swaps_last(order)
+        if swapped is None or (swapped and len(self.shape) != matrix.dim()):
+            yield self.compute().permute(order).contiguous()
+            return
+        turned = swapped != self.sites[0].transposed  # whether a panel holds columns of the matrix
+        changes = self._changes(matrix)
+        *stack, height, width = matrix.shape
+        for index in itertools.product(*map(range, stack)):
+            for first in range(0, width if turned else height, TILE):
+                yield self._panel(matrix, changes, index, first, turned)
+
+    def _panel(
+        self,
+        matrix: Tensor,
+        changes: list[tuple[Update, Tensor | None]],
+        index: tuple[int, ...],
+        first: int,
+        turned: bool,
+    ) -> Tensor:
+        """``TILE`` rows of a matrix of the stack, or columns, transposed; from the one with this number on."""
+        height, width = matrix.shape[-2:]
+        long, short = (height, width) if turned else (width, height)
+        panel = matrix.new_empty((min(TILE, short - first), long), dtype=self.dtype)
+        mine = slice(first, min(first + TILE, short))
+        for start in range(0, long, TILE):
+            other = slice(start, min(start + TILE, long))
+            if turned:
+                panel[:, other] = self._tile(matrix, changes, index, other, mine).t()
+            else:
+                panel[:, other] = self._tile(matrix, changes, index, mine, other)
+        return panel
+
+    def _tile(
+        self,
+        matrix: Tensor,
+        changes: list[tuple[Update, Tensor | None]],
+        index: tuple[int, ...],
+        rows: slice,
+        columns: slice,
+    ) -> Tensor:
+        base = matrix[index][rows, columns].to(self._wide)
+        parts = [_part(update, where, index, rows, columns) for update, where in changes]
+        exact = add_updates(base, [part for part in parts if part is not None])
+        stored = round_once(exact, self.dtype)
+        if stored.is_meta:
+            return stored
+        if not math.isfinite(stored.sum(dtype=self._wide).item()):  # one pass, where nothing is wrong
+            if bool((base.isfinite() & ~stored.isfinite()).any()):
+                raise MergeError(
+                    f"site '{self.sites[0].name}': the merged weight does not fit in {self.dtype} (it overflows to "
+                    "Inf). Merge into a wider copy of the model, or lower the adapter's scaling"
+                )
+        elif self.rounding is not None:
+            self.rounding.add(base, exact, stored)
+        return stored
+
+    @property
+    def _wide(self) -> torch.dtype:
+        return torch.float64 if max(self.weight.dtype.itemsize, self.dtype.itemsize) >= 4 else torch.float32
+
+    def _changes(self, matrix: Tensor) -> list[tuple[Update, Tensor | None]]:
+        """The updates, each with the rows of the matrix that it is for (None: all)."""
+        changes: list[tuple[Update, Tensor | None]] = []
+        for site, tensors in zip(self.sites, self.tensors, strict=True):
+            rows = None if site.rows is None else site.index(matrix)
+            part = matrix if rows is None else matrix.index_select(-2, rows)
+            if VARIANTS[site.variant].scales_rows:
+                part = part.to(self._wide)  # beside half precision a norm is that of the layer as it runs, A rounded
+            wide = [t.to(self._wide) for t in tensors]
+            changes += [(update, rows) for update in updates(part, wide, [site.variant], [site.scaling])]
+        return changes
+
+
+def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """To the nearest, ties to even, from float32 or float64.
+
+    torch goes from float64 to half types by float32, and so rounds twice. Rounded to odd in between, a number keeps on
+    which side of a tie it was (Boldo and Melquiond, "When double rounding is odd", 2005).
+    """
+    if exact.dtype is not torch.float64 or dtype.itemsize >= 4 or exact.is_meta:
+        return exact.to(dtype)
+    near = exact.float()
+    gap = exact - near.double()
+    outside = (gap.sign() * near.sign() < 0) & near.isfinite()  # near is further from zero than the number itself
+    bits = near.view(torch.int32) - outside.int()
+    odd = torch.where((gap != 0) & near.isfinite(), bits | 1, bits)
+    return odd.view(torch.float32).to(dtype)
+
+
+def _swaps_last(order: tuple[int, ...]) -> bool | None:
+    """Whether an order of dimensions swaps the last two, and no others; None if it is no such order."""
+    same = tuple(range(len(order)))
+    if order == same:
+        return False
+    return True if order == (*same[:-2], *same[:-3:-1]) else None
+
+
+def _part(
+    update: Update, where: Tensor | None, index: tuple[int, ...], rows: slice, columns: slice
+) -> tuple[Update, Tensor | None] | None:
+    """The part of an update that changes this tile, and which of the tile's rows; None if none is."""
+    chosen: slice | Tensor = rows
+    inside = None
+    if where is not None:
+        mine = ((where >= rows.start) & (where < rows.stop)).nonzero().reshape(-1)
+        if mine.numel() == 0:
+            return None
+        chosen, inside = mine, where[mine] - rows.start
+    left, right = (t[index] if t.dim() > 2 else t for t in (update.unscaled, update.right))
+    gain = update.gain
+    if gain is not None:
+        gain = (gain[index] if gain.dim() > 1 else gain)[chosen]
+    return Update(left[chosen], right[:, columns], gain, scaling=update.scaling), inside

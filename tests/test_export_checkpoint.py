@@ -1,0 +1,300 @@
+"""From a checkpoint's files to an ONNX file: what a model in memory gives, without one; damaged files are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+import lorafx
+from lorafx import AdapterError, CheckpointError, ExportError
+from lorafx.deploy import export_checkpoint, parameters_on_meta
+from lorafx.shards import INDEX_NAME, read_shards
+
+CONFIG = hf.LlamaConfig(
+    vocab_size=90,
+    hidden_size=40,
+    intermediate_size=52,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=48,
+    tie_word_embeddings=True,
+    architectures=["LlamaForCausalLM"],
+    initializer_range=0.2,
+    pad_token_id=0,
+)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``base``: a tied model in several shards; ``adapter``: what PEFT saves of a trained one."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(CONFIG)
+    model.save_pretrained(folder / "base", max_shard_size="40KB")
+    assert len(list((folder / "base").glob("*.safetensors"))) > 2
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(r=3, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.2)
+    wrapped.save_pretrained(folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def base(source: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint to damage."""
+    return Path(shutil.copytree(source / "base", tmp_path / "base"))
+
+
+def shard(base: Path) -> Path:
+    return sorted(base.glob("*.safetensors"))[1]
+
+
+def test_it_is_the_file_of_the_model_in_memory(source: Path, tmp_path: Path) -> None:
+    """To the byte, weights and graph; the base's graph too, and numbers are compared with torch."""
+    for name in ("files", "memory", "base"):
+        (tmp_path / name).mkdir()
+    report = export_checkpoint(
+        source / "base", source / "base", source / "adapter", tmp_path / "files" / "m.onnx", data_name="w.data"
+    )
+    model = hf.LlamaForCausalLM.from_pretrained(source / "base").eval()
+    gm = lorafx.apply(model, source / "adapter")
+    lorafx.load_adapter(gm, source / "adapter")
+    memory = lorafx.merge_and_export(gm, tmp_path / "memory" / "m.onnx", data_name="w.data", verify=False)
+    assert report.onnx_sha256 == memory.onnx_sha256
+    assert (tmp_path / "files" / "w.data").read_bytes() == (tmp_path / "memory" / "w.data").read_bytes()
+    assert (report.sites, len(report.parity)) == (4, len([p for p in report.parity if p.passed]))
+    assert len(report.parity) >= 3
+    assert report.provenance["base_sha256"]
+    plain = export_checkpoint(
+        CONFIG, source / "base", None, tmp_path / "base" / "m.onnx", data_name="w.data", verify=False
+    )
+    assert plain.onnx_sha256 == memory.onnx_sha256
+
+
+def test_a_module_on_the_meta_device(source: Path, tmp_path: Path) -> None:
+    with parameters_on_meta():
+        model = hf.LlamaForCausalLM(CONFIG).eval()
+    assert all(p.is_meta for p in model.parameters())
+    assert not any(b.is_meta for b in model.buffers())
+    report = export_checkpoint(model, source / "base", source / "adapter", tmp_path / "m.onnx", verify=False)
+    assert report.sites == 4
+    assert all(p.is_meta for p in model.parameters()), "the module was changed"
+    with torch.device("meta"):
+        bare = hf.LlamaForCausalLM(CONFIG)
+    with pytest.raises(
+        CheckpointError, match=r"rotary_emb.inv_freq' is on the meta device and in no file: it is computed"
+    ):
+        export_checkpoint(bare, source / "base", None, tmp_path / "no.onnx")
+
+
+def test_another_dtype_is_that_of_a_model_made_in_it(source: Path, tmp_path: Path) -> None:
+    report = export_checkpoint(CONFIG, source / "base", source / "adapter", tmp_path / "m.onnx", dtype="fp16")
+    assert (report.precision, len(report.parity) >= 3) == ("float16", True)
+    assert {r.weight.rpartition(".")[0].rpartition(".")[2] for r in report.rounding} == {"q_proj", "down_proj"}
+
+
+def test_numbers_that_do_not_fit_into_memory_are_not_compared(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorafx.deploy._available_memory", lambda: 1000)
+    report = export_checkpoint(CONFIG, source / "base", source / "adapter", tmp_path / "m.onnx")
+    assert report.parity == ()
+    assert report.checks["not checked"].startswith("numbers: running the model in torch and in ONNX Runtime takes some")
+    assert "same weights" in report.checks
+    assert "same graph" in report.checks
+
+
+# Files that do not fit, or are damaged.
+
+
+def edit(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def whole(base: Path) -> Path:
+    """The checkpoint as one file."""
+    tensors = {name: tensor.clone() for name, tensor in read_shards(base).items()}
+    for path in base.glob("model*"):
+        path.unlink()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    return base / "model.safetensors"
+
+
+def test_what_does_not_fit_is_listed(base: Path, tmp_path: Path) -> None:
+    def misfit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.norm.other"] = tensors.pop("model.norm.weight")
+        tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 40)
+        tensors["lm_head.weight"] = torch.zeros(90, 40)
+
+    edit(whole(base), misfit)
+    with pytest.raises(CheckpointError) as caught:
+        export_checkpoint(CONFIG, base, None, tmp_path / "m.onnx")
+    text = str(caught.value)
+    for part in (
+        "missing: model.norm.weight [40]",
+        "not of this model: model.norm.other",
+        "model.layers.1.mlp.up_proj.weight: shape [3, 40], expected [52, 40]",
+        "are one tensor in the model and differ in the files",
+    ):
+        assert part in text
+    assert not (tmp_path / "m.onnx").exists()
+
+
+def test_a_tied_tensor_may_be_there_under_each_name(base: Path, tmp_path: Path) -> None:
+    edit(whole(base), lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    assert export_checkpoint(CONFIG, base, None, tmp_path / "m.onnx", verify=False).sites == 0
+
+
+def test_a_few_tensors_in_another_dtype_are_converted(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(whole(base), lambda t: t.update({"model.norm.weight": t["model.norm.weight"].bfloat16()}))
+    assert export_checkpoint(CONFIG, base, None, tmp_path / "m.onnx", verify=False).precision == "float32"
+    monkeypatch.setattr("lorafx.deploy._CONVERTED_LIMIT", 8)
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: torch.bfloat16, and torch.float32 in the model"):
+        export_checkpoint(CONFIG, base, None, tmp_path / "m.onnx", verify=False)
+
+
+def truncate(base: Path) -> None:
+    data = shard(base).read_bytes()
+    shard(base).write_bytes(data[:-100])
+
+
+def cut_header(base: Path) -> None:
+    shard(base).write_bytes(shard(base).read_bytes()[:50])
+
+
+def flip(base: Path, at: int) -> None:
+    data = bytearray(shard(base).read_bytes())
+    data[at] ^= 0xFF
+    shard(base).write_bytes(data)
+
+
+def lie(base: Path) -> None:
+    """A shape that needs more bytes than there are."""
+    data = shard(base).read_bytes()
+    shard(base).write_bytes(data.replace(b"[40,", b"[99,", 1).replace(b",40]", b",99]", 1))
+
+
+def remove(base: Path) -> None:
+    shard(base).unlink()
+
+
+def index(base: Path, change: Callable[[dict[str, str]], object]) -> None:
+    text = json.loads((base / INDEX_NAME).read_text())
+    change(text["weight_map"])
+    (base / INDEX_NAME).write_text(json.dumps(text))
+
+
+def escape(base: Path, to: str) -> None:
+    index(base, lambda places: places.update({next(iter(places)): to}))
+
+
+def pickled(base: Path) -> None:
+    for path in base.glob("model*"):
+        path.unlink()
+    (base / "pytorch_model.bin").write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate, "not a whole safetensors file .* cut off or damaged; copy it again"),
+        (cut_header, "not a whole safetensors file"),
+        (lambda base: flip(base, 2), "not a whole safetensors file"),
+        (lambda base: flip(base, 7), "not a whole safetensors file"),
+        (lambda base: flip(base, 12), "not a whole safetensors file"),
+        (lie, "not a whole safetensors file"),
+        (remove, "no such file. The checkpoint is incomplete"),
+        (lambda base: escape(base, "../secret.safetensors"), "paths that lead out of it are not followed"),
+        (lambda base: escape(base, "/etc/passwd"), "paths that lead out of it are not followed"),
+        (lambda base: escape(base, ".."), "paths that lead out of it are not followed"),
+        (
+            lambda base: index(base, lambda p: p.pop(next(iter(p)))),
+            r"besides, other than model\.safetensors\.index\.json says",
+        ),
+        (lambda base: (base / INDEX_NAME).write_text("{}"), "not an index of safetensors files"),
+        (pickled, "pickles are not read; save_pretrained writes them"),
+    ],
+    ids=lambda value: getattr(value, "__name__", "") if callable(value) else "",
+)
+def test_damaged_files_are_refused(damage: Callable[[Path], object], message: str, base: Path, tmp_path: Path) -> None:
+    damage(base)
+    with pytest.raises(CheckpointError, match=message):
+        export_checkpoint(CONFIG, base, None, tmp_path / "m.onnx")
+    assert [p.name for p in tmp_path.iterdir()] == ["base"]
+
+
+def test_what_else_is_refused_first(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match="no such directory"):
+        export_checkpoint(CONFIG, source / "base", tmp_path / "none", tmp_path / "m.onnx")
+    with pytest.raises(CheckpointError, match="no such directory"):
+        export_checkpoint(CONFIG, tmp_path / "none", None, tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match="max_shard_size='x' is no size"):
+        export_checkpoint(CONFIG, source / "base", None, tmp_path / "m.onnx", max_shard_size="x")
+    assert list(tmp_path.iterdir()) == []
+
+
+_PEAK = """
+import sys, json, torch, lorafx
+from pathlib import Path
+from safetensors.torch import save_file
+sys.path.insert(0, sys.argv[2])
+folder = Path(sys.argv[1])
+def peak():
+    fields = dict(l.split(":") for l in Path("/proc/self/status").read_text().splitlines())
+    return {n: 1024 * int(fields[n].split()[0]) for n in ("RssAnon", "RssFile", "VmHWM")}
+class Net(torch.nn.Sequential):
+    pass
+width, depth = 2048, 16
+with lorafx.deploy.parameters_on_meta():
+    model = Net(*(torch.nn.Linear(width, width, bias=False) for _ in range(depth)))
+places = {}
+for i in range(depth):
+    save_file({f"{i}.weight": torch.randn(width, width)}, folder / f"{i}.safetensors")
+    places[f"{i}.weight"] = f"{i}.safetensors"
+(folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+import threading, time
+most, running, start = [0], [True], [0]
+def watch():
+    while running[0]:
+        most[0] = max(most[0], peak()["RssAnon"])
+        time.sleep(0.002)
+def tell(phase, done):
+    if phase == "write" and not start[0]:
+        start[0] = peak()["RssAnon"]
+        threading.Thread(target=watch, daemon=True).start()
+before = peak()["RssAnon"]
+lorafx.export_checkpoint(model, folder, None, folder / "m.onnx", verify=False, example_inputs=torch.randn(2, width),
+                         external_data=True, progress=tell)
+running[0] = False
+print(most[0] - start[0], start[0] - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_a_checkpoint_is_never_in_memory(tmp_path: Path) -> None:
+    """268 MB of weights: at most 3 times the largest tensor (17 MB) and 24 MiB while they are written; none before."""
+    environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    command = [sys.executable, "-c", _PEAK, str(tmp_path), str(Path(__file__).parent)]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    writing, before = map(int, ran.stdout.split())
+    assert writing <= 3 * 2048 * 2048 * 4 + 24 * 2**20
+    assert before <= 160 * 2**20

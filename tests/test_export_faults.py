@@ -1,0 +1,217 @@
+"""What can go wrong while a file is written: whoever reads it finds the old pair or the new one, whole."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import multiprocessing
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from lorafx.errors import ExportError
+from lorafx.export.write import draft
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork, POSIX signals and limits")
+
+#: Models that exports are told apart by.
+SEEDS = 40
+
+
+def model(seed: int, name: str = "y") -> ir.Model:
+    """``y = x W0 W1``, with weights that the seed tells."""
+    generator = np.random.default_rng(seed)
+    x = ir.Value(name="x", shape=ir.Shape(["n", 64]), type=ir.TensorType(ir.DataType.FLOAT))
+    graph = ir.Graph([x], [], nodes=[], name="g", opset_imports={"": 20})
+    last = x
+    for index in range(2):
+        array = generator.standard_normal((64, 64)).astype(np.float32)
+        weight = ir.Value(name=f"w{index}", shape=ir.Shape([64, 64]), type=ir.TensorType(ir.DataType.FLOAT))
+        weight.const_value = ir.tensor(array, name=f"w{index}")
+        graph.initializers.add(weight)
+        node = ir.node("MatMul", [last, weight])
+        graph.append(node)
+        last = node.outputs[0]
+        last.name = name if index else "h"
+        last.shape, last.type = ir.Shape(["n", 64]), ir.TensorType(ir.DataType.FLOAT)
+    graph.outputs.append(last)
+    return ir.Model(graph, ir_version=10)
+
+
+def export(path: Path, seed: int, data_name: str | None = None) -> None:
+    with draft(path, data_name) as file:
+        file.write(model(seed), True, lambda done: None)
+        file.check()
+        file.commit()
+
+
+def seed_of(path: Path) -> int | None:
+    """Which model a file is, to the bit and run; None if there is none."""
+    if not path.exists():
+        return None
+    weights = {n: v.const_value for n, v in ir.load(path).graph.initializers.items()}
+    x = np.eye(64, dtype=np.float32)
+    found = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+    for seed in range(SEEDS):
+        wanted = {n: v.const_value for n, v in model(seed).graph.initializers.items()}
+        if all(np.array_equal(weights[n].numpy(), w.numpy()) for n, w in wanted.items()):  # type: ignore[union-attr]
+            assert np.allclose(found, wanted["w0"].numpy() @ wanted["w1"].numpy(), atol=1e-4)  # type: ignore[union-attr]
+            return seed
+    raise AssertionError("a mix of two exports")
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
+
+
+def forever(path: Path, data_name: str | None) -> None:
+    """Export one model after the other."""
+    seed = 0
+    while True:
+        seed = (seed + 1) % SEEDS
+        export(path, seed, data_name)
+
+
+@pytest.mark.parametrize("data_name", [None, "weights.data"], ids=["by content", "by name"])
+def test_killed_at_any_moment(data_name: str | None, tmp_path: Path) -> None:
+    """20 times, by SIGKILL: the pair there is one export's, run and compared; the next one cleans up what is left."""
+    path = tmp_path / "model.onnx"
+    chance = random.Random(0)
+    export(path, 0, data_name)
+    seen, left = set(), 0
+    for _ in range(20):
+        process = multiprocessing.get_context("fork").Process(target=forever, args=(path, data_name))
+        process.start()
+        time.sleep(chance.uniform(0.005, 0.08))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        seen.add(seed_of(path))
+        left += len(list(tmp_path.iterdir())) > 2
+    assert len(seen) > 1
+    assert left > 0, "never killed half way"
+    export(path, 7, data_name)
+    assert seed_of(path) == 7
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_reader_never_sees_a_mix(tmp_path: Path) -> None:
+    """While another process exports under a fixed name, each file of weights that is read is whole and one export's."""
+    path = tmp_path / "model.onnx"
+    export(path, 0, "weights.data")
+    process = multiprocessing.get_context("fork").Process(target=forever, args=(path, "weights.data"))
+    process.start()
+    try:
+        wanted = {_data(seed): seed for seed in range(SEEDS)}
+        seen = set()
+        end = time.monotonic() + 10
+        while len(seen) < 5 and time.monotonic() < end:
+            seen.add(wanted[(tmp_path / "weights.data").read_bytes()])
+        assert len(seen) == 5
+    finally:
+        process.kill()
+        process.join()
+
+
+def _data(seed: int) -> bytes:
+    """The file of weights of a model: both are multiples of the alignment."""
+    values = [v.const_value for v in model(seed).graph.initializers.values()]
+    return b"".join(v.tobytes() for v in values if v is not None)
+
+
+def test_exports_to_one_target_at_once(tmp_path: Path) -> None:
+    """Whichever is last, the pair is one export's; nothing of the others stays."""
+    path = tmp_path / "model.onnx"
+    workers = [multiprocessing.get_context("fork").Process(target=_few, args=(path, first)) for first in (0, 10, 20)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [w.exitcode for w in workers] == [0, 0, 0]
+    assert seed_of(path) is not None
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def _few(path: Path, first: int) -> None:
+    for seed in range(first, first + 6):
+        export(path, seed)
+
+
+def test_what_a_living_export_has_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    with draft(path) as file:
+        file.write(model(1), True, lambda done: None)
+        export(path, 2)
+        assert file.path.exists()
+        file.commit()
+    assert seed_of(path) == 1
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_session_outlives_the_file(tmp_path: Path) -> None:
+    """Sessions that have the old file open go on with it; new ones have the new one."""
+    path = tmp_path / "model.onnx"
+    export(path, 1, "weights.data")
+    x = {"x": np.eye(64, dtype=np.float32)}
+    sessions = [ort.InferenceSession(path, providers=["CPUExecutionProvider"]) for _ in range(2)]
+    before = sessions[0].run(None, x)[0]
+    export(path, 2, "weights.data")
+    assert all(np.array_equal(s.run(None, x)[0], before) for s in sessions)
+    assert not np.array_equal(ort.InferenceSession(path).run(None, x)[0], before)
+
+
+@pytest.mark.parametrize("data_name", [None, "weights.data"], ids=["by content", "by name"])
+@pytest.mark.parametrize("limit", [700, 20_000], ids=["in the graph", "in the weights"])
+def test_a_full_disk_leaves_the_old_file(limit: int, data_name: str | None, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE stands in for the disk: the write that goes beyond fails, by whichever thread it is made."""
+    path = tmp_path / "model.onnx"
+    export(path, 1, data_name)
+    before = contents(tmp_path)
+    resource = importlib.import_module("resource")  # there is none on Windows
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(
+            ExportError, match=r"cannot write .*File too large\. Give a path in a folder that .* has room"
+        ):
+            export(path, 2, data_name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(tmp_path) == before
+    assert seed_of(path) == 1
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    """Also for root, for whom permissions mean nothing: a folder of the system that takes no files."""
+    for folder, why in ((tmp_path / "missing", "No such file or directory"), (Path("/proc/self"), "")):
+        if folder.parent.exists():
+            with pytest.raises(
+                ExportError, match=rf"cannot write .*{why}.*Give a path in a folder that exists, may be"
+            ):
+                export(folder / "model.onnx", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_a_value_is_the_one_that_is_raised(tmp_path: Path) -> None:
+    """And ends the thread that writes."""
+    broken = model(1)
+
+    def fail() -> ir.TensorProtocol:
+        raise ValueError("no such weight")
+
+    value = broken.graph.initializers["w1"]
+    value.const_value = ir.LazyTensor(fail, dtype=ir.DataType.FLOAT, shape=ir.Shape([64, 64]), name="w1")
+    before = threading.active_count()
+    for external in (True, False):
+        with pytest.raises(ValueError, match="no such weight"), draft(tmp_path / "model.onnx") as file:
+            file.write(broken, external, lambda done: None)
+    assert threading.active_count() == before
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,490 @@
+"""Adapters folded straight into ONNX files: which initializer is which layer, the values, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime as ort
+import peft
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, nn
+
+import lorafx
+from conftest import randomize
+from lorafx.export.diff import graph_difference
+from lorafx.export.onnx_file import read_onnx
+from onnx_files import chain, delta, lora, make_model, save, save_adapter, weights
+from tolerances import assert_close
+from zoo import FAMILIES
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # exporters' and PEFT's; lorafx's own are tested elsewhere
+
+LAYERS = ("encoder.0.proj", "encoder.1.proj", "encoder.2.proj")
+
+
+def run_onnx(path: Path, inputs: dict[str, Tensor]) -> Tensor:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = {i.name for i in session.get_inputs()}
+    return torch.from_numpy(session.run(None, {n: t.numpy() for n, t in inputs.items() if n in names})[0])
+
+
+# Other exporters' files, against PEFT's own merge.
+
+
+class Logits(nn.Module):
+    """What an exporter takes: tensors in, one tensor out; and a name before all others."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        extra = {} if "bert" in type(self.inner).__name__.lower() else {"use_cache": False}
+        logits: Tensor = self.inner(input_ids=input_ids, attention_mask=attention_mask, **extra).logits
+        return logits
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "bert": {
+        "target_modules": ["query", "value", "dense", "word_embeddings"],
+        "use_rslora": True,
+        "bias": "lora_only",
+        "rank_pattern": {"value": 2},
+        "alpha_pattern": {"query": 5},
+        "modules_to_save": ["classifier"],
+    },
+    "llama": {"target_modules": ["q_proj", "k_proj", "down_proj"], "use_dora": True, "modules_to_save": ["lm_head"]},
+    "gpt2": {"target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+    "convnet": {"target_modules": ["features.0", "features.3", "hidden"], "use_dora": True},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A base, PEFT's merge of an adapter into it, and where the adapter is."""
+
+    base: nn.Module
+    merged: nn.Module
+    adapter: Path
+    inputs: dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
+    @cache
+    def make(name: str) -> Trained:
+        family, folder = FAMILIES[name], tmp_path_factory.mktemp(name)
+        base = family.build().eval()
+        model = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, lora_alpha=6, **ADAPTERS[name]))
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if parameter.requires_grad and "magnitude" in key:
+                    parameter.mul_(1.1)
+                elif parameter.requires_grad:
+                    parameter.add_(0.2 * torch.randn_like(parameter))
+        model.save_pretrained(folder)
+        inputs = {k: v for k, v in family.inputs().items() if k != "token_type_ids"}
+        return Trained(base, model.merge_and_unload().eval(), folder, inputs)
+
+    return make
+
+
+def export(model: nn.Module, inputs: dict[str, Tensor], path: Path, by: str) -> Path:
+    wrapped = Logits(model) if "input_ids" in inputs else model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if by == "older":
+            names = list(inputs)
+            torch.onnx.export(wrapped, (), path, kwargs=inputs, dynamo=False, opset_version=17, input_names=names)
+        else:
+            torch.onnx.export(wrapped, (), path, kwargs=inputs, dynamo=True, optimize=by == "optimized", verbose=False)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "by"),
+    [
+        ("bert", "optimized"), ("bert", "plain"), ("bert", "older"),
+        ("llama", "older"), ("gpt2", "older"), ("convnet", "plain"),
+    ],
+)  # fmt: skip
+def test_an_exporters_file_merges_to_what_peft_merges(
+    trained: Callable[[str], Trained], tmp_path: Path, name: str, by: str
+) -> None:
+    found = trained(name)
+    base = export(found.base, found.inputs, tmp_path / "base.onnx", by)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    report = lorafx.merge_onnx(base, found.adapter, tmp_path / "merged.onnx")
+    with torch.no_grad():
+        model = Logits(found.merged) if "input_ids" in found.inputs else found.merged
+        expected = model(**found.inputs)
+    assert_close("peft", run_onnx(tmp_path / "merged.onnx", found.inputs), expected)
+    assert report.proof is not None
+    assert report.proof.passed
+    assert {p: (tmp_path / p).read_bytes() for p in before} == before
+    if name == "bert" and by != "plain":
+        assert {t.found for t in report.tensors} >= {"name", "module scope"}
+
+
+def test_a_kernel_with_a_normalisation_folded_into_it_is_refused(
+    trained: Callable[[str], Trained], tmp_path: Path
+) -> None:
+    found = trained("convnet")
+    base = export(found.base, found.inputs, tmp_path / "base.onnx", "optimized")
+    with pytest.raises(lorafx.AdapterError, match=r"features\.0\.weight' is read by Conv .* of module 'features\.1'"):
+        lorafx.merge_onnx(base, found.adapter, tmp_path / "merged.onnx")
+    assert not (tmp_path / "merged.onnx").exists()
+
+
+def test_a_file_in_float16_merges_to_what_peft_merges(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    found = trained("gpt2")
+    base = export(copy.deepcopy(found.base).half(), found.inputs, tmp_path / "base.onnx", "plain")
+    lorafx.merge_onnx(base, found.adapter, tmp_path / "merged.onnx")
+    with torch.no_grad():
+        expected = Logits(found.merged)(**found.inputs)
+    assert_close("model", run_onnx(tmp_path / "merged.onnx", found.inputs), expected.half())
+
+
+# Our own files: the bits of merge_and_export.
+
+
+class Toy(nn.Module):
+    """An embedding, square and other linear layers, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.conv = nn.Conv1d(8, 12, 3, padding=1)
+        self.norm = nn.LayerNorm(12)
+        self.square = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.norm(self.conv(self.embed(tokens).mT).mT)
+        logits: Tensor = self.head(torch.tanh(self.square(hidden)))
+        return logits
+
+
+TARGETS = ("embed", "conv", "square", "head")
+SPECS: dict[str, dict[str, Any]] = {
+    "rslora": {"rslora": True, "rank_pattern": {"conv": 3}, "alpha_pattern": {"square": 7}},
+    "dora": {"variant": "dora"},
+    "lora_bias": {"variant": "lora_bias", "target_modules": ("square", "conv")},
+    "vera": {"variant": "vera", "target_modules": ("square", "head"), "options": {"save_projection": False}},
+    "adalora": {"variant": "adalora"},
+    "whole": {"bias": "all", "modules_to_save": ("norm", "head"), "target_modules": ("square",)},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("lora_bias", torch.float32), ("vera", torch.float32), ("adalora", torch.float32), ("whole", torch.float32),
+        ("rslora", torch.bfloat16), ("dora", torch.bfloat16),
+    ],
+)  # fmt: skip
+def test_merging_into_our_export_gives_the_bits_of_merge_and_export(
+    tmp_path: Path, kind: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = Toy().to(dtype).eval()
+    spec = lorafx.LoraSpec(**{"r": 2, "alpha": 4, "target_modules": TARGETS, **SPECS[kind]})
+    gm = lorafx.apply(model, spec, (torch.randint(0, 11, (2, 7)),))
+    randomize(gm)
+    lorafx.save_adapter(gm, tmp_path / "adapter")
+    for folder in ("base", "exported", "merged"):
+        (tmp_path / folder).mkdir()
+    options: dict[str, Any] = {"external_data": True, "data_name": "weights.data"}
+    lorafx.export_base(gm, tmp_path / "base" / "m.onnx", verify=False, **options)
+    lorafx.merge_and_export(gm, tmp_path / "exported" / "m.onnx", verify=False, **options)
+    report = lorafx.merge_onnx(
+        tmp_path / "base" / "m.onnx", tmp_path / "adapter", tmp_path / "merged" / "m.onnx", data_name="weights.data"
+    )
+    for name in ("m.onnx", "weights.data"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "exported" / name).read_bytes(), name
+    assert len(report.tensors) == len(lorafx.sites(gm)) + {"lora_bias": 2, "whole": 6}.get(kind, 0)
+
+
+# Which initializer is which layer.
+
+
+def merged(tmp_path: Path, model: onnx.ModelProto, tensors: dict[str, Tensor], **config: Any) -> dict[str, Tensor]:
+    base = save(model, tmp_path / "base.onnx")
+    adapter = save_adapter(tmp_path / "adapter", tensors, **config)
+    lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx")
+    return weights(tmp_path / "merged.onnx")
+
+
+def refused(tmp_path: Path, model: onnx.ModelProto, tensors: dict[str, Tensor], message: str, **config: Any) -> None:
+    base = save(model, tmp_path / "base.onnx")
+    adapter = save_adapter(tmp_path / "adapter", tensors, **config)
+    there = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(lorafx.LorafxError, match=message):
+        lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == there
+
+
+def layer(op: str, name: str = "/a/b/Op", **attributes: Any) -> onnx.ModelProto:
+    """One square layer of module ``a.b``, read as the operator reads it."""
+    weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(3))
+    reader = "a.b.weight"
+    nodes = []
+    if op == "Transpose, MatMul":
+        nodes.append(helper.make_node("Transpose", [reader], ["t"], name="/a/b/Transpose", perm=[1, 0]))
+        reader, op = "t", "MatMul"
+    if op == "Cast, MatMul":
+        nodes.append(helper.make_node("Cast", [reader], ["c"], name="/a/b/Cast", to=TensorProto.FLOAT))
+        reader, op = "c", "MatMul"
+    first = (reader, "x") if op == "Gemm, first" else ("x", reader)
+    nodes.append(helper.make_node(op.removesuffix(", first"), first, ["y"], name=name, **attributes))
+    return make_model(nodes, {"a.b.weight": weight}, 6)
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "swapped"),
+    [
+        ("MatMul", {}, True),
+        ("Gemm", {}, True),
+        ("Gemm", {"transB": 1}, False),
+        ("Gemm, first", {}, False),
+        ("Gemm, first", {"transA": 1}, True),
+        ("Transpose, MatMul", {}, False),
+        ("Cast, MatMul", {}, True),
+    ],
+)
+def test_how_a_square_weight_is_stored_is_told_by_its_reader(
+    tmp_path: Path, op: str, attributes: dict[str, int], swapped: bool
+) -> None:
+    model, tensors = layer(op, **attributes), lora(["a.b"])
+    save(model, tmp_path / "base.onnx")
+    before = weights(tmp_path / "base.onnx")["a.b.weight"].double()
+    change = delta(tensors, "a.b")
+    after = merged(tmp_path, model, tensors)["a.b.weight"]
+    assert torch.equal(after, (before + (change.mT if swapped else change)).float())
+
+
+@pytest.mark.parametrize("named", ["name", "scope", "nothing"])
+def test_layers_are_found_by_name_scope_or_order(tmp_path: Path, named: str) -> None:
+    model = chain([f"layers.{i}.proj" for i in range(11)], named=named)
+    paths = [f"layers.{i}.proj" for i in range(11)]  # as text, 10 comes before 2
+    tensors = lora(paths)
+    before = weights(save(model, tmp_path / "base.onnx"))
+    after = merged(tmp_path, model, tensors)
+    for index, (name, old) in enumerate(before.items()):
+        assert torch.equal(after[name], (old.double() + delta(tensors, paths[index]).mT).float())
+
+
+@pytest.mark.parametrize(
+    ("inside", "paths"),
+    [("outer.", LAYERS), ("", tuple(f"model.{p}" for p in LAYERS)), ("", LAYERS)],
+    ids=["a wrapper", "a part", "the same"],
+)
+@pytest.mark.parametrize("named", ["name", "scope"])
+def test_the_exported_module_may_hold_the_adapted_one_or_be_a_part_of_it(
+    tmp_path: Path, inside: str, paths: Sequence[str], named: str
+) -> None:
+    model, tensors = chain([f"{inside}{p}" for p in LAYERS], named=named), lora(paths)
+    before = weights(save(model, tmp_path / "base.onnx"))
+    after = merged(tmp_path, model, tensors)
+    for path, (name, old) in zip(paths, before.items(), strict=True):
+        assert torch.equal(after[name], (old.double() + delta(tensors, path).mT).float())
+
+
+def test_two_places_for_the_same_modules_are_refused(tmp_path: Path) -> None:
+    model = chain([f"{side}.{p}" for side in ("left", "right") for p in LAYERS])
+    refused(tmp_path, model, lora(LAYERS), r"several places \(left\., right\.\)")
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["l.0.q", "l.1.q"], "3 nameless weights of its shape .*w0, w1, w2.* for 2 layers"),
+        (["l.0.q", "l.0.v", "l.1.q"], r"for 3 layers of the adapter \(l\.#\.q, l\.#\.v\)"),
+    ],
+    ids=["too few", "two kinds"],
+)
+def test_what_order_alone_cannot_tell_is_refused(tmp_path: Path, paths: list[str], message: str) -> None:
+    refused(tmp_path, chain(LAYERS, named="nothing"), lora(paths), message)
+
+
+@pytest.mark.parametrize("named", ["name", "scope"])
+def test_an_adapter_for_other_layers_is_refused(tmp_path: Path, named: str) -> None:
+    tensors = lora(["encoder.3.proj", *LAYERS[:2]])
+    refused(tmp_path, chain(LAYERS, named=named), tensors, r"no weight of 'encoder\.3\.proj' \(did you mean")
+    # Not even where as many of the same shape are there: the graph says that they are others.
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    others = lora([p.replace("encoder", "decoder") for p in LAYERS])
+    refused(tmp_path, chain(LAYERS, named=named), others, "the graph has no weight of 'decoder")
+
+
+def test_a_shared_weight_is_refused_unless_one_layer_reads_it_several_times(tmp_path: Path) -> None:
+    model = chain(LAYERS[:2], named="scope")
+    model.graph.node[1].input[1] = "w0"
+    refused(tmp_path, model, lora(LAYERS[:1]), "initializer 'w0' is shared: .*encoder.0.proj.*encoder.1.proj")
+    model.graph.node[1].name = "/encoder/0/proj/MatMul_1"
+    merged(tmp_path, model, lora(LAYERS[:1]))
+
+
+def tied(tensors: dict[str, Tensor]) -> onnx.ModelProto:
+    """An embedding and a head with one initializer, and an index of the embedding's rows."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["i"], name="/Cast", to=TensorProto.INT64),
+        helper.make_node("Gather", ["embed.weight", "i"], ["e"], name="/embed/Gather", axis=0),
+        helper.make_node("Transpose", ["embed.weight"], ["t"], name="/head/Transpose", perm=[1, 0]),
+        helper.make_node("MatMul", ["e", "t"], ["y"], name="/head/MatMul"),
+    ]
+    return make_model(nodes, tensors, 4)
+
+
+def test_tied_weights_change_only_where_the_adapter_means_every_use(tmp_path: Path) -> None:
+    weight, a, b = torch.randn(9, 6), torch.randn(2, 9), torch.randn(6, 2)
+    embedding = {"embed.lora_embedding_A": a, "embed.lora_embedding_B": b}
+    refused(tmp_path, tied({"embed.weight": weight}), embedding, "'embed.weight' is shared")
+    head = {"head.lora_A.weight": b.mT, "head.lora_B.weight": a.mT}
+    after = merged(tmp_path, tied({"embed.weight": weight}), embedding | head, ensure_weight_tying=True)
+    assert torch.equal(after["embed.weight"], (weight.double() + 2 * (b.double() @ a.double()).mT).float())
+    head["head.lora_B.weight"] = 2 * a.mT
+    (tmp_path / "merged.onnx").unlink()
+    refused(
+        tmp_path, tied({"embed.weight": weight}), embedding | head, "changed more than once", ensure_weight_tying=True
+    )
+
+
+def test_trained_rows_of_an_embedding(tmp_path: Path) -> None:
+    weight, rows = torch.randn(9, 6), torch.randn(2, 6)
+    tensors = {"embed.token_adapter.trainable_tokens_delta": rows}
+    settings = {"trainable_token_indices": {"embed": [7, 3]}}
+    after = merged(tmp_path, tied({"embed.weight": weight}), tensors, **settings)["embed.weight"]
+    weight[[7, 3]] = rows
+    assert torch.equal(after, weight)
+
+
+@pytest.mark.parametrize("op", ["MatMulNBits", "DequantizeLinear"])
+def test_quantized_weights_are_refused_with_advice(tmp_path: Path, op: str) -> None:
+    if op == "MatMulNBits":
+        node = helper.make_node(
+            op, ["x", "a.b.weight_Q4", "s"], ["y"], "/a/b/MatMul_Q4", domain="com.microsoft", K=6, N=6
+        )
+        model = make_model([node], {"a.b.weight_Q4": torch.zeros(6, 1, 16), "s": torch.ones(6)}, 6)
+    else:
+        nodes = [
+            helper.make_node(op, ["a.b.weight", "s"], ["w"], name="/a/b/DequantizeLinear"),
+            helper.make_node("MatMul", ["x", "w"], ["y"], name="/a/b/MatMul"),
+        ]
+        model = make_model(nodes, {"s": torch.ones(())}, 6)
+        model.graph.initializer.append(helper.make_tensor("a.b.weight", TensorProto.INT8, [6, 6], [1] * 36))
+    refused(tmp_path, model, lora(["a.b"]), f"quantized \\({op} .*quantize the result")
+
+
+def test_weights_that_branches_of_the_graph_read(tmp_path: Path) -> None:
+    """As in the merged decoders that optimum makes: both branches call the same layer."""
+    branches = {}
+    for name in ("then", "else"):
+        node = helper.make_node("MatMul", ["x", "a.b.weight"], [f"{name}_y"], name="/a/b/MatMul")
+        out = helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, None)
+        branches[f"{name}_branch"] = helper.make_graph([node], name, [], [out])
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["m"], name="m", keepdims=0),
+        helper.make_node("Cast", ["m"], ["c"], name="c", to=TensorProto.BOOL),
+        helper.make_node("If", ["c"], ["y"], name="if", **branches),
+    ]
+    weight, tensors = torch.randn(6, 6), lora(["a.b"])
+    after = merged(tmp_path, make_model(nodes, {"a.b.weight": weight}, 6), tensors)
+    assert torch.equal(after["a.b.weight"], (weight.double() + delta(tensors, "a.b").mT).float())
+
+
+# What does not fit.
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder.0.proj.lora_A.weight": torch.ones(2, 7)}, r"of \[6, 6\], and the adapter is for one of \[6, 7\]"),
+        ({"encoder.0.proj.lora_A.weight": torch.ones(3, 6)}, "lora_B is .* does not go with"),
+        ({"other.weight": torch.ones(2)}, "other.weight: the graph has no initializer 'other.weight'"),
+        ({"encoder.0.proj.bias": torch.ones(6)}, "no initializer 'encoder.0.proj.bias'"),
+        ({"encoder.0.proj.lora_B.bias": torch.ones(6)}, "has its lora_B_bias, which lora has not"),
+        ({"encoder.0.proj.lora_B.weight": torch.full((6, 2), torch.nan)}, "lora_B holds NaN"),
+        ({"encoder.0.proj.lora_B.weight": torch.full((6, 2), 1e38)}, "does not fit in torch.float32"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Tensor], message: str) -> None:
+    tensors = {**lora(LAYERS), **change}
+    if "1e38" in message or "does not fit in" in message:
+        tensors["encoder.0.proj.lora_A.weight"] = torch.full((2, 6), 1e38)
+    refused(tmp_path, chain(LAYERS), tensors, message)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"r": 4}, "its tensors have rank 2, and adapter_config.json says 4"),
+        ({"init_lora_weights": "pissa"}, "relative to what that left of the weights"),
+        ({"target_parameters": ["encoder.0.proj.weight"]}, "adapts parameters of a module"),
+        ({"use_dora": True}, "the file lacks its lora_magnitude_vector"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    refused(tmp_path, chain(LAYERS), lora(LAYERS), message, **config)
+
+
+def test_the_base_is_never_overwritten(tmp_path: Path) -> None:
+    base = save(chain(LAYERS), tmp_path / "base.onnx")
+    with pytest.raises(lorafx.ExportError, match="is the base, which would be lost"):
+        lorafx.merge_onnx(base, save_adapter(tmp_path / "adapter", lora(LAYERS)), base)
+
+
+# The file that is written.
+
+
+@pytest.mark.parametrize("outside", [False, True], ids=["inside", "outside"])
+def test_all_but_the_adapted_values_is_the_base_to_the_byte(tmp_path: Path, outside: bool) -> None:
+    model = chain(LAYERS, dtype=torch.bfloat16)
+    model.producer_name, model.doc_string = "someone", "kept"
+    model.metadata_props.add(key="k", value="v")
+    model.graph.node[0].metadata_props.add(key="scope", value="s")
+    model.graph.initializer[1].doc_string = "of a tensor"
+    model.graph.initializer.append(helper.make_tensor("unused", TensorProto.FLOAT, [2], [0.5, 2.0]))  # not raw
+    base = save(model, tmp_path / "base.onnx", outside)
+    tensors = lora(LAYERS[:2])
+    lorafx.merge_onnx(base, save_adapter(tmp_path / "adapter", tensors), tmp_path / "merged.onnx")
+    before, after = (onnx.load(p, load_external_data=False) for p in (base, tmp_path / "merged.onnx"))
+    old, new = weights(base), weights(tmp_path / "merged.onnx")
+    for index, path in enumerate(LAYERS):
+        name = f"{path}.weight.T"
+        exact = old[name].double() + (delta(tensors, path).mT if index < 2 else 0)
+        assert torch.equal(new[name], exact.to(torch.bfloat16))
+    for file in (before, after):
+        for tensor in file.graph.initializer:
+            if outside or tensor.name.startswith(LAYERS[:2]):
+                for field in ("raw_data", "external_data", "data_location"):
+                    tensor.ClearField(field)
+    assert after.SerializeToString(deterministic=True) == before.SerializeToString(deterministic=True)
+    data = [p.name for p in tmp_path.iterdir() if p.name.startswith("merged") and p.suffix == ".data"]
+    assert len(data) == (1 if outside else 0)
+
+
+def test_merging_twice_adds_both(tmp_path: Path) -> None:
+    base = save(chain(LAYERS), tmp_path / "base.onnx")
+    adapter = save_adapter(tmp_path / "adapter", lora(LAYERS))
+    phases: list[tuple[str, float]] = []
+    first = lorafx.merge_onnx(base, adapter, tmp_path / "1.onnx", progress=lambda *p: phases.append(p))
+    lorafx.merge_onnx(tmp_path / "1.onnx", adapter, tmp_path / "2.onnx", verify=False)
+    assert graph_difference(read_onnx(base), read_onnx(tmp_path / "2.onnx")) is None
+    change = weights(tmp_path / "2.onnx")["encoder.0.proj.weight.T"] - weights(base)["encoder.0.proj.weight.T"]
+    assert_close("fold", change, (2 * delta(lora(LAYERS), LAYERS[0]).mT).float())
+    assert [p for p in phases if p[1] == 1.0 and p[0] != "write"][-1] == ("verify", 1.0)
+    text = str(first)
+    assert "merged       3 of 3 initializers" in text
+    assert "encoder.1.proj.weight.T  name, transposed  addmm      6 x 6  float32  lora r=2, scaling 2" in text
+    assert first.to_dict()["tensors"][0]["initializer"] == "encoder.0.proj.weight.T"
