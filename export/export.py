@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lorafx.errors import ExportError
 from lorafx.export.cast import cast_graph, file_dtype
+from lorafx.export.decoder import check_generation, make_prompts, translate_step
 from lorafx.export.parity import TOLERANCES, Tolerance, make_cases, precision
 from lorafx.export.provenance import digest, provenance
 from lorafx.export.report import ExportReport, Parity, TensorRounding
@@ -30,6 +31,7 @@ from lorafx.export.widen import widen_graph, widen_tensor
 from lorafx.export.write import draft, parse_size
 from lorafx.graph import CapturedModule, get_path
 from lorafx.ir import Stage, sites, stage
+from lorafx.passes.decoder import capture_decoder, longest_sequence, with_tensors
 from lorafx.passes.example import ExampleInputs, make_example
 from lorafx.passes.fold import Fold, Rounding
 from lorafx.passes.inference import inference
@@ -55,6 +57,7 @@ def merge_and_export(
     data_name: str | None = None,
     max_shard_size: int | str | None = None,
     keep_loss: bool = False,
+    kv_cache: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
     progress: Progress | None = None,
@@ -83,6 +86,10 @@ def merge_and_export(
             graph are not overwritten.
         max_shard_size: keep them in several files of at most so many bytes (or ``"2GB"``).
         keep_loss: export the loss, and the labels as an input.
+        kv_cache: export a decoder as a step of generation, with the keys and values of what came before as inputs and
+            outputs (:mod:`lorafx.passes.decoder` has their names and shapes). The model's code is traced once more.
+            (c) then continues prompts, of the example (or ``example_inputs``) and random, padded to the left, by
+            greedy tokens.
         atol, rtol: other tolerances than the table's (:data:`lorafx.export.parity.TOLERANCES`); the report
             shows those that were used.
         progress: called with the phase (``"merge"``, ``"translate"``, ``"write"``, ``"compare"``, ``"sync"``) and the
@@ -109,6 +116,7 @@ def merge_and_export(
         keep_loss,
         atol,
         rtol,
+        step=_capture_step(gm, keep_loss, run) if kv_cache else None,
     )
     with run.phase("merge"):
         merged, folds = merge_lazily(gm)
@@ -127,6 +135,7 @@ def export_base(
     data_name: str | None = None,
     max_shard_size: int | str | None = None,
     keep_loss: bool = False,
+    kv_cache: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Write the model without its adapters, as it was captured. Arguments as :func:`merge_and_export`.
@@ -135,8 +144,17 @@ def export_base(
         ParityError, ExportError: as :func:`merge_and_export`.
     """
     run = Run(progress)
-    limit = parse_size(max_shard_size)
-    options = Options(verify, example_inputs, opset, file_dtype(dtype), external_data, data_name, limit, keep_loss)
+    options = Options(
+        verify,
+        example_inputs,
+        opset,
+        file_dtype(dtype),
+        external_data,
+        data_name,
+        parse_size(max_shard_size),
+        keep_loss,
+        step=_capture_step(gm, keep_loss, run) if kv_cache else None,
+    )
     with run.phase("merge"):
         base = unadapted(gm) if stage(gm) is Stage.INSERTED else gm
     return export_graph(base, base, {}, path, run, options)
@@ -146,7 +164,8 @@ def export_base(
 class Options:
     """See :func:`merge_and_export`.
 
-    ``no_numbers`` is why (c) is not to be run, if it is not; ``twin`` the graph captured in ``dtype``, if there is one.
+    ``no_numbers`` is why (c) is not to be run, if it is not; ``twin`` the graph captured in ``dtype``, if there is one;
+    ``step`` the graph of the model with a cache, if that is to be written.
     """
 
     verify: bool
@@ -161,6 +180,7 @@ class Options:
     rtol: float | None = None
     no_numbers: str | None = None
     twin: CapturedModule | None = None
+    step: CapturedModule | None = None
 
 
 @dataclass
@@ -196,7 +216,13 @@ def export_graph(
     for value in folds.values():
         if isinstance(value, Fold):
             value.rounding = Rounding()
-    plain = inference(written, keep_loss=options.keep_loss)
+    step = options.step
+    express = translate if step is None else translate_step
+
+    def callable_as_file(gm: CapturedModule) -> CapturedModule:
+        return inference(gm if step is None else with_tensors(step, gm), keep_loss=options.keep_loss)
+
+    plain = callable_as_file(written)
 
     def source(name: str) -> Fold | Tensor:
         tensor: Tensor = get_path(plain, name)
@@ -208,7 +234,10 @@ def export_graph(
         return graph if options.dtype is None else cast_graph(graph, options.dtype)
 
     graph = converted(plain)
-    inputs = flat_example(plain.signature, trained.meta.get("example"), options.example_inputs)
+    if step is None:
+        inputs = flat_example(plain.signature, trained.meta.get("example"), options.example_inputs)
+    else:
+        inputs = flat_example(plain.signature, step.meta["example"], None)
     example = inputs
     if graph is not plain:
         example = {name: t.to(options.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
@@ -225,7 +254,7 @@ def export_graph(
     origin = provenance(trained)
     with draft(path, options.data_name) as file:
         with run.phase("translate"):
-            translation = translate(graph, example, dims, opset)
+            translation = express(graph, example, dims, opset)
             model = translation.model
         warnings = [f"{place} came out fixed: the file takes this size only" for place in translation.fixed]
         warnings += [
@@ -242,12 +271,10 @@ def export_graph(
         checks["onnx.checker"] = "passed, with shape inference"
         if options.verify:
             with run.phase("compare") as done:
-                base = inference(
-                    unadapted(trained) if stage(trained) is Stage.INSERTED else trained, keep_loss=options.keep_loss
-                )
+                base = callable_as_file(unadapted(trained) if stage(trained) is Stage.INSERTED else trained)
                 # A translation does not depend on weights, so that of an equal graph need not be repeated.
                 twin = structure(base) == structure(plain)
-                reference = model if twin else translate(converted(base), example, dims, opset).model
+                reference = model if twin else express(converted(base), example, dims, opset).model
                 loaded = ir.load(file.path)
                 apart = [site.name for site in sites(trained) if site.apart]
                 difference = check_graph(loaded, reference, apart)
@@ -259,9 +286,15 @@ def export_graph(
                     unmerged = inference(trained, keep_loss=options.keep_loss)
                     if graph is not plain:  # the torch graph in float32 or better, whatever the file is in
                         unmerged, inputs = widen_graph(unmerged), {n: widen_tensor(t) for n, t in inputs.items()}
-                    cases = make_cases(inputs, translation.dims, plain.signature.ranges)
-                    parity, note = check_numbers(file.path, unmerged, dtype, cases, tolerance, done)
-                    checks["same numbers"] = f"{sum(p.refused is None for p in parity)} runs agree with torch"
+                    if step is None:
+                        cases = make_cases(inputs, translation.dims, plain.signature.ranges)
+                        parity, note = check_numbers(file.path, unmerged, dtype, cases, tolerance, done)
+                        checks["same numbers"] = f"{sum(p.refused is None for p in parity)} runs agree with torch"
+                    else:
+                        given = flat_example(unmerged.signature, trained.meta.get("example"), options.example_inputs)
+                        prompts = make_prompts(given, longest_sequence(trained))
+                        parity, agreed, note = check_generation(file.path, unmerged, dtype, prompts, tolerance, done)
+                        checks["same tokens"] = agreed
                     if note is not None:
                         checks["not run"] = note
                 else:
@@ -299,6 +332,13 @@ def export_graph(
         rounding=rounding,
         provenance=origin,
     )
+
+
+def _capture_step(gm: CapturedModule, keep_loss: bool, run: Run) -> CapturedModule:
+    if keep_loss:
+        raise ExportError("kv_cache=True and keep_loss=True: a step of generation has no labels. Export two files")
+    with run.phase("capture"):
+        return capture_decoder(gm)
 
 
 def _changes(

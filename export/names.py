@@ -102,7 +102,7 @@ def read_call(node: ir.Node) -> int | None:
 
 
 def call_as_module(number: int | None) -> dict[str, tuple[str, str]]:
-    """What to give torch.onnx for a node's stack of modules, so that the nodes it becomes say which call they are of."""
+    """A stack of modules for torch.onnx that makes the nodes which a call becomes say its number."""
     return {} if number is None else {"": (str(number), "")}
 
 

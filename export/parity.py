@@ -140,6 +140,7 @@ class Session:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # failures come as exceptions
         self.ran = ran
+        self.run_options: ort.RunOptions | None = None  # what adapters are active
         try:
             self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except NotImplementedByRuntime as error:
@@ -150,7 +151,7 @@ class Session:
     def __call__(self, inputs: Mapping[str, Tensor]) -> list[np.ndarray[Any, Any]]:
         feed = {i.name: _as_declared(inputs[i.name], i.type).numpy() for i in self.session.get_inputs()}
         try:
-            found: list[np.ndarray[Any, Any]] = self.session.run(None, feed)
+            found: list[np.ndarray[Any, Any]] = self.session.run(None, feed, self.run_options)
         except Exception as error:  # onnxruntime's exceptions share no base class
             shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in feed.items())
             raise ParityError(f"ONNX Runtime cannot run the exported file on {shapes}: {error}") from error

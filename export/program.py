@@ -1,21 +1,26 @@
 """A captured graph as a program that torch.onnx takes, without tracing the model again.
 
-torch.export would run the graph once to find out shapes, and torch.onnx twice more to break up operators that ONNX does
-not have. A captured graph is one of plain operators already: so shapes are found in one run, and only the few calls
-that ONNX lacks an operator for are broken up, each by itself, by torch's own rules. A graph that this is not enough for
-(it writes in place, has graphs inside) is left to torch.export.
+torch.export would run the graph once to find out shapes, and torch.onnx twice more to take apart the operators that
+ONNX does not have. But a captured graph consists of plain calls already. So shapes are found out here, and the few
+calls that ONNX has no operator for are taken apart one by one, by torch's own rules: an :class:`ExportedProgram` like
+any other, made in a fraction of the time. A graph for which this is not enough (it writes to memory that has other
+names, or holds graphs) goes to torch.export.
+
+This is the one place that reaches below torch's public surface: for fake tensors, and for which operators torch never
+leaves whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dispatch.python import enable_python_dispatcher
 from torch._export.utils import _is_cia_op, _is_preservable_cia_op
-from torch._ops import OperatorBase, OpOverload
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.export import Dim, ExportedProgram, ModuleCallEntry
 from torch.export.graph_signature import (
@@ -28,7 +33,7 @@ from torch.export.graph_signature import (
 )
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, is_concrete_int
 from torch.fx.node import map_arg
 
 from lorafx.graph import get_path
@@ -38,18 +43,17 @@ class _Program(ExportedProgram):
     """A program whose calls are decomposed one by one, where :class:`ExportedProgram` traces all of it again."""
 
     def run_decompositions(
-        self,
-        decomp_table: dict[OperatorBase, Callable[..., Any]] | None = None,
-        decompose_custom_triton_ops: bool = False,
+        self, decomp_table: dict[Any, Callable[..., Any]] | None = None, decompose_custom_triton_ops: bool = False
     ) -> ExportedProgram:
+        """Take apart, in place, what the table has a rule for, and what torch never leaves whole."""
         table = dict(decomp_table or {})
-        values = [node.meta.get("val") for node in self.graph.nodes]
+        values = (node.meta.get("val") for node in self.graph.nodes)
         mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
         with torch.no_grad(), mode, enable_python_dispatcher():
             for node in list(self.graph.nodes):
                 if node.op == "call_function" and (node.target in table or _never_whole(node.target)):
                     _decompose(node, table)
-        self.graph_signature.output_specs = _outputs(self.graph)
+        self.graph_signature.output_specs = _output_specs(self.graph)
         self.graph.eliminate_dead_code()
         self.graph.lint()
         return self
@@ -58,16 +62,13 @@ class _Program(ExportedProgram):
 def make_program(
     graph: GraphModule, example: Mapping[str, Tensor], dynamic: Mapping[str, Collection[int]]
 ) -> ExportedProgram:
-    """Make a program of a graph for inference. Notes of lorafx on its nodes stay.
+    """Make a program of a graph for inference. lorafx's notes on its nodes stay.
 
     Args:
-        graph: calls of operators on tensors; its result is a tuple of tensors.
-        example: a tensor for each placeholder.
+        graph: calls of operators on tensors, their result a tuple of tensors. Not changed.
+        example: a tensor for each placeholder, with no dynamic size below 2.
         dynamic: the dimensions of each that may have any size.
     """
-    if not all(_is_plain(node) for node in graph.graph.nodes):
-        shapes = {name: dict.fromkeys(dynamic.get(name, ()), Dim.AUTO) for name in example}
-        return torch.export.export(graph, (), dict(example), dynamic_shapes=shapes, strict=False)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     inputs = {name: _fake(mode, tensor, dynamic.get(name, ())) for name, tensor in example.items()}
     lifted, specs, tensors = _lifted(graph, mode)
@@ -75,17 +76,25 @@ def make_program(
         if node.target in inputs:
             node.meta["val"] = inputs[node.target]
             specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
-    _find_shapes(lifted, mode)
-    if mode.shape_env.replacements:  # sizes that turned out to be equal, which now makes all others simpler
+    written = _without_writes(lifted)
+    plain = all(_is_plain(node) for node in lifted.nodes)
+    if plain:
         _find_shapes(lifted, mode)
+        if any(isinstance(size, torch.SymInt) and is_concrete_int(size) for size in _sizes(lifted)):
+            _find_shapes(lifted, mode)  # with what later calls told about earlier ones' sizes
+        plain = all(_same_kind(result.meta["val"], node.meta["val"]) for result, node in written.items())
+    if not plain:
+        shapes = {name: dict.fromkeys(dynamic.get(name, ()), Dim.AUTO) for name in example}
+        return torch.export.export(graph, (), dict(example), dynamic_shapes=shapes, strict=False)
+    saved = {s.target for s in specs if s.kind is InputKind.PARAMETER or s.persistent}
     return _Program(
-        root=torch.nn.Module(),
+        root=nn.Module(),
         graph=lifted,
-        graph_signature=ExportGraphSignature(specs, _outputs(lifted)),
-        state_dict={s.target: tensors[s.target] for s in specs if s.persistent or s.kind is InputKind.PARAMETER},
+        graph_signature=ExportGraphSignature(specs, _output_specs(lifted)),
+        state_dict={name: tensor for name, tensor in tensors.items() if name in saved},
         range_constraints={},
         module_call_graph=[ModuleCallEntry("")],
-        constants={s.target: tensors[s.target] for s in specs if s.kind is InputKind.BUFFER and not s.persistent},
+        constants={name: tensor for name, tensor in tensors.items() if name not in saved},
     )
 
 
@@ -95,75 +104,128 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: Collection[int]) -> Fak
 
 
 def _lifted(graph: GraphModule, mode: FakeTensorMode) -> tuple[Graph, list[InputSpec], dict[str, Tensor]]:
-    """A copy of the graph that takes its tensors as inputs, what it takes for each, and the tensors."""
+    """A copy of the graph that takes its tensors as inputs, what it takes for each, and the tensors by name."""
     saved, lifted = graph.state_dict().keys(), Graph()
     copies: dict[Node, Node] = {}
+    first: dict[str, Node] = {}
     specs: list[InputSpec] = []
     tensors: dict[str, Tensor] = {}
-    first: dict[int, Node] = {}
     for node in graph.graph.find_nodes(op="get_attr"):
         name, tensor = str(node.target), get_path(graph, str(node.target))
-        if id(tensor) not in first:
-            first[id(tensor)] = copy = lifted.placeholder(node.name)
-            kind = InputKind.PARAMETER if isinstance(tensor, torch.nn.Parameter) else InputKind.BUFFER
-            specs.append(InputSpec(kind, TensorArgument(copy.name), name, None if kind is InputKind.PARAMETER else name in saved))
-            tensors[name] = tensor
-            copy.meta["val"] = mode.from_tensor(tensor.detach(), static_shapes=True)
-        copies[node] = first[id(tensor)]
-    result = lifted.graph_copy(graph.graph, copies)
-    lifted.output(result)
+        if not isinstance(tensor, Tensor):  # a graph, for torch.export to deal with
+            continue
+        if name in first:
+            copies[node] = first[name]
+            continue
+        copies[node] = first[name] = copy = lifted.placeholder(node.name)
+        copy.meta["val"] = mode.from_tensor(tensor.detach(), static_shapes=True)
+        tensors[name] = tensor
+        if isinstance(tensor, nn.Parameter):
+            specs.append(InputSpec(InputKind.PARAMETER, TensorArgument(copy.name), name))
+        else:
+            specs.append(InputSpec(InputKind.BUFFER, TensorArgument(copy.name), name, persistent=name in saved))
+    lifted.output(lifted.graph_copy(graph.graph, copies))
     return lifted, specs, tensors
+
+
+def _output_specs(graph: Graph) -> list[OutputSpec]:
+    results: Any = graph.output_node().args[0]
+    return [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]
+
+
+# Calls that write.
+
+
+def _without_writes(graph: Graph) -> dict[Node, Node]:
+    """Let calls that write to a value that has its memory to itself return a new one; which they are, and for what."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    written: dict[Node, Node] = {}
+    for node in list(graph.nodes):
+        functional = _functional(node.target)
+        held = node.args[0] if functional is not None and node.args else None
+        if isinstance(held, Node) and _is_new(held) and all(_is_new(user) for user in held.users if user is not node):
+            node.target = functional
+            held.replace_all_uses_with(node, lambda user, at=order[node]: order[user] > at)  # type: ignore[misc]
+            written[node] = held
+    return written
+
+
+def _functional(target: Any) -> OpOverload[..., Any] | None:
+    """The operator that returns what this one writes to its first argument."""
+    if not isinstance(target, OpOverload) or not target._schema.is_mutable:
+        return None
+    writes = [argument.alias_info is not None and argument.alias_info.is_write for argument in target._schema.arguments]
+    packet = getattr(getattr(torch.ops, target.namespace), target._opname.removesuffix("_"), None)
+    found = getattr(packet, target._overloadname, None)
+    if writes != [True] + [False] * (len(writes) - 1) or not isinstance(found, OpOverload):
+        return None
+    return None if found._schema.is_mutable else found
+
+
+def _is_new(node: Node) -> bool:
+    """Whether the value of a call shares its memory with no other."""
+    if isinstance(node.target, OpOverload):
+        return all(returned.alias_info is None for returned in node.target._schema.returns)
+    return node.target is operator.getitem and isinstance(node.args[0], Node) and _is_new(node.args[0])
+
+
+def _same_kind(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.dim() == b.dim() and all(m == n for m, n in zip(a.shape, b.shape, strict=True))
+
+
+def _is_plain(node: Node) -> bool:
+    """Whether a call can be taken as it is: it writes nothing and holds no graph."""
+    if node.op != "call_function":
+        return node.op in ("placeholder", "output")
+    if isinstance(node.target, OpOverload):
+        return not node.target._schema.is_mutable
+    return getattr(node.target, "__module__", None) in ("_operator", "math")
+
+
+# Shapes, and operators that ONNX lacks.
 
 
 def _find_shapes(graph: Graph, mode: FakeTensorMode) -> None:
     with torch.no_grad(), mode, enable_python_dispatcher():
         for node in graph.nodes:
             if node.op == "call_function":
-                args, kwargs = map_arg((node.args, node.kwargs), lambda operand: operand.meta["val"])
-                node.meta["val"] = node.target(*args, **kwargs)
+                node.meta["val"] = _call(node, {operand: operand.meta["val"] for operand in node.all_input_nodes})
 
 
-def _outputs(graph: Graph) -> list[OutputSpec]:
-    results = graph.output_node().args[0]
-    return [OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(node.name), None) for node in results]
+def _call(node: Node, values: Mapping[Node, Any]) -> Any:
+    target: Any = node.target
+    args: Any = map_arg(node.args, values.__getitem__)
+    kwargs: Any = map_arg(node.kwargs, values.__getitem__)
+    return target(*args, **kwargs)
 
 
-def _decompose(node: Node, table: dict[OperatorBase, Callable[..., Any]]) -> None:
-    """Replace a call by what it comes to by the table, and what that comes to."""
+def _sizes(graph: Graph) -> Iterator[int | torch.SymInt]:
+    for node in graph.nodes:
+        if isinstance(value := node.meta.get("val"), Tensor):
+            yield from value.shape
+
+
+def _never_whole(target: Any) -> bool:
+    """Whether torch always takes this operator apart: those that may return their argument, and some that write."""
+    return isinstance(target, OpOverload) and _is_cia_op(target) and not _is_preservable_cia_op(target)
+
+
+def _decompose(node: Node, table: Mapping[Any, Callable[..., Any]]) -> None:
+    """Replace a call by those that it comes to, and these by what they come to by the table."""
     operands = node.all_input_nodes
-
-    def call(*values: Any) -> Any:
-        given = dict(zip(operands, values, strict=True))
-        args, kwargs = map_arg((node.args, node.kwargs), lambda operand: given[operand])
-        return node.target(*args, **kwargs)
-
-    values = [operand.meta["val"] for operand in operands]
-    inner = make_fx(call, decomposition_table=table)(*values)
-    copies = dict(zip(inner.graph.find_nodes(op="placeholder"), operands, strict=True))
+    traced = make_fx(lambda *values: _call(node, dict(zip(operands, values, strict=True))), decomposition_table=table)
+    inner = traced(*(operand.meta["val"] for operand in operands)).graph
+    copies = dict(zip(inner.find_nodes(op="placeholder"), operands, strict=True))
     with node.graph.inserting_before(node):
-        for step in inner.graph.nodes:
+        for step in inner.nodes:
             if step.op == "call_function":
                 copies[step] = copy = node.graph.node_copy(step, copies.__getitem__)
                 copy.meta = {**node.meta, "val": step.meta["val"]}
-    results = inner.graph.output_node().args[0]
+    results: Any = inner.output_node().args[0]
     if isinstance(results, Node):
         node.replace_all_uses_with(copies[results])
-    else:  # several, which are taken apart by operator.getitem
+    else:  # several, which operator.getitem picks from
         for user in list(node.users):
             user.replace_all_uses_with(copies[results[user.args[1]]])
             node.graph.erase_node(user)
     node.graph.erase_node(node)
-
-
-def _never_whole(target: Any) -> bool:
-    """Whether torch always replaces this by what it is made of: where it may return its argument, or write to it."""
-    return isinstance(target, OpOverload) and _is_cia_op(target) and not _is_preservable_cia_op(target)
-
-
-def _is_plain(node: Node) -> bool:
-    """Whether a call needs neither functionalisation nor a look inside."""
-    if node.op != "call_function":
-        return node.op in ("placeholder", "get_attr", "output")
-    if isinstance(node.target, OpOverload):
-        return not node.target._schema.is_mutable
-    return getattr(node.target, "__module__", None) in ("_operator", "math")

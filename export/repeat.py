@@ -56,8 +56,8 @@ class Repeat:
 class _Sequence:
     """Operators in order, of a torch or an ONNX graph, ready to be compared.
 
-    ``keys[i]`` is all there is to say about an operator but for its operands. An operand is a position and an output, or
-    what identifies a value that no operator computes. ``returned`` are the positions whose values the graph returns.
+    ``keys[i]`` is all there is to say about an operator but for its operands. An operand is a position and an output,
+    or what identifies a value that no operator computes. ``returned`` are the positions whose values the graph returns.
     ``steps(a, b, period)`` says whether such a value is to another what a block's weight is to the next block's.
     """
 
@@ -138,7 +138,7 @@ def drop_repeats(graph: Graph, repeats: Iterable[Repeat]) -> None:
         stop, shift = repeat.stop, repeat.dropped * repeat.period
         last = calls[stop - repeat.period : stop]
         for node, twin in zip(last, calls[stop - repeat.period - shift : stop - shift], strict=True):
-            node.replace_all_uses_with(twin, lambda user, stop=stop: notes(user).get("call", stop) >= stop)
+            node.replace_all_uses_with(twin, lambda user, stop=stop: notes(user).get("call", stop) >= stop)  # type: ignore[misc]
         for node in reversed(calls[stop - shift : stop]):
             graph.erase_node(node)
     for node in graph.find_nodes(op="get_attr"):
@@ -197,7 +197,7 @@ def _torch_sequence(
                 return f"<{kinds.get(argument, '')}>"
             return repr(argument)
 
-        form = map_aggregate((node.args, dict(node.kwargs)), place)  # type: ignore[arg-type]
+        form = map_aggregate((node.args, dict(node.kwargs)), place)
         keys.append((node.op, node.target, str(form)))
         operands.append([(position[o], 0) if o in position else id(held.get(o, o)) for o in given])
         tensors.append([(str(o.target), id(held[o])) if o in held else None for o in given])
@@ -289,11 +289,11 @@ def _unroll(graph: ir.Graph, repeat: Repeat) -> bool:
         for index, (mine, its) in enumerate(zip(node.inputs, twin.inputs, strict=True)):
             if mine is None or its is None or mine is its:
                 continue
-            own, i, j = places.get(its, (None, 0, 0))
-            if own == 0:
-                twin.replace_input_with(index, blocks[-1][i][j])
-            elif own is None:
+            if its not in places:
                 twin.replace_input_with(index, tensor(its, repeat.dropped))
+            elif places[its][0] == 0:
+                _, i, j = places[its]
+                twin.replace_input_with(index, blocks[-1][i][j])
         _count_on(twin, repeat.dropped * repeat.period)
     for value in tensors.values():
         graph.initializers.pop(str(value.name), None)
@@ -327,8 +327,9 @@ def _onnx_sequence(graph: ir.Graph, nodes: Sequence[ir.Node], repeat: Repeat) ->
 
     def phase(node: ir.Node) -> Hashable:
         number = node.meta.get(CALL)
-        within = number is not None and repeat.start <= number < kept_until
-        return ("in a block", (number - repeat.start) % repeat.period) if within else number
+        if number is None or not repeat.start <= number < kept_until:
+            return number
+        return "in a block", (number - repeat.start) % repeat.period
 
     def key(node: ir.Node) -> Hashable:
         attributes = sorted(node.attributes.values(), key=lambda a: a.name)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -71,14 +71,8 @@ def translate(
     """
     weights = gm.state_dict().keys()
     flat = _flat(gm)
-    model = None
     with _quiet():
-        if repeats := find_repeats(flat, gm, weights):
-            short = _flat(gm)
-            drop_repeats(short, repeats)
-            model = _optimized(GraphModule(gm, short), example, dims, opset, weights)
-        if model is None or not unroll(model.graph, repeats):
-            model = _optimized(GraphModule(gm, flat), example, dims, opset, weights)
+        model = _shortened(gm, flat, example, dims, opset) or _optimized(gm, flat, example, dims, opset)
     folded = fold_weights(model, [v for v in model.graph.initializers.values() if v.name in weights])
     name_values(model, gm.signature.placeholders, output_names(gm), _tensor_names(gm, folded), _modules(gm, flat))
     symbols: dict[str, str] = {}
@@ -122,21 +116,48 @@ def _flat(gm: CapturedModule) -> Graph:
     outputs = graph.graph_copy(gm.graph, {})
     assert isinstance(outputs, tuple)
     graph.output(tuple(value for value in outputs if value is not None))
+    names: dict[int, str] = {}
+    for node in graph.find_nodes(op="get_attr"):  # of a tensor's names the first
+        node.target = names.setdefault(id(get_path(gm, str(node.target))), str(node.target))
     number_calls(graph)
     return graph
 
 
-def _optimized(
-    flat: GraphModule,
+def _shortened(
+    gm: CapturedModule,
+    flat: Graph,
     example: Mapping[str, Tensor],
     dims: Mapping[str, Mapping[int, str]],
     opset: int | None,
-    weights: Collection[str],
+) -> ir.Model | None:
+    """What :func:`_optimized` gives, by way of a graph with fewer of its repeated blocks; None if that is no way."""
+    repeats = find_repeats(flat, gm, gm.state_dict().keys())
+    if not repeats:
+        return None
+    short = _flat(gm)
+    drop_repeats(short, repeats)
+    try:
+        model = _optimized(gm, short, example, dims, opset)
+    except ExportError:  # blocks that change the sizes of what they pass on lead to others without some of them
+        return None
+    return model if unroll(model.graph, repeats) else None
+
+
+def _optimized(
+    gm: CapturedModule,
+    graph: Graph,
+    example: Mapping[str, Tensor],
+    dims: Mapping[str, Mapping[int, str]],
+    opset: int | None,
 ) -> ir.Model:
-    """The ONNX model of a graph, optimised without a look at its weights. Its nodes know what call they come from."""
+    """The ONNX model of a graph over a module's tensors, optimised without a look at its weights.
+
+    Its nodes say in their ``meta`` which call they come from.
+    """
+    weights = gm.state_dict().keys()
     kwargs, _ = make_example(dict(example), {}, {name: dims.get(name, {}) for name in example}).trace_inputs()
     try:
-        program = make_program(flat, kwargs, dims)
+        program = make_program(GraphModule(gm, graph), kwargs, dims)
         for node in program.graph.nodes:
             node.meta["nn_module_stack"] = call_as_module(notes(node).get("call"))
         converted = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
@@ -161,10 +182,11 @@ def _optimized(
 def _modules(gm: CapturedModule, flat: Graph) -> Callable[[int | None], list[tuple[str, str]]]:
     """For a call's number the modules that it is inside of: path and class, from the root on."""
     scopes = {notes(node).get("call"): str(notes(node).get("scope") or "") for node in flat.nodes}
+    known = {name.partition(".")[0] for name, _ in gm.named_modules()}
 
     @cache
     def inside(scope: str) -> list[tuple[str, str]]:
-        atoms = scope.split(".") if scope else []
+        atoms = scope.split(".") if scope.partition(".")[0] in known and scope else []
         return [(path, _class_at(gm, path)) for path in (".".join(atoms[:i]) for i in range(len(atoms) + 1))]
 
     return lambda call: inside(scopes.get(call, ""))

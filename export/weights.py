@@ -23,7 +23,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from lorafx.passes.fold import Fold, round_once
+from lorafx.passes.fold import Fold, one_thread, round_once
 
 #: Above this many elements, an operator other than Transpose is left to the runtime, and so is a
 #: Transpose of a weight that something else needs too: the limits of torch's own ONNX optimizer.
@@ -114,8 +114,10 @@ class Stored:
         rows = tensor.shape[order[0]]
         step = max(1, PIECE // max(1, tensor.nbytes // max(1, rows)))
         for start in range(0, rows, step):
-            piece = tensor.narrow(order[0], start, min(step, rows - start)).contiguous()
-            yield self._round(piece).permute(order).contiguous()  # of a contiguous piece this takes a fifth of the time
+            with one_thread():
+                piece = tensor.narrow(order[0], start, min(step, rows - start)).contiguous()
+                piece = self._round(piece).permute(order).contiguous()  # of a contiguous piece a fifth of the time
+            yield piece
 
     def _round(self, piece: Tensor) -> Tensor:
         return round_once(piece, self.dtype) if piece.is_floating_point() else piece.to(self.dtype)

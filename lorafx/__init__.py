@@ -46,11 +46,14 @@ from lorafx.export.diff import OnnxDifference, diff_onnx
 from lorafx.export.export import export_base, merge_and_export
 from lorafx.export.merge_onnx import MergeReport, merge_onnx
 from lorafx.export.prove import Proof, verify_onnx
+from lorafx.export.multi import MultiReport
 from lorafx.export.report import ExportReport
+from lorafx.export.runtime import AdapterSession
 from lorafx.inspection.inspect import inspect_adapter
 from lorafx.inspection.plot import plot_inspection
 from lorafx.inspection.report import Inspection
 from lorafx.ir import Site, sites
+from lorafx.multi import export_multi
 from lorafx.passes.allocate import Allocation, allocate_ranks, with_ranks
 from lorafx.passes.explain import Explanation, explain
 from lorafx.passes.initialize import initialize
@@ -66,6 +69,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
     "AdapterInfo",
+    "AdapterSession",
     "Allocation",
     "CaptureError",
     "CheckpointError",
@@ -84,6 +88,7 @@ __all__ = [
     "MatchError",
     "MergeError",
     "MergeReport",
+    "MultiReport",
     "OnnxDifference",
     "ParityError",
     "PassError",
@@ -105,6 +110,7 @@ __all__ = [
     "explain",
     "export_base",
     "export_checkpoint",
+    "export_multi",
     "extract_adapter",
     "initialize",
     "inspect_adapter",

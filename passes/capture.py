@@ -51,6 +51,7 @@ def capture(
     example_inputs: ExampleInputs = None,
     *,
     dynamic_shapes: Mapping[str, Any] | None = None,
+    eval_only: bool = False,
 ) -> CapturedModule:
     """Capture ``model`` as one graph for both modes.
 
@@ -60,13 +61,14 @@ def capture(
             synthesised for Hugging Face models, otherwise the model is traced symbolically.
         dynamic_shapes: per argument ``{dim: name}`` (or torch.export's own form) instead of the default;
             ``{}`` for an argument makes it static.
+        eval_only: capture eval mode alone: a graph that is the same in both modes, and nothing to train.
 
     Raises:
         CaptureError: the model cannot be traced, with the line of its code and what to do; or its
             modes cannot be reconciled.
     """
     with capture_config(model), _unchanged(model):
-        gm = _captured(model, example_inputs, dynamic_shapes)
+        gm = _captured(model, example_inputs, dynamic_shapes, eval_only)
     for name, module in model.named_modules(remove_duplicate=False):
         gm.get_submodule(name).training = module.training
     gm.get_submodule(ROOT_MODE).training = model.training
@@ -74,7 +76,7 @@ def capture(
 
 
 def _captured(
-    model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Mapping[str, Any] | None
+    model: nn.Module, example_inputs: ExampleInputs, dynamic_shapes: Mapping[str, Any] | None, eval_only: bool
 ) -> CapturedModule:
     given = example_inputs if example_inputs is not None else synthesize_inputs(model)
     if given is None:
@@ -85,18 +87,18 @@ def _captured(
     if not labels and (synthetic := synthesize_labels(model, bound)) is not None:
         try:
             extended = make_example({**bound, "labels": synthetic}, parameters, dynamic_shapes, frozenset({"labels"}))
-            return _capture_export(model, extended, example)
+            return _capture_export(model, extended, example, eval_only)
         except CaptureError:
             pass  # the model's loss cannot be captured; without labels it may well be
-    return _capture_export(model, example, example)
+    return _capture_export(model, example, example, eval_only)
 
 
-def _capture_export(model: nn.Module, example: Example, user: Example) -> CapturedModule:
-    model.train()
+def _capture_export(model: nn.Module, example: Example, user: Example, eval_only: bool) -> CapturedModule:
+    model.train(not eval_only)
     with watch_mode_reads() as reads:
         train = export_trace(model, example)
     canonicalize(train, model, example.optional)
-    if reads.decisive or not same_in_eval(train.graph):
+    if not eval_only and (reads.decisive or not same_in_eval(train.graph)):
         model.eval()
         evaluated = export_trace(model, example)
         canonicalize(evaluated, model, example.optional)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from lorafx.errors import CaptureError, ExportError, FixedDimensionWarning
-from lorafx.graph import CapturedModule, named_tensors, share
+from lorafx.graph import CapturedModule, share
 from lorafx.ir import Stage, stage
 from lorafx.passes.capture import capture
 from lorafx.passes.huggingface import is_hf
@@ -58,7 +58,7 @@ def capture_decoder(gm: CapturedModule) -> CapturedModule:
     with warnings.catch_warnings():
         # The total is the sum of two sizes which torch takes to be 2 or more.
         warnings.simplefilter("ignore", FixedDimensionWarning)
-        step = capture(model, inputs, dynamic_shapes=shapes)
+        step = capture(model, inputs, dynamic_shapes=shapes, eval_only=True)
     if step.signature.fixed:
         fixed = [f"dimension {d} of {n} at {s}" for n, sizes in step.signature.fixed.items() for d, s in sizes.items()]
         raise CaptureError(
@@ -69,11 +69,30 @@ def capture_decoder(gm: CapturedModule) -> CapturedModule:
 
 
 def with_tensors(step: CapturedModule, gm: CapturedModule) -> CapturedModule:
-    """The step with the model's tensors as ``gm`` has them (the same objects), a graph without adapters."""
+    """The step with the model's tensors as ``gm`` has them (the same objects), a graph without adapters.
+
+    Raises:
+        ExportError: ``gm`` has a weight that the model has not.
+    """
     twin = share(step)
     for path, store, name in _original(gm).names():
         getattr(twin.get_submodule(path), store)[name] = getattr(gm.get_submodule(path), store)[name]
+    if own := sorted(gm.state_dict().keys() - twin.state_dict().keys()):
+        raise ExportError(
+            f'kv_cache=True: {", ".join(own)} was kept apart from another use of the weight (tied="untie"), and the '
+            "model's code knows one weight only. Adapt without this layer, or export with kv_cache=False"
+        )
     return twin
+
+
+def longest_sequence(gm: CapturedModule) -> int | None:
+    """How many tokens the model takes at most; None if any number."""
+    module = _original(gm).module
+    assert module is not None
+    config: Any = module.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limits = [getattr(text, "max_position_embeddings", None), gm.signature.ranges.get("sequence", (1, None))[1]]
+    return min((n for n in limits if n is not None), default=None)
 
 
 def _original(gm: CapturedModule) -> Original:

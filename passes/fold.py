@@ -3,8 +3,9 @@
     W'[rows, columns] = round( W[rows, columns] + sum over the sites of the update's part there )
 
 Each weight is computed in float32 or better (float64 where it, or what it is written as, has four bytes or more) and
-rounded once. What a matrix product rounds to depends on its operands' shapes, so the products are always those of the
-same tiles: a panel has, bit for bit, the values of the whole.
+rounded once. What a matrix product rounds to depends on its operands' shapes and on the number of threads, so the
+products are always those of the same tiles, by one thread: a panel has, bit for bit, the values of the whole. (A tile
+is too small to be worth sharing, and while one is made, another thread writes those before.)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -52,14 +54,18 @@ class Rounding:
         """The share of the change that is in the stored weight: the length of ``D + e`` along ``D``, over ``|D|``."""
         return 1.0 + self.along / self.change if self.change else 1.0
 
-    def add(self, base: Tensor, exact: Tensor, stored: Tensor) -> None:
-        """Count a tile: the base and the exact result in a wide dtype, and what is stored."""
-        change = (exact - base).reshape(-1)
+    def add(self, base: Tensor, exact: Tensor, stored: Tensor) -> bool:
+        """Count a tile: base and exact result in a wide dtype, and what is stored. False: not all are finite."""
         error = stored.to(exact.dtype).sub_(exact).reshape(-1)
-        self.largest = max(self.largest, error.abs().max().item())
+        largest: float = torch.linalg.vector_norm(error, math.inf).item()
+        if not math.isfinite(largest):
+            return False
+        change = (exact - base).reshape(-1)
+        self.largest = max(self.largest, largest)
         self.error += error.dot(error).item()
         self.change += change.dot(change).item()
         self.along += error.dot(change).item()
+        return True
 
 
 @dataclass(eq=False)
@@ -129,11 +135,14 @@ class Fold:
             yield self.compute().permute(order).contiguous()
             return
         turned = swapped != self.sites[0].transposed  # whether a panel holds columns of the matrix
-        changes = self._changes(matrix)
+        with one_thread():
+            changes = self._changes(matrix)
         *stack, height, width = matrix.shape
         for index in itertools.product(*map(range, stack)):
             for first in range(0, width if turned else height, TILE):
-                yield self._panel(matrix, changes, index, first, turned)
+                with one_thread():
+                    panel = self._panel(matrix, changes, index, first, turned)
+                yield panel
 
     def _panel(
         self,
@@ -170,14 +179,15 @@ class Fold:
         stored = round_once(exact, self.dtype)
         if stored.is_meta:
             return stored
-        if not math.isfinite(stored.sum(dtype=self._wide).item()):  # one pass, where nothing is wrong
-            if bool((base.isfinite() & ~stored.isfinite()).any()):
-                raise MergeError(
-                    f"site '{self.sites[0].name}': the merged weight does not fit in {self.dtype} (it overflows to "
-                    "Inf). Merge into a wider copy of the model, or lower the adapter's scaling"
-                )
-        elif self.rounding is not None:
-            self.rounding.add(base, exact, stored)
+        if self.rounding is not None:
+            finite = self.rounding.add(base, exact, stored)
+        else:
+            finite = math.isfinite(stored.sum(dtype=self._wide).item())
+        if not finite and bool((base.isfinite() & ~stored.isfinite()).any()):
+            raise MergeError(
+                f"site '{self.sites[0].name}': the merged weight does not fit in {self.dtype} (it overflows to "
+                "Inf). Merge into a wider copy of the model, or lower the adapter's scaling"
+            )
         return stored
 
     @property
@@ -211,6 +221,17 @@ def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
     bits = near.view(torch.int32) - outside.int()
     odd = torch.where((gap != 0) & near.isfinite(), bits | 1, bits)
     return odd.view(torch.float32).to(dtype)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch's operators in the calling thread only: for pieces that are too small to be worth handing around."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _swaps_last(order: tuple[int, ...]) -> bool | None:

@@ -34,8 +34,8 @@ from lorafx.export.translate import Translation, structure, translate
 from lorafx.export.weights import fill
 from lorafx.export.write import Draft
 from lorafx.graph import CapturedModule, get_path
-from lorafx.passes.inference import inference
 from lorafx.passes.fold import Fold
+from lorafx.passes.inference import inference
 from lorafx.passes.merge import merge, merge_lazily, unadapted
 from zoo import FAMILIES, Family
 

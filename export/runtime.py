@@ -1,0 +1,264 @@
+"""Running a model with adapters in ONNX Runtime, without its traps.
+
+    session = lorafx.AdapterSession("model.onnx", {"fr": "fr.onnx_adapter", "de": "de.onnx_adapter"})
+    session.run({"input_ids": ids}, adapter="fr")        # None: the base alone
+
+ONNX Runtime itself takes the first of two adapters with the same tensors without a word, ignores adapters where inputs
+are bound (IO binding), fails inside the graph where an adapter has A without B, and runs an adapter of another
+base as long as the shapes fit. Here each of these is an error that says what to do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from lorafx.checks import did_you_mean
+from lorafx.errors import AdapterError, ExportError
+
+Array = npt.NDArray[Any]
+
+ADAPTER_SUFFIX = ".onnx_adapter"
+
+#: How the inputs of a layer end that only make sense together.
+_PAIRS = (("lora_A", "lora_B"), ("lora_A.MatMul.weight", "lora_B.MatMul.weight"))
+
+
+
+
+def model_version(sha256: str) -> int:
+    """What an adapter's file notes of the ``.onnx`` with this digest: its first 31 bits, since there is room for no more.
+
+    That keeps files apart that were mixed up, and is no protection against forgery.
+    """
+    return int(sha256[:8], 16) >> 1
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """An ``.onnx_adapter`` file: the ``version`` of the base that it is for, and its values by the inputs' names."""
+
+    path: Path
+    version: int
+    values: Mapping[str, ort.OrtValue]
+    held: ort.AdapterFormat  # the mapped file that the values lie in
+
+    def data(self, name: str) -> bytes:
+        """A copy of a tensor's bytes, whatever its dtype (numpy has no bfloat16)."""
+        value = self.values[name]
+        return ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+
+
+def load_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
+    """Read an adapter's file.
+
+    Raises:
+        AdapterError: it is not there, or no such file.
+    """
+    place = Path(path)
+    if not place.is_file():
+        raise AdapterError(f"{place}: no such file; export_multi writes one for each task, beside the .onnx")
+    try:
+        found = ort.AdapterFormat.read_adapter(str(place))
+        return AdapterFile(place, found.get_model_version(), found.get_parameters(), found)
+    except Exception as error:  # noqa: BLE001  # onnxruntime's exceptions share no base class
+        raise AdapterError(f"{place} is no adapter of ONNX Runtime's, or damaged: {error}") from error
+
+
+class AdapterSession:
+    """ONNX Runtime on a file of :func:`lorafx.export_multi`, with any of its adapters.
+
+    ``session`` is the ``onnxruntime.InferenceSession``. Runs may come from several threads at once, each with an adapter
+    of its own; adding and removing adapters may not.
+
+    Args:
+        path: the ``.onnx`` file.
+        adapters: files by the names to call them; None: all beside it that are for this base, by their files' names.
+        providers, session_options: as for ``onnxruntime.InferenceSession``; None: the CPU, ONNX Runtime's defaults.
+
+    Raises:
+        AdapterError: as :meth:`add`.
+        ExportError: ONNX Runtime cannot load the file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
+        *,
+        providers: Sequence[Any] | None = None,
+        session_options: ort.SessionOptions | None = None,
+    ) -> None:
+        self.path = Path(path)
+        chosen = ["CPUExecutionProvider"] if providers is None else list(providers)
+        try:
+            self._version = model_version(hashlib.sha256(self.path.read_bytes()).hexdigest())
+            self.session = ort.InferenceSession(str(path), session_options or _quiet(), providers=chosen)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
+        self._optional = {i.name: i for i in self.session.get_overridable_initializers()}
+        self._files: dict[str, AdapterFile] = {}
+        self._loaded: dict[str, ort.LoraAdapter] = {}
+        self._options: dict[tuple[str, ...], ort.RunOptions] = {}
+        if adapters is None:
+            beside = sorted(self.path.parent.glob(f"*{ADAPTER_SUFFIX}"))
+            found = [load_adapter_file(p) for p in beside]
+            adapters = {f.path.name.removesuffix(ADAPTER_SUFFIX): f.path for f in found if f.version == self._version}
+        for name, place in adapters.items():
+            self.add(name, place)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of the adapters."""
+        return tuple(self._files)
+
+    def add(self, name: str, path: str | os.PathLike[str]) -> None:
+        """Load an adapter, while the session goes on; the base is not loaded again.
+
+        Raises:
+            AdapterError: the name is taken; the file is damaged or for another base; it has inputs that the model has
+                not, of another shape or dtype, or A of a layer without B.
+        """
+        if name in self._files:
+            raise AdapterError(f"there is an adapter '{name}' already: remove('{name}') first, or take another name")
+        file = load_adapter_file(path)
+        self._check(file)
+        loaded = ort.LoraAdapter()
+        loaded.Load(str(path))
+        self._files[name], self._loaded[name] = file, loaded
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            AdapterError: there is none of this name.
+        """
+        self._find(name)
+        del self._files[name], self._loaded[name]
+        self._options = {names: options for names, options in self._options.items() if name not in names}
+
+    def run(
+        self, inputs: Mapping[str, Array], adapter: str | Sequence[str] | None = None
+    ) -> dict[str, Array]:
+        """The outputs by name, with an adapter (several, if they adapt different layers), or with none.
+
+        Raises:
+            AdapterError: there is no such adapter, two have the same tensors, or the inputs are bound.
+        """
+        if isinstance(inputs, ort.IOBinding) or not isinstance(inputs, Mapping):
+            raise AdapterError(
+                "run takes inputs as a dict of arrays. ONNX Runtime ignores adapters in runs with bound inputs: take "
+                "binding = session.binding('name'), which has the adapter's tensors bound as inputs, bind the others, and "
+                "call session.session.run_with_iobinding(binding)"
+            )
+        names = [o.name for o in self.session.get_outputs()]
+        found: Sequence[Array] = self.session.run(names, dict(inputs), self._run_options(_names(adapter)))
+        return dict(zip(names, found, strict=True))
+
+    def binding(self, adapter: str | Sequence[str] | None = None) -> ort.IOBinding:
+        """For runs with bound inputs and outputs: a binding that has an adapter's tensors as inputs.
+
+        Bind the model's own inputs and its outputs to it, and call ``session.session.run_with_iobinding(binding)``, without
+        run options. The tensors lie in the CPU's memory, mapped from the file.
+
+        Raises:
+            AdapterError: as :meth:`run`.
+        """
+        chosen = _names(adapter)
+        self._refuse_overlap(chosen)
+        binding = self.session.io_binding()
+        for name in chosen:
+            for tensor, value in self._find(name).values.items():
+                binding.bind_ortvalue_input(tensor, value)
+        return binding
+
+    def _run_options(self, names: tuple[str, ...]) -> ort.RunOptions | None:
+        if not names:
+            return None
+        if names not in self._options:
+            self._refuse_overlap(names)
+            options = ort.RunOptions()
+            for name in names:
+                self._find(name)
+                options.add_active_adapter(self._loaded[name])
+            self._options[names] = options
+        return self._options[names]
+
+    def _refuse_overlap(self, names: Sequence[str]) -> None:
+        first: dict[str, str] = {}
+        for name in names:
+            for tensor in self._find(name).values:
+                if (other := first.setdefault(tensor, name)) != name:
+                    raise AdapterError(
+                        f"adapters '{other}' and '{name}' both have '{tensor}': ONNX Runtime would take that of '{other}' and "
+                        f"drop the other's without a word. Run one of them, or combine them before the export "
+                        "(lorafx.combine_adapters)"
+                    )
+        if len(set(names)) < len(names):
+            raise AdapterError(f"an adapter is named twice in {list(names)}; each counts once")
+
+    def _find(self, name: str) -> AdapterFile:
+        if name not in self._files:
+            there = ", ".join(map(repr, self._files)) or "none"
+            raise AdapterError(f"there is no adapter {name!r}{did_you_mean(name, self._files)}; there are {there}")
+        return self._files[name]
+
+    def _check(self, file: AdapterFile) -> None:
+        if unknown := [n for n in file.values if n not in self._optional]:
+            raise AdapterError(
+                f"{file.path}: {self.path} has no optional input '{unknown[0]}'{did_you_mean(unknown[0], self._optional)}: "
+                "the adapter was made for another model. Export them together"
+            )
+        for name, value in file.values.items():
+            wanted = self._optional[name]
+            fits = len(wanted.shape) == len(value.shape()) and all(
+                isinstance(w, str) or w == s for w, s in zip(wanted.shape, value.shape(), strict=True)
+            )
+            if not fits or wanted.type != value.data_type():
+                raise AdapterError(
+                    f"{file.path}: '{name}' is {value.data_type()} {value.shape()}, and the model takes {wanted.type} "
+                    f"{wanted.shape}"
+                )
+        for a, b in _PAIRS:
+            self._check_pairs(file, a, b)
+        if file.version != self._version:
+            raise AdapterError(
+                f"{file.path} was made for another base than {self.path} (or the base was changed since): its "
+                "update is relative to other weights. Export them together"
+            )
+
+    def _check_pairs(self, file: AdapterFile, a: str, b: str) -> None:
+        for mine, other in ((a, b), (b, a)):
+            for name in (n for n in file.values if n.endswith(f".{mine}")):
+                partner = name.removesuffix(mine) + other
+                if partner not in file.values:
+                    raise AdapterError(f"{file.path}: it has '{name}' without '{partner}', and the one means nothing alone")
+                ranks = (self._rank(file, name), self._rank(file, partner))
+                if ranks[0] != ranks[1]:
+                    raise AdapterError(f"{file.path}: '{name}' has rank {ranks[0]} and '{partner}' {ranks[1]}")
+
+    def _rank(self, file: AdapterFile, name: str) -> int:
+        where = next(i for i, size in enumerate(self._optional[name].shape) if isinstance(size, str))
+        return int(file.values[name].shape()[where])
+
+
+def _names(adapter: str | Sequence[str] | None) -> tuple[str, ...]:
+    if adapter is None:
+        return ()
+    return (adapter,) if isinstance(adapter, str) else tuple(adapter)
+
+
+def _quiet() -> ort.SessionOptions:
+    """ONNX Runtime warns of each optional input that it is no constant, which is what it is for."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return options
