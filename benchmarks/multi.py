@@ -53,7 +53,9 @@ def randomize(gm: Any) -> None:
                 parameter.normal_(std=0.02)
 
 
-def measure(name: str, make: Callable[[], tuple[torch.nn.Module, list[tuple[int, int]]]], turns: int, threads: int) -> None:
+def measure(
+    name: str, make: Callable[[], tuple[torch.nn.Module, list[tuple[int, int]]]], turns: int, threads: int
+) -> None:
     model, sizes = make()
     ids = torch.ones(2, 8, dtype=torch.long)
     example = {"input_ids": ids, "attention_mask": ids}
@@ -88,7 +90,9 @@ def measure(name: str, make: Callable[[], tuple[torch.nn.Module, list[tuple[int,
                 ratios = sorted(t / p for t, p in zip(values, times["plain"], strict=True))
                 low, high = ratios[len(ratios) // 4], ratios[-len(ratios) // 4]
                 fastest = min(values) / min(times["plain"])
-                print(f"  {what:<24}{statistics.median(ratios):6.3f}  ({low:.3f} to {high:.3f}; fastest runs {fastest:.3f})")
+                print(
+                    f"  {what:<24}{statistics.median(ratios):6.3f}  ({low:.3f} to {high:.3f}; fastest runs {fastest:.3f})"
+                )
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:

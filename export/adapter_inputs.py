@@ -212,9 +212,7 @@ def insert_inputs(translation: Translation, graph: CapturedModule, inputs: Input
     return {name: _stand_for(translation, known.get(id(get_path(graph, name))), name) for name in inputs.whole}
 
 
-def _product(
-    branch: Branch, nodes: Sequence[ir.Node], weight: ir.Value | None, translation: Translation
-) -> ir.Node:
+def _product(branch: Branch, nodes: Sequence[ir.Node], weight: ir.Value | None, translation: Translation) -> ir.Node:
     """The node that multiplies by the weight in one call of a layer."""
     made = {weight, *(f.value for f in translation.folded if weight in f.inputs)} - {None}
     found = [n for n in nodes if n.op_type in _PRODUCTS and _source(n.inputs[_weight_at(n)]) in made]
@@ -255,9 +253,7 @@ def _optional(model: ir.Graph, branch: Branch, dtype: ir.DataType | None) -> dic
     return values
 
 
-def _insert(
-    branch: Branch, product: ir.Node, values: Mapping[str, ir.Value], suffix: str, model: ir.Graph
-) -> None:
+def _insert(branch: Branch, product: ir.Node, values: Mapping[str, ir.Value], suffix: str, model: ir.Graph) -> None:
     """Add the branch to one call of the layer."""
     where = product
     name = branch.site.name
@@ -320,9 +316,7 @@ def _along(model: ir.Graph, bias: ir.Value, like: ir.Value, conv: bool, name: st
     return made
 
 
-def _redirect(
-    model: ir.Graph, old: ir.Value, new: ir.Value, readers: Iterable[tuple[ir.Node, int]]
-) -> None:
+def _redirect(model: ir.Graph, old: ir.Value, new: ir.Value, readers: Iterable[tuple[ir.Node, int]]) -> None:
     """Let these readers of a value, and the graph's outputs, have another one, which takes its name there."""
     for node, index in readers:
         node.replace_input_with(index, new)

@@ -132,6 +132,8 @@ def _asks_for(node: Node, old: torch.dtype, new: torch.dtype) -> bool:
     named = casts if is_cast or not others else others
     if len(set(named)) == 1:
         return named[0]
+    if is_cast and not named and all(user.op == "output" for user in node.users):
+        return False  # of the loss: where a cast did nothing, a capture takes its result for what it was given
     raise ExportError(
         f"dtype={new}: '{line or node.name}' casts to {old}, which may be what it names or the model's own dtype. "
         f"Convert the model (model.to({new})), apply and load the adapter there; adapters stay in float32"

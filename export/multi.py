@@ -256,9 +256,7 @@ def export_tasks(
         precision=str(kind).removeprefix("torch."),
         atol=tolerance.atol,
         rtol=tolerance.rtol,
-        tasks={
-            name: _described(placed[name], values[name], inputs, whole, parity.get(name, ())) for name in files
-        },
+        tasks={name: _described(placed[name], values[name], inputs, whole, parity.get(name, ())) for name in files},
         base=parity.get(None, ()),
         checks=checks,
         seconds=run.seconds,
@@ -293,7 +291,9 @@ def write_adapter(path: Path, values: Mapping[str, ir.TensorProtocol], version: 
     made = ort.AdapterFormat()
     made.set_adapter_version(ADAPTER_VERSION)
     made.set_model_version(version)
-    arrays = {name: np.ascontiguousarray(values[name].numpy()) for name in sorted(values)}  # values may only refer to them
+    arrays = {
+        name: np.ascontiguousarray(values[name].numpy()) for name in sorted(values)
+    }  # values may only refer to them
     made.set_parameters({name: _ort_value(array, values[name].dtype) for name, array in arrays.items()})
     made.export_adapter(str(path))
     return path
@@ -307,7 +307,10 @@ def _ort_value(array: Array, dtype: ir.DataType) -> ort.OrtValue:
 
 def _widened(path: Path, values: Mapping[str, ir.TensorProtocol]) -> Path:
     """An adapter for the float32 twin."""
-    wide = {name: ir.tensor(t.numpy().astype(np.float32)) if t.dtype.is_floating_point() else t for name, t in values.items()}
+    wide = {
+        name: ir.tensor(t.numpy().astype(np.float32)) if t.dtype.is_floating_point() else t
+        for name, t in values.items()
+    }
     return write_adapter(path.with_name(f"twin_{path.name}"), wide, 0)
 
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
@@ -31,8 +30,6 @@ ADAPTER_SUFFIX = ".onnx_adapter"
 
 #: How the inputs of a layer end that only make sense together.
 _PAIRS = (("lora_A", "lora_B"), ("lora_A.MatMul.weight", "lora_B.MatMul.weight"))
-
-
 
 
 def model_version(sha256: str) -> int:
@@ -70,7 +67,7 @@ def load_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
     try:
         found = ort.AdapterFormat.read_adapter(str(place))
         return AdapterFile(place, found.get_model_version(), found.get_parameters(), found)
-    except Exception as error:  # noqa: BLE001  # onnxruntime's exceptions share no base class
+    except Exception as error:  # onnxruntime's exceptions share no base class
         raise AdapterError(f"{place} is no adapter of ONNX Runtime's, or damaged: {error}") from error
 
 
@@ -146,9 +143,7 @@ class AdapterSession:
         del self._files[name], self._loaded[name]
         self._options = {names: options for names, options in self._options.items() if name not in names}
 
-    def run(
-        self, inputs: Mapping[str, Array], adapter: str | Sequence[str] | None = None
-    ) -> dict[str, Array]:
+    def run(self, inputs: Mapping[str, Array], adapter: str | Sequence[str] | None = None) -> dict[str, Array]:
         """The outputs by name, with an adapter (several, if they adapt different layers), or with none.
 
         Raises:
@@ -241,7 +236,9 @@ class AdapterSession:
             for name in (n for n in file.values if n.endswith(f".{mine}")):
                 partner = name.removesuffix(mine) + other
                 if partner not in file.values:
-                    raise AdapterError(f"{file.path}: it has '{name}' without '{partner}', and the one means nothing alone")
+                    raise AdapterError(
+                        f"{file.path}: it has '{name}' without '{partner}', and the one means nothing alone"
+                    )
                 ranks = (self._rank(file, name), self._rank(file, partner))
                 if ranks[0] != ranks[1]:
                     raise AdapterError(f"{file.path}: '{name}' has rank {ranks[0]} and '{partner}' {ranks[1]}")

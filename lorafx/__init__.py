@@ -39,14 +39,15 @@ from lorafx.errors import (
     MergeError,
     ParityError,
     PassError,
+    QuantizationError,
     SpecError,
     VerifyError,
 )
 from lorafx.export.diff import OnnxDifference, diff_onnx
 from lorafx.export.export import export_base, merge_and_export
 from lorafx.export.merge_onnx import MergeReport, merge_onnx
-from lorafx.export.prove import Proof, verify_onnx
 from lorafx.export.multi import MultiReport
+from lorafx.export.prove import Proof, verify_onnx
 from lorafx.export.report import ExportReport
 from lorafx.export.runtime import AdapterSession
 from lorafx.inspection.inspect import inspect_adapter
@@ -94,6 +95,7 @@ __all__ = [
     "PassError",
     "Plan",
     "Proof",
+    "QuantizationError",
     "RankScheduler",
     "Site",
     "SpecError",

@@ -52,6 +52,10 @@ class CheckpointError(LorafxError):
     """The weights of a model on disk cannot be read, or do not fit the model."""
 
 
+class QuantizationError(LorafxError):
+    """A weight cannot be stored in a base format, or what is stored is damaged."""
+
+
 class ExportError(LorafxError):
     """The ONNX file could not be written."""
 

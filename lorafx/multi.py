@@ -75,7 +75,9 @@ def export_multi(
     tasks: dict[str, str] = {}
     for task, place in given.items():
         if not isinstance(task, str) or re.fullmatch(r"[\w-][\w.-]*", task) is None:
-            raise AdapterError(f"{task!r} cannot be a task's name, which its file gets: use letters, digits, '_', '-' and '.'")
+            raise AdapterError(
+                f"{task!r} cannot be a task's name, which its file gets: use letters, digits, '_', '-' and '.'"
+            )
         if adapters is None or place in there:
             tasks[task] = task if adapters is None else str(place)
             continue

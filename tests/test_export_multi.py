@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import hashlib
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -181,7 +180,9 @@ def test_a_weight_that_is_tied_is_adapted_at_one_use(tmp_path: Path, zoo: Zoo) -
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision(tmp_path: Path, dtype: str) -> None:
-    report = lorafx.export_multi(copy.deepcopy(several()), tmp_path / "model.onnx", {"d": "dora", "h": "head"}, dtype=dtype)
+    report = lorafx.export_multi(
+        copy.deepcopy(several()), tmp_path / "model.onnx", {"d": "dora", "h": "head"}, dtype=dtype
+    )
     assert report.precision == {"fp16": "float16", "bf16": "bfloat16"}[dtype]
     assert ("not run" in report.checks) == (dtype == "bf16")
     assert all(p.passed and p.refused is None for t in report.tasks.values() for p in t.parity)
@@ -194,7 +195,10 @@ def test_names_of_genai(tmp_path: Path, zoo: Zoo) -> None:
     lorafx.export_multi(gm, tmp_path / "model.onnx", naming="genai", verify=False)
     session = AdapterSession(tmp_path / "model.onnx")
     names = set(load_adapter_file(tmp_path / "default.onnx_adapter").values)
-    assert {"model.layers.0.attn.q_proj.lora_A.MatMul.weight", "model.layers.1.mlp.down_proj.lora_B.MatMul.weight"} < names
+    assert {
+        "model.layers.0.attn.q_proj.lora_A.MatMul.weight",
+        "model.layers.1.mlp.down_proj.lora_B.MatMul.weight",
+    } < names
     assert_agrees(gm, session, {None: None, "default": "default"}, FAMILIES["llama"].inputs())
     with pytest.raises(ExportError, match="onnxruntime-genai has no name for 'embed'"):
         lorafx.export_multi(several(), tmp_path / "other.onnx", naming="genai")
@@ -268,7 +272,10 @@ def test_adapters_of_different_layers_run_together_and_others_are_refused(export
     lorafx.set_adapter(gm, ["small", "adalora"])  # down; up
     found = session.run({"ids": IDS.numpy()}, ["small", "adalora"])["output"]
     assert difference("output", gm(IDS).detach().numpy(), found, TOLERANCES[torch.float32]).passed
-    for run in (lambda: session.run({"ids": IDS.numpy()}, ["small", "dora"]), lambda: session.binding(["small", "dora"])):
+    for run in (
+        lambda: session.run({"ids": IDS.numpy()}, ["small", "dora"]),
+        lambda: session.binding(["small", "dora"]),
+    ):
         with pytest.raises(AdapterError, match=r"'small' and 'dora' both have 'down\.lora_"):
             run()
     with pytest.raises(AdapterError, match="named twice"):
@@ -383,7 +390,9 @@ def test_another_base_never_lies_beside_its_adapters(tmp_path: Path, monkeypatch
     assert AdapterSession(tmp_path / "model.onnx").adapters == ()
     monkeypatch.undo()
     report = lorafx.export_multi(other_base(gm), tmp_path / "model.onnx", {"d": "dora"}, verify=False)
-    assert report.warnings == ("s.onnx_adapter lies beside the file and is for another base; AdapterSession refuses it",)
+    assert report.warnings == (
+        "s.onnx_adapter lies beside the file and is for another base; AdapterSession refuses it",
+    )
     session = AdapterSession(tmp_path / "model.onnx")
     assert session.adapters == ("d",)
     with pytest.raises(AdapterError, match="made for another base"):
