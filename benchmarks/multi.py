@@ -1,9 +1,9 @@
 """What optional adapter inputs cost: the file of export_multi beside the plain one of export_base, in ONNX Runtime.
 
-bert: BERT-base's layers (4 of them), batch 8, 128 tokens; llama: blocks as wide as a Llama of 1 B parameters (hidden 2048, 2
-layers), batch 1, 256 tokens, and one token at a time. Adapters of rank 16 at all linear layers (but the head). All four
-sessions take turns, and the order of each turn is drawn; printed is the median over the turns of each time over
-the plain file's in the same turn, with the middle half of the turns. Times themselves say little across machines.
+bert: BERT-base's layers (4 of them), 8 x 128 and 1 x 16 tokens; llama: blocks as wide as a Llama of 1 B parameters
+(hidden 2048, 2 layers), 256 tokens and one. Adapters of rank 16 at all linear layers (but the head). All runs take
+turns, in an order that is drawn for each turn; printed is the median over the turns of each time over the plain file's
+in the same turn, with the middle half of the turns. Times themselves say little across machines.
 
     python benchmarks/multi.py [bert|llama|all] [--turns 40] [--threads 2]
 """
@@ -26,15 +26,18 @@ import transformers
 
 import lorafx
 
+#: A model, and the batch and length of the inputs to run it on.
+Sized = tuple[torch.nn.Module, list[tuple[int, int]]]
+
 SPEC = {"r": 16, "alpha": 32, "target_modules": "all-linear"}
 
 
-def bert() -> tuple[torch.nn.Module, list[tuple[int, int]]]:
+def bert() -> Sized:
     config = transformers.BertConfig(num_hidden_layers=4, num_labels=2)
     return transformers.BertForSequenceClassification(config).eval(), [(8, 128), (1, 16)]
 
 
-def llama() -> tuple[torch.nn.Module, list[tuple[int, int]]]:
+def llama() -> Sized:
     config = transformers.LlamaConfig(
         hidden_size=2048,
         intermediate_size=5632,
@@ -53,9 +56,7 @@ def randomize(gm: Any) -> None:
                 parameter.normal_(std=0.02)
 
 
-def measure(
-    name: str, make: Callable[[], tuple[torch.nn.Module, list[tuple[int, int]]]], turns: int, threads: int
-) -> None:
+def measure(name: str, make: Callable[[], Sized], turns: int, threads: int) -> None:
     model, sizes = make()
     ids = torch.ones(2, 8, dtype=torch.long)
     example = {"input_ids": ids, "attention_mask": ids}
@@ -89,10 +90,9 @@ def measure(
             for what, values in times.items():
                 ratios = sorted(t / p for t, p in zip(values, times["plain"], strict=True))
                 low, high = ratios[len(ratios) // 4], ratios[-len(ratios) // 4]
+                middle = statistics.median(ratios)
                 fastest = min(values) / min(times["plain"])
-                print(
-                    f"  {what:<24}{statistics.median(ratios):6.3f}  ({low:.3f} to {high:.3f}; fastest runs {fastest:.3f})"
-                )
+                print(f"  {what:<24}{middle:6.3f}  ({low:.3f} to {high:.3f}; fastest runs {fastest:.3f})")
 
 
 def interleaved(runs: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:

@@ -6,9 +6,9 @@
                               z = Add(Add(y, u), b)            # with a gain: Add(Mul(Add(y, u), <q.lora_gain>), b)
 
 The weight stays a constant, which ONNX Runtime packs when it loads the file, and the bias stays next to what reads the
-layer (a GELU, a norm), with which ONNX Runtime fuses it. An embedding's first product is a Gather, a convolution's are convolutions. Whatever else
-an adapter changes is an input as a whole whose default is the base's tensor: what it trains a copy of, bare parameters,
-convolutions in groups.
+layer (a GELU, a norm), with which ONNX Runtime fuses it. An embedding's first product is a Gather, a convolution's are
+convolutions. Whatever else an adapter changes is an input as a whole whose default is the base's tensor: what it trains
+a copy of, bare parameters, convolutions in groups.
 
 A layer is found by the number of its call, which nodes have from the translation, and held to the weight that it
 should read: by structure, never by shapes or names of nodes.
@@ -19,10 +19,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from torch import Tensor
@@ -39,8 +37,6 @@ from lorafx.passes.fold import Fold, round_once
 from lorafx.passes.layers import arguments_of
 from lorafx.passes.residual import plain_factors
 from lorafx.variants import VARIANTS
-
-Array = npt.NDArray[Any]
 
 #: What names inputs: from a site's path and a role.
 Naming = Callable[[str, str], str]
@@ -68,8 +64,8 @@ def genai_name(site: str, role: str) -> str:
     if found is None or role not in (A, B):
         what = f"'{site}'" if found is None else f"the {role.removeprefix('lora_')} of '{site}'"
         raise ExportError(
-            f"onnxruntime-genai has no name for {what}: it knows lora_A and lora_B of q, k, v, o, gate, up and down_proj of "
-            "a decoder's layers. Export with naming='lorafx'"
+            f"onnxruntime-genai has no name for {what}: it knows lora_A and lora_B of q, k, v, o, gate, up and "
+            "down_proj of a decoder's layers. Export with naming='lorafx'"
         )
     number, block, projection = found.groups()
     return f"model.layers.{number}.{'attn' if block == 'self_attn' else block}.{projection}.{role}.MatMul.weight"
@@ -87,22 +83,19 @@ class Branch:
     calls: tuple[int, ...]
     inputs: Mapping[str, str]
 
-    def stored(self, role: str, matrix: Tensor) -> Tensor:
+    def stored(self, role: str, tensor: Tensor) -> Tensor:
         """A tensor of an update as its input has it: ``right`` for A, ``left`` for B, or a vector ``[out]``."""
         if not self.site.kind.startswith("conv"):
-            return matrix.t() if role in (A, B) else matrix
+            return tensor.t() if role in (A, B) else tensor
         ones = [1] * (len(self.shape) - 2)
-        return matrix.reshape(-1, *self.shape[1:]) if role == A else matrix.reshape(*matrix.shape, *ones)
+        return tensor.reshape(-1, *self.shape[1:]) if role == A else tensor.reshape(*tensor.shape, *ones)
 
     def empty(self, role: str) -> Tensor:
         """The default: what changes nothing."""
         out, columns = self.site.shape
-        start = {A: torch.zeros(0, columns), B: torch.zeros(out, 0), GAIN: torch.ones(out), SHIFT: torch.zeros(out)}
-        return self.stored(role, start[role]) if role != A or columns == 0 else self._empty_right()
-
-    def _empty_right(self) -> Tensor:
-        shape = (0, *self.shape[1:]) if self.site.kind.startswith("conv") else (self.site.in_features, 0)
-        return torch.zeros(shape)
+        if role == A:
+            return torch.zeros(0, *self.shape[1:]) if self.site.kind.startswith("conv") else torch.zeros(columns, 0)
+        return self.stored(role, {B: torch.zeros(out, 0), GAIN: torch.ones(out), SHIFT: torch.zeros(out)}[role])
 
     @property
     def rank_dim(self) -> Mapping[str, int]:
@@ -147,7 +140,7 @@ def find_inputs(gm: CapturedModule, graph: CapturedModule, names: Iterable[str],
                 if site.apart:
                     raise ExportError(
                         f"site '{site.name}' (adapter '{name}'): a weight of this kind is an input as a whole, and "
-                        f"'{site.weight}' has another use, which would change too. Use merge_and_export for this adapter"
+                        f"'{site.weight}' has another use, which would change too. Use merge_and_export instead"
                     )
                 whole[site.weight] = None
                 continue
@@ -217,11 +210,11 @@ def _product(branch: Branch, nodes: Sequence[ir.Node], weight: ir.Value | None, 
     made = {weight, *(f.value for f in translation.folded if weight in f.inputs)} - {None}
     found = [n for n in nodes if n.op_type in _PRODUCTS and _source(n.inputs[_weight_at(n)]) in made]
     plain = [n for n in found if all(n.attributes.get_float(a, 1.0) == 1.0 for a in ("alpha", "beta"))]
-    if len(found) != 1 or plain != found or found[0].attributes.get_int("transA", 0):
+    if len(found) != 1 or plain != found or found[0].attributes.get_int("transA", default=False):
         there = ", ".join(f"{n.op_type} '{n.name}'" for n in nodes) or "nothing"
         raise ExportError(
-            f"site '{branch.site.name}': expected one product with '{branch.site.weight}' where the layer is called, and "
-            f"the graph has {there}. Use merge_and_export for an adapter of this layer"
+            f"site '{branch.site.name}': expected one product with '{branch.site.weight}' where the layer is called, "
+            f"and the graph has {there}. Use merge_and_export for an adapter of this layer"
         )
     return found[0]
 

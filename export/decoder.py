@@ -44,7 +44,7 @@ def translate_step(
     dims: Mapping[str, Mapping[int, str]],
     opset: int | None = None,
 ) -> Translation:
-    """:func:`~lorafx.export.translate.translate` a step; its past is called ``past_key_values.{i}.key`` and ``.value``."""
+    """:func:`~lorafx.export.translate.translate` a step, its past called ``past_key_values.{i}.key`` and ``.value``."""
     translation = translate(step, example, dims, opset)
     names = _input_names(step.signature)
     for value in translation.model.graph.inputs:
@@ -96,7 +96,11 @@ def make_prompts(example: Mapping[str, Tensor], longest: int | None) -> list[Pro
         generator = torch.Generator().manual_seed(len(lengths))
         return tuple(random_like("input_ids", tokens, [n], generator) for n in lengths)
 
-    return [Prompts("example", rows), Prompts("random", random(1)), Prompts("random", random(longer, limit, 1), longer // 2)]
+    return [
+        Prompts("example", rows),
+        Prompts("random", random(1)),
+        Prompts("random", random(longer, limit, 1), longer // 2),
+    ]
 
 
 def check_generation(
@@ -141,9 +145,9 @@ def check_generation(
             parity = Parity(batch.origin, sizes, f"{runtime.reference}, no cache", runtime.session.ran, (worst,))
             if not parity.passed:
                 raise ParityError(
-                    f"ONNX Runtime (running {parity.ran}) with its cache and the torch graph ({parity.reference}) disagree "
-                    f"on {parity.where}: the logits by {worst.max_abs:.3g} (relative {worst.relative:.3g}), allowed is "
-                    f"{worst.allowed:.3g}"
+                    f"ONNX Runtime (running {parity.ran}) with its cache and the torch graph ({parity.reference}) "
+                    f"disagree on {parity.where}: the logits by {worst.max_abs:.3g} (relative {worst.relative:.3g}), "
+                    f"allowed is {worst.allowed:.3g}"
                 )
             parities.append(parity)
             progress((done + 1) / len(prompts))
@@ -154,8 +158,8 @@ def generate(session: Session, prompts: Prompts) -> list[tuple[np.ndarray[Any, A
     """Continue prompts by the likeliest token, left-padded into one batch, each run's ``present`` the next one's past.
 
     Returns:
-        For each prompt of length n the logits of its tokens and all but the last new one, ``[n + STEPS - 1, vocabulary]``;
-        and the new tokens, int64 ``[STEPS]``.
+        For each prompt of length n the logits of its tokens and all but the last new one,
+        ``[n + STEPS - 1, vocabulary]``; and the new tokens, int64 ``[STEPS]``.
     """
     batch, length = len(prompts.rows), prompts.length
     tokens = torch.zeros(batch, length, dtype=torch.long)
@@ -172,7 +176,11 @@ def generate(session: Session, prompts: Prompts) -> list[tuple[np.ndarray[Any, A
     logits: list[np.ndarray[Any, Any]] = []
     start = 0
     for stop in [*([prompts.first] if prompts.first else []), *range(length, length + STEPS)]:
-        fed = {"input_ids": tokens[:, start:stop], "attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+        fed = {
+            "input_ids": tokens[:, start:stop],
+            "attention_mask": mask[:, :stop],
+            "position_ids": positions[:, start:stop],
+        }
         found, *present = session({**{n: t.contiguous() for n, t in fed.items()}, **past})
         past = {name: torch.from_numpy(value) for name, value in zip(past, present, strict=True)}
         logits.append(found)

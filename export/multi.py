@@ -7,8 +7,8 @@
 An adapter is for one base: its file has, as ``model_version``, the first bits of the SHA-256 of the ``.onnx``
 (:func:`model_version`), which names its weights by their content. :class:`lorafx.AdapterSession` compares them.
 
-Several files cannot be renamed at one moment. Everything is written, flushed and checked in a directory beside the target;
-then, in this order, so that nobody finds a base beside an adapter of another one under these names:
+Several files cannot be renamed at one moment. Everything is written, flushed and checked in a directory beside the
+target; then, in this order, so that nobody finds a base beside an adapter of another one under these names:
 
     1. where the base changes, the adapters of these names that are there go
     2. weights, then the ``.onnx`` (:mod:`lorafx.export.write`): the commit
@@ -94,7 +94,7 @@ class TaskFile:
 class MultiReport:
     """What :func:`lorafx.export_multi` wrote and checked; ``str(report)`` is for people.
 
-    ``inputs`` are those that a call must give, ``optional`` counts the others. ``base`` are the runs without an adapter.
+    ``inputs`` are those that a call must give, ``optional`` counts the others, ``base`` are the runs without adapter.
     """
 
     path: str
@@ -137,7 +137,9 @@ class MultiReport:
             low, high = task.ranks
             what = f"{task.branches} layers, rank {low}" + (f" to {high}" if high != low else "")
             what += f", {task.rescaled} rescaled" if task.rescaled else ""
-            what += f", its own {', '.join(task.whole)}" if task.whole else ""
+            if task.whole:
+                more = f" and {len(task.whole) - 3} more" if len(task.whole) > 3 else ""
+                what += f"; its own {', '.join(task.whole[:3])}{more}"
             lines.append(f"{name:<12} {task.path}  ({format_bytes(task.size)}): {what}")
         lines += [f"{name:<12} {result}" for name, result in self.checks.items()]
         for name, runs in (("no adapter", self.base), *((n, t.parity) for n, t in self.tasks.items())):
@@ -291,9 +293,7 @@ def write_adapter(path: Path, values: Mapping[str, ir.TensorProtocol], version: 
     made = ort.AdapterFormat()
     made.set_adapter_version(ADAPTER_VERSION)
     made.set_model_version(version)
-    arrays = {
-        name: np.ascontiguousarray(values[name].numpy()) for name in sorted(values)
-    }  # values may only refer to them
+    arrays = {name: np.ascontiguousarray(values[name].numpy()) for name in sorted(values)}  # referred to
     made.set_parameters({name: _ort_value(array, values[name].dtype) for name, array in arrays.items()})
     made.export_adapter(str(path))
     return path
@@ -343,8 +343,8 @@ def _compare(
         if not row.passed:
             worst = max(row.outputs, key=lambda o: o.max_abs - o.allowed)
             raise ParityError(
-                f"ONNX Runtime (running {row.ran}) and torch, {what}, disagree on {row.where}: output '{worst.output}' by "
-                f"{worst.max_abs:.3g} (relative {worst.relative:.3g}), allowed is {worst.allowed:.3g}"
+                f"ONNX Runtime (running {row.ran}) and torch, {what}, disagree on {row.where}: output '{worst.output}' "
+                f"by {worst.max_abs:.3g} (relative {worst.relative:.3g}), allowed is {worst.allowed:.3g}"
             )
         rows.append(row)
     return tuple(rows)
@@ -366,8 +366,8 @@ def _stale(target: Path, files: Mapping[str, Path], sha256: str) -> list[Path]:
             continue
         if old is None or version != model_version(old):
             raise ExportError(
-                f"{place} is there, and is an adapter for another model than {target}. Export to another folder, call the "
-                "task otherwise, or delete the file first"
+                f"{place} is there, and is an adapter for another model than {target}. Export to another folder, call "
+                "the task otherwise, or delete the file first"
             )
         found.append(place)
     return found

@@ -147,6 +147,8 @@ def _without_writes(graph: Graph) -> dict[Node, Node]:
             node.target = functional
             held.replace_all_uses_with(node, lambda user, at=order[node]: order[user] > at)  # type: ignore[misc]
             written[node] = held
+            for view in [user for user in node.users if user.users and not _is_new(user)]:
+                min(view.users, key=order.__getitem__).prepend(view)  # where torch's functionalisation makes it
     return written
 
 

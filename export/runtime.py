@@ -33,9 +33,9 @@ _PAIRS = (("lora_A", "lora_B"), ("lora_A.MatMul.weight", "lora_B.MatMul.weight")
 
 
 def model_version(sha256: str) -> int:
-    """What an adapter's file notes of the ``.onnx`` with this digest: its first 31 bits, since there is room for no more.
+    """What an adapter's file notes of the ``.onnx`` with this digest: its first 31 bits.
 
-    That keeps files apart that were mixed up, and is no protection against forgery.
+    There is room for no more. That keeps files apart that were mixed up, and is no protection against forgery.
     """
     return int(sha256[:8], 16) >> 1
 
@@ -74,8 +74,8 @@ def load_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
 class AdapterSession:
     """ONNX Runtime on a file of :func:`lorafx.export_multi`, with any of its adapters.
 
-    ``session`` is the ``onnxruntime.InferenceSession``. Runs may come from several threads at once, each with an adapter
-    of its own; adding and removing adapters may not.
+    ``session`` is the ``onnxruntime.InferenceSession``. Runs may come from several threads at once, each with its own
+    adapter; adding and removing adapters may not.
 
     Args:
         path: the ``.onnx`` file.
@@ -152,8 +152,8 @@ class AdapterSession:
         if isinstance(inputs, ort.IOBinding) or not isinstance(inputs, Mapping):
             raise AdapterError(
                 "run takes inputs as a dict of arrays. ONNX Runtime ignores adapters in runs with bound inputs: take "
-                "binding = session.binding('name'), which has the adapter's tensors bound as inputs, bind the others, and "
-                "call session.session.run_with_iobinding(binding)"
+                "binding = session.binding('name'), which has the adapter's tensors bound as inputs, bind the others, "
+                "and call session.session.run_with_iobinding(binding)"
             )
         names = [o.name for o in self.session.get_outputs()]
         found: Sequence[Array] = self.session.run(names, dict(inputs), self._run_options(_names(adapter)))
@@ -162,8 +162,8 @@ class AdapterSession:
     def binding(self, adapter: str | Sequence[str] | None = None) -> ort.IOBinding:
         """For runs with bound inputs and outputs: a binding that has an adapter's tensors as inputs.
 
-        Bind the model's own inputs and its outputs to it, and call ``session.session.run_with_iobinding(binding)``, without
-        run options. The tensors lie in the CPU's memory, mapped from the file.
+        Bind the model's own inputs and its outputs to it, and call ``session.session.run_with_iobinding(binding)``,
+        without run options. The tensors lie in the CPU's memory, mapped from the file.
 
         Raises:
             AdapterError: as :meth:`run`.
@@ -194,9 +194,9 @@ class AdapterSession:
             for tensor in self._find(name).values:
                 if (other := first.setdefault(tensor, name)) != name:
                     raise AdapterError(
-                        f"adapters '{other}' and '{name}' both have '{tensor}': ONNX Runtime would take that of '{other}' and "
-                        f"drop the other's without a word. Run one of them, or combine them before the export "
-                        "(lorafx.combine_adapters)"
+                        f"adapters '{other}' and '{name}' both have '{tensor}': ONNX Runtime would take that of "
+                        f"'{other}' and drop the other's without a word. Run one of them, or combine them before the "
+                        "export (lorafx.combine_adapters)"
                     )
         if len(set(names)) < len(names):
             raise AdapterError(f"an adapter is named twice in {list(names)}; each counts once")
@@ -210,8 +210,9 @@ class AdapterSession:
     def _check(self, file: AdapterFile) -> None:
         if unknown := [n for n in file.values if n not in self._optional]:
             raise AdapterError(
-                f"{file.path}: {self.path} has no optional input '{unknown[0]}'{did_you_mean(unknown[0], self._optional)}: "
-                "the adapter was made for another model. Export them together"
+                f"{file.path}: {self.path} has no optional input '{unknown[0]}'"
+                f"{did_you_mean(unknown[0], self._optional)}: the adapter was made for another model. Export "
+                "them together"
             )
         for name, value in file.values.items():
             wanted = self._optional[name]
@@ -236,9 +237,7 @@ class AdapterSession:
             for name in (n for n in file.values if n.endswith(f".{mine}")):
                 partner = name.removesuffix(mine) + other
                 if partner not in file.values:
-                    raise AdapterError(
-                        f"{file.path}: it has '{name}' without '{partner}', and the one means nothing alone"
-                    )
+                    raise AdapterError(f"{file.path}: '{name}' without '{partner}' means nothing")
                 ranks = (self._rank(file, name), self._rank(file, partner))
                 if ranks[0] != ranks[1]:
                     raise AdapterError(f"{file.path}: '{name}' has rank {ranks[0]} and '{partner}' {ranks[1]}")

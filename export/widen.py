@@ -67,7 +67,7 @@ def widen_model(model: ir.Model) -> None:
             value.const_value = ir.LazyTensor(
                 partial(_wide_tensor, held),
                 dtype=ir.DataType.FLOAT,
-                shape=held.shape,  # the value's own may have names, where an input's default is one of many sizes
+                shape=ir.Shape(held.shape.numpy()),  # the value's own has names, where it is an input's default
                 name=value.name,
             )
             value.dtype = ir.DataType.FLOAT

@@ -38,23 +38,24 @@ def export_multi(
     max_shard_size: int | str | None = None,
     progress: Callable[[str, float], None] | None = None,
 ) -> MultiReport:
-    """Write the base once, and beside it ``<task>.onnx_adapter`` for each task, which ONNX Runtime switches at run time.
+    """Write the base once, and beside it ``<task>.onnx_adapter`` for each task, where ONNX Runtime may switch.
 
-    Each adapted layer gets optional inputs ``<layer>.lora_A [in, r]`` and ``<layer>.lora_B [r, out]``, the scaling in it,
-    whose defaults have rank 0: without an adapter the file is the base. Ranks may differ by layer and adapter. Where an
-    adapter has them, ``<layer>.lora_gain [out]`` (DoRA) and ``<layer>.lora_shift [out]`` (a bias) come with them:
-    ``y = lora_gain (x W + x lora_A lora_B) + b + lora_shift``. What an adapter trains whole (``modules_to_save``,
+    Each adapted layer gets optional inputs ``<layer>.lora_A [in, r]`` and ``<layer>.lora_B [r, out]``, the scaling in
+    it, whose defaults have rank 0: without an adapter the file is the base. Ranks may differ by layer and adapter. Only
+    where an adapter has them, ``<layer>.lora_gain [out]`` (DoRA) and ``<layer>.lora_shift [out]`` (a bias) are there
+    too: ``y = lora_gain (x W + x lora_A lora_B) + b + lora_shift``. What an adapter trains whole (``modules_to_save``,
     biases), bare parameters and convolutions in groups are inputs as a whole, whose default is the base's tensor; the
     report lists them.
 
-    Run it with :class:`lorafx.AdapterSession`, or with ONNX Runtime's ``LoraAdapter`` and ``RunOptions.add_active_adapter``.
+    Run it with :class:`lorafx.AdapterSession`, or ONNX Runtime's ``LoraAdapter`` and ``RunOptions.add_active_adapter``.
     ``gm`` is left as it is.
 
     Args:
         gm: what :func:`lorafx.apply` returned, or a captured graph.
         path: the ``.onnx`` file. What is there is replaced, but only by files that passed all checks, in an order that
             never leaves a base beside an adapter of another one (:mod:`lorafx.export.multi`).
-        adapters: by task, the name of an adapter of ``gm`` or the folder of one in PEFT's format; None: all of ``gm``'s.
+        adapters: by task, the name of an adapter of ``gm`` or the folder of one in PEFT's format; None: all that
+            ``gm`` has.
         naming: ``"genai"`` names the inputs as onnxruntime-genai's model builder does; it has no names for gains.
         verify: hold ONNX Runtime's outputs to torch's, without an adapter and with each, at several sizes.
         dtype: the floating weights' in the files, adapters' included, each rounded once; None: the model's.
@@ -70,21 +71,20 @@ def export_multi(
     stage(gm)  # refuses what is no graph of lorafx's
     wanted, limit = file_dtype(dtype), parse_size(max_shard_size)
     there = adapters_of(gm)
-    given = dict(there.items()) if adapters is None else dict(adapters)
+    given: dict[str, str | os.PathLike[str]] = {n: n for n in there} if adapters is None else dict(adapters)
     work = share(gm)
     tasks: dict[str, str] = {}
     for task, place in given.items():
         if not isinstance(task, str) or re.fullmatch(r"[\w-][\w.-]*", task) is None:
-            raise AdapterError(
-                f"{task!r} cannot be a task's name, which its file gets: use letters, digits, '_', '-' and '.'"
-            )
-        if adapters is None or place in there:
-            tasks[task] = task if adapters is None else str(place)
+            raise AdapterError(f"{task!r} cannot be a task's name, and its file's: use letters, digits, '_', '-', '.'")
+        if place in there:
+            tasks[task] = str(place)
             continue
         if not Path(place).is_dir():
             known = ", ".join(map(repr, there)) or "none"
             raise AdapterError(
-                f"task '{task}': {os.fspath(place)!r} is neither an adapter of the graph (there are {known}) nor a folder"
+                f"task '{task}': {os.fspath(place)!r} is neither a folder nor an adapter of the graph, which "
+                f"has {known}"
             )
         name = f"task_{len(tasks)}"
         while name in adapters_of(work):

@@ -32,9 +32,7 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
         CheckpointError: files are missing, damaged or contradict the index.
     """
     if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such directory. Give a local one with {WEIGHTS_NAME} or {INDEX_NAME}"
-        )
+        raise CheckpointError(f"{folder}: no such directory. Give a local one with {WEIGHTS_NAME} or {INDEX_NAME}")
     if not (folder / INDEX_NAME).exists():
         if not (folder / WEIGHTS_NAME).is_file():
             there = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))

@@ -18,7 +18,7 @@ import inspect
 import types
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ from lorafx.errors import CaptureError, ExportError, FixedDimensionWarning
 from lorafx.graph import CapturedModule, share
 from lorafx.ir import Stage, stage
 from lorafx.passes.capture import capture
-from lorafx.passes.huggingface import is_hf
 from lorafx.passes.merge import unadapted
 from lorafx.passes.original import Original
 
@@ -44,8 +43,8 @@ def capture_decoder(gm: CapturedModule) -> CapturedModule:
     """The model that ``gm`` was made of as a step with a cache; its tensors are those of ``gm`` without adapters.
 
     Raises:
-        ExportError: the model is no decoder whose past is keys and values of attention, or ``gm`` was in a pickle and no
-            longer knows its model; says which.
+        ExportError: the model is no decoder whose past is keys and values of attention, or ``gm`` was in a pickle and
+            no longer knows its model; says which.
         CaptureError: the model's code cannot be traced with a cache, or only for one size.
     """
     original = _original(gm)
@@ -62,8 +61,8 @@ def capture_decoder(gm: CapturedModule) -> CapturedModule:
     if step.signature.fixed:
         fixed = [f"dimension {d} of {n} at {s}" for n, sizes in step.signature.fixed.items() for d, s in sizes.items()]
         raise CaptureError(
-            f"with a cache, the code of {type(model).__name__} fixes {', '.join(fixed)}: such a file could not generate. "
-            "Export with kv_cache=False, or try another attn_implementation"
+            f"with a cache, the code of {type(model).__name__} fixes {', '.join(fixed)}: such a file could not "
+            "generate. Export with kv_cache=False, or try another attn_implementation"
         )
     return step
 
@@ -135,7 +134,10 @@ def _example(model: nn.Module, positions: bool) -> tuple[dict[str, Any], dict[st
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     total = _PAST + _SEQUENCE
     past = [
-        {name: torch.zeros(_BATCH, heads, _PAST, size, dtype=dtype, device=device) for name, heads, size, dtype in layer}
+        {
+            name: torch.zeros(_BATCH, heads, _PAST, size, dtype=dtype, device=device)
+            for name, heads, size, dtype in layer
+        }
         for layer in _past_layout(model, device)
     ]
     inputs: dict[str, Any] = {
@@ -180,11 +182,12 @@ def _past_layout(model: nn.Module, device: torch.device) -> list[list[tuple[str,
     if not isinstance(cache, DynamicCache):
         raise ExportError(f"kv_cache=True: {name} keeps a {type(cache).__name__}, not a DynamicCache")
     layout = []
-    for index, layer in enumerate(cache.layers):
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
             raise ExportError(
-                f"kv_cache=True: layer {index} of {name} keeps a {type(layer).__name__}, not keys and values of its own. "
-                "Export with kv_cache=False"
+                f"kv_cache=True: layer {index} of {name} keeps a {type(layer).__name__}, not keys and values of its "
+                "own. Export with kv_cache=False"
             )
         held = {"key": layer.keys, "value": layer.values}
         layout.append([(key, tensor.shape[1], tensor.shape[3], tensor.dtype) for key, tensor in held.items()])
@@ -206,14 +209,15 @@ def _run(model: nn.Module, past: Past, **tokens: Tensor) -> dict[str, Any]:
     """One call of the model's own ``forward``, with a cache that holds the past."""
     from transformers.cache_utils import DynamicCache, DynamicLayer
 
-    cache = DynamicCache()
+    cache, make_layer = DynamicCache(), cast(Any, DynamicLayer)
+    layers = cast(list[Any], cache.layers)
     for held in past:
-        layer = DynamicLayer()
+        layer = make_layer()
         layer.lazy_initialization(held["key"], held["value"])
         layer.keys, layer.values = held["key"], held["value"]
-        cache.layers.append(layer)
-    before = past[0]["key"].shape[2]
-    torch._check(tokens["attention_mask"].shape[1] == before + tokens["input_ids"].shape[1])
+        layers.append(layer)
+    total = past[0]["key"].shape[2] + tokens["input_ids"].shape[1]
+    torch._check(tokens["attention_mask"].shape[1] == total)  # type: ignore[no-untyped-call]  # else a size of its own
     outputs = type(model).forward(model, **tokens, past_key_values=cache, use_cache=True, return_dict=True)
-    present = [{"key": layer.keys, "value": layer.values} for layer in cache.layers]
+    present = [{"key": layer.keys, "value": layer.values} for layer in layers]
     return {"logits": outputs.logits, "present": present}

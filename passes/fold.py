@@ -4,17 +4,20 @@
 
 Each weight is computed in float32 or better (float64 where it, or what it is written as, has four bytes or more) and
 rounded once. What a matrix product rounds to depends on its operands' shapes and on the number of threads, so the
-products are always those of the same tiles, by one thread: a panel has, bit for bit, the values of the whole. (A tile
-is too small to be worth sharing, and while one is made, another thread writes those before.)
+products are always those of the same tiles, by one thread each: a panel has, bit for bit, the values of the whole.
+Threads share out the panels instead.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +29,9 @@ from lorafx.ops import STORAGE, add_updates, updates
 from lorafx.passes.samples import refuse_changed
 from lorafx.variants import VARIANTS
 from lorafx.variants.base import Update
+
+P = TypeVar("P")
+R = TypeVar("R")
 
 #: Rows and columns of a tile: its operands and results stay in a processor's cache.
 TILE = 512
@@ -66,6 +72,13 @@ class Rounding:
         self.change += change.dot(change).item()
         self.along += error.dot(change).item()
         return True
+
+    def include(self, other: Rounding) -> None:
+        """Count what another one counted."""
+        self.largest = max(self.largest, other.largest)
+        self.error += other.error
+        self.change += other.change
+        self.along += other.along
 
 
 @dataclass(eq=False)
@@ -138,11 +151,16 @@ class Fold:
         with one_thread():
             changes = self._changes(matrix)
         *stack, height, width = matrix.shape
-        for index in itertools.product(*map(range, stack)):
-            for first in range(0, width if turned else height, TILE):
-                with one_thread():
-                    panel = self._panel(matrix, changes, index, first, turned)
-                yield panel
+
+        def make(place: tuple[tuple[int, ...], int]) -> tuple[Tensor, Rounding]:
+            counted = Rounding()
+            return self._panel(matrix, changes, *place, turned, counted), counted
+
+        starts = range(0, width if turned else height, TILE)
+        for panel, counted in _in_threads(make, [*itertools.product(itertools.product(*map(range, stack)), starts)]):
+            if self.rounding is not None:
+                self.rounding.include(counted)
+            yield panel
 
     def _panel(
         self,
@@ -151,6 +169,7 @@ class Fold:
         index: tuple[int, ...],
         first: int,
         turned: bool,
+        counted: Rounding,
     ) -> Tensor:
         """``TILE`` rows of a matrix of the stack, or columns, transposed; from the one with this number on."""
         height, width = matrix.shape[-2:]
@@ -160,9 +179,9 @@ class Fold:
         for start in range(0, long, TILE):
             other = slice(start, min(start + TILE, long))
             if turned:
-                panel[:, other] = self._tile(matrix, changes, index, other, mine).t()
+                panel[:, other] = self._tile(matrix, changes, index, other, mine, counted).t()
             else:
-                panel[:, other] = self._tile(matrix, changes, index, mine, other)
+                panel[:, other] = self._tile(matrix, changes, index, mine, other, counted)
         return panel
 
     def _tile(
@@ -172,6 +191,7 @@ class Fold:
         index: tuple[int, ...],
         rows: slice,
         columns: slice,
+        counted: Rounding,
     ) -> Tensor:
         base = matrix[index][rows, columns].to(self._wide)
         parts = [_part(update, where, index, rows, columns) for update, where in changes]
@@ -180,7 +200,7 @@ class Fold:
         if stored.is_meta:
             return stored
         if self.rounding is not None:
-            finite = self.rounding.add(base, exact, stored)
+            finite = counted.add(base, exact, stored)
         else:
             finite = math.isfinite(stored.sum(dtype=self._wide).item())
         if not finite and bool((base.isfinite() & ~stored.isfinite()).any()):
@@ -221,6 +241,31 @@ def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
     bits = near.view(torch.int32) - outside.int()
     odd = torch.where((gap != 0) & near.isfinite(), bits | 1, bits)
     return odd.view(torch.float32).to(dtype)
+
+
+def _in_threads(make: Callable[[P], R], places: Sequence[P]) -> Iterator[R]:
+    """``make`` of each place, in order; as many at once as torch has threads, and by one thread each."""
+    threads = min(torch.get_num_threads(), len(places))
+    if threads < 2:
+        for place in places:
+            with one_thread():
+                made = make(place)
+            yield made
+        return
+    waiting: deque[Future[R]] = deque()
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, "lorafx-fold", torch.set_num_threads, (1,)) as pool:
+        try:
+            for place in places:
+                waiting.append(pool.submit(make, place))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for rest in waiting:
+                rest.cancel()
+            torch.set_num_threads(before)  # some libraries have one number for all threads
 
 
 @contextmanager

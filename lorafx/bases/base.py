@@ -99,7 +99,7 @@ class Format(ABC):
 
     @abstractmethod
     def rows(self, packed: Packed, start: int, stop: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Rows ``start`` to ``stop`` of the weight as ``[stop - start, in]``: code times scale in float32, then cast."""
+        """Rows ``start`` to ``stop`` as ``[stop - start, in]``: code times scale in float32, then cast to ``dtype``."""
 
     @abstractmethod
     def damage(self, packed: Packed) -> str | None:
@@ -198,7 +198,9 @@ class Format(ABC):
             tensor = packed.tensors[name]
             if tuple(tensor.shape) != shape or tensor.dtype != dtype:
                 found = f"{name} is {tensor.dtype} {tuple(tensor.shape)}"
-                raise damaged(self.name, where, f"{found}; for a weight of shape {packed.shape} expected {dtype} {shape}")
+                raise damaged(
+                    self.name, where, f"{found}; for a weight of shape {packed.shape} expected {dtype} {shape}"
+                )
         devices = {tensor.device for tensor in packed.tensors.values()}
         if len(devices) > 1:
             raise damaged(self.name, where, f"its tensors are on several devices: {', '.join(map(str, devices))}")
@@ -218,7 +220,7 @@ def scales_damage(name: str, scales: Tensor) -> str | None:
     """What is wrong with magnitudes, which are finite and not negative; None if nothing is."""
     # One pass that NaN goes through.
     low, high = (float(end) for end in scales.aminmax())
-    return None if 0 <= low and high < float("inf") else f"{name} holds a value that is negative, NaN or Inf"
+    return None if low >= 0 and high < float("inf") else f"{name} holds a value that is negative, NaN or Inf"
 
 
 def take(tensors: Mapping[str, Tensor], prefix: str, name: str, key: str) -> Tensor:

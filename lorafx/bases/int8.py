@@ -71,7 +71,7 @@ class Int8(Format):
         return {"weight": codes, "SCB": absmax, "weight_format": torch.tensor(0, dtype=torch.uint8)}
 
     def from_state_dict(self, tensors: Mapping[str, Tensor], prefix: str = "") -> Packed:
-        """See :meth:`Format.from_state_dict`. The dtype, which the keys do not tell, is float16, as bitsandbytes has it."""
+        """See :meth:`Format.from_state_dict`. The keys tell no dtype; bitsandbytes goes through float16."""
         where = prefix.rstrip(".") or "the weight"
         codes, absmax = take(tensors, prefix, self.name, "weight"), take(tensors, prefix, self.name, "SCB")
         order = tensors.get(f"{prefix}weight_format")

@@ -30,7 +30,7 @@ TABLE = torch.tensor(
     [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
      -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
      0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0],
-    device="cpu",
+    dtype=torch.float32, device="cpu",
 )  # fmt: skip
 
 #: bitsandbytes' block sizes.
@@ -46,17 +46,17 @@ def _dynamic_table() -> Tensor:
     In each, the middles of intervals that divide [0.1, 1] evenly. The ends of those are rounded as float32's fused
     multiply-add rounds them, which is what the tables in files have; ``torch.linspace`` has that on some processors.
     """
-    low, high = torch.tensor(0.1), torch.tensor(1.0)
+    low, high = torch.tensor([0.1, 1.0], dtype=torch.float32, device="cpu")
     values = [0.0, 1.0]
     for decade in range(7):
         count = 2**decade
         step = ((high - low) / count).double()
-        edge = torch.arange(count + 1, dtype=torch.float64)
+        edge = torch.arange(count + 1, dtype=torch.float64, device="cpu")
         upward, downward = low.double() + step * edge, high.double() - step * (count - edge)
         edges = torch.where(edge < (count + 1) // 2, upward, downward).float()
         middles = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (decade - 6)).tolist()
         values += middles + [-value for value in middles]
-    return torch.tensor(sorted(values))
+    return torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
 
 
 NESTED_TABLE = _dynamic_table()
@@ -105,10 +105,14 @@ class Nf4(Format):
     def pack(self, weight: Tensor, block_size: int, double_quant: bool) -> dict[str, Tensor]:
         """See the module."""
         flat = weight.reshape(-1)
+        codes = torch.empty((len(flat) + 1) // 2, dtype=torch.uint8, device=weight.device)
+        absmax = torch.empty(-(-len(flat) // block_size), dtype=torch.float32, device=weight.device)
         step = PANEL_BYTES // 4  # a multiple of every block size
-        parts = [_pack_panel(flat[start : start + step], block_size) for start in range(0, len(flat), step)]
-        codes = torch.cat([part for part, _ in parts])[: (len(flat) + 1) // 2]
-        absmax = torch.cat([scale for _, scale in parts])
+        for start in range(0, len(flat), step):
+            found, scales = _pack_panel(flat[start : start + step], block_size)
+            part = codes[start // 2 : (start + step) // 2]
+            part.copy_(found[: len(part)])
+            absmax[start // block_size : (start + step) // block_size] = scales
         if not double_quant:
             return {"codes": codes, "absmax": absmax}
         offset = absmax.mean()

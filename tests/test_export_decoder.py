@@ -1,0 +1,300 @@
+"""Decoders with a cache: the file generates, token by token, what torch's own cached generation does."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import subprocess
+import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import peft
+import pytest
+import torch
+import transformers as hf
+from torch import Tensor, nn
+
+import lorafx
+from conftest import Zoo, randomize
+from lorafx.errors import CaptureError, ExportError, ParityError
+from lorafx.export.decoder import STEPS, check_generation, make_prompts
+from lorafx.export.parity import TOLERANCES
+from lorafx.graph import CapturedModule
+from lorafx.passes.decoder import capture_decoder
+from lorafx.passes.inference import inference
+from zoo import _TEXT, FAMILIES, PAD
+
+DECODERS = ["llama", "qwen3", "gemma", "phi", "gpt2"]
+SPEC = lorafx.LoraSpec(r=3, alpha=6)
+
+#: More than the examples' 11 tokens, generated ones included.
+NEW = 12
+
+
+def adapted(zoo: Zoo, name: str, spec: lorafx.LoraSpec = SPEC, scale: float = 0.3) -> CapturedModule:
+    """A family's graph with adapters far from their first values."""
+    gm = zoo.adapted(FAMILIES[name], spec).eval()
+    randomize(gm, scale)
+    return gm
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The base and the merged model in two files, whose weights are in files of one name."""
+
+    gm: CapturedModule
+    base: lorafx.ExportReport
+    merged: lorafx.ExportReport
+
+    @property
+    def path(self) -> Path:
+        return Path(self.merged.path)
+
+
+@pytest.fixture(scope="module")
+def llama(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folders = [tmp_path_factory.mktemp(name) / "model.onnx" for name in ("base", "merged")]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        gm = adapted(zoo, "llama")
+    base = lorafx.export_base(gm, folders[0], kv_cache=True, data_name="weights.data")
+    return Pair(gm, base, lorafx.merge_and_export(gm, folders[1], kv_cache=True, data_name="weights.data"))
+
+
+def prompts(*lengths: int) -> tuple[Tensor, Tensor]:
+    """Random prompts padded to the left, and their mask, both int64 ``[len(lengths), max(lengths)]``."""
+    longest = max(lengths)
+    mask = (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()
+    return torch.randint(3, 90, mask.shape).masked_fill(mask == 0, PAD), mask
+
+
+def of_torch(model: nn.Module, ids: Tensor, mask: Tensor, new: int = NEW) -> Tensor:
+    """The new tokens of transformers' own generation with a cache."""
+    options = {"do_sample": False, "use_cache": True, "eos_token_id": None, "pad_token_id": PAD}
+    found: Tensor = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, **options)  # type: ignore[operator]
+    return found[:, ids.shape[1] :]
+
+
+def of_file(path: Path, ids: Tensor, mask: Tensor, new: int = NEW, chunk: int | None = None) -> Tensor:
+    """The new tokens of a file, by nothing but its documented inputs and outputs; the prompt in parts of ``chunk``."""
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    inputs = {i.name: i for i in session.get_inputs()}
+    outputs = [o.name for o in session.get_outputs()]
+    past = {
+        name.replace("past_key_values", "present"): np.zeros((len(ids), i.shape[1], 0, i.shape[3]), np.float32)
+        for name, i in inputs.items()
+        if name.startswith("past_key_values")
+    }
+    assert outputs == ["logits", *past]
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    step = chunk or ids.shape[1]
+    parts = [*zip(ids.split(step, 1), positions.split(step, 1), strict=True)]
+    tokens: list[Tensor] = []
+    seen = 0
+    while len(tokens) < new:
+        fed, place = parts.pop(0)
+        seen += fed.shape[1]
+        present = {name.replace("present", "past_key_values"): value for name, value in past.items()}
+        feed = {"input_ids": fed.numpy(), "attention_mask": mask[:, :seen].numpy(), "position_ids": place.numpy()}
+        found = dict(zip(outputs, session.run(None, feed | present), strict=True))
+        past = {name: found[name] for name in past}
+        assert all(value.shape[2] == seen for value in past.values())
+        if not parts:
+            tokens.append(torch.from_numpy(found["logits"][:, -1].argmax(-1))[:, None])
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+            parts.append((tokens[-1], place[:, -1:] + 1))
+    return torch.cat(tokens, 1)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_tokens_are_those_of_the_merged_model(
+    zoo: Zoo, name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if name == "llama":
+        gm, report = request.getfixturevalue("llama").gm, request.getfixturevalue("llama").merged
+    else:
+        gm = adapted(zoo, name)
+        report = lorafx.merge_and_export(gm, tmp_path / "model.onnx", kv_cache=True)
+    count = 6 * STEPS
+    assert report.checks["same tokens"] == f"{count} of {count} tokens generated with the cache are torch's without one"
+    assert {p.reference for p in report.parity} == {"unmerged, no cache"}
+    merged = FAMILIES[name].build()
+    merged.load_state_dict(lorafx.merged_state_dict(gm))
+    for lengths in ((7,), (4, 9), (17, 1)):
+        ids, mask = prompts(*lengths)
+        assert torch.equal(of_file(Path(report.path), ids, mask), of_torch(merged, ids, mask)), lengths
+
+
+def test_the_tokens_are_those_that_peft_generates(llama: Pair, tmp_path: Path) -> None:
+    lorafx.save_adapter(llama.gm, tmp_path)
+    model = peft.PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path).merge_and_unload()
+    ids, mask = prompts(5, 8)
+    assert torch.equal(of_file(llama.path, ids, mask), of_torch(model, ids, mask))
+
+
+def test_layout(llama: Pair) -> None:
+    """The names, order and shapes of optimum and onnxruntime-genai; a prompt may come in parts."""
+    cache = [f"{i}.{kind}" for i in range(2) for kind in ("key", "value")]
+    assert dict(llama.merged.inputs) == {
+        "input_ids": "[batch,sequence]",
+        "attention_mask": "[batch,total_sequence]",
+        "position_ids": "[batch,sequence]",
+        **{f"past_key_values.{name}": "[batch,2,past_sequence,10]" for name in cache},
+    }
+    shapes = {str(v.name): str(v.shape) for v in ir.load(llama.path).graph.outputs}
+    assert shapes == {
+        "logits": "[batch,sequence,90]",
+        **{f"present.{name}": "[batch,2,total_sequence,10]" for name in cache},
+    }
+    ids, mask = prompts(6, 11)
+    whole = of_file(llama.path, ids, mask)
+    assert all(torch.equal(of_file(llama.path, ids, mask, chunk=size), whole) for size in (1, 4))
+
+
+def test_base_and_merged_are_the_same_to_the_byte(llama: Pair, tmp_path: Path) -> None:
+    assert llama.path.read_bytes() == Path(llama.base.path).read_bytes()
+    assert llama.merged.bytes_changed > 0
+    # Without a cache it is another graph, over weights of the same names.
+    plain = lorafx.merge_and_export(llama.gm, tmp_path / "plain.onnx", verify=False)
+    names = [{n for n in ir.load(r.path).graph.initializers if "constant" not in n} for r in (plain, llama.merged)]
+    assert names[0] == names[1]
+
+
+def test_a_sliding_window_keeps_all_of_the_past_and_hides_it(tmp_path: Path) -> None:
+    config = hf.MistralConfig(**_TEXT, num_key_value_heads=2, sliding_window=6)
+    model = hf.MistralForCausalLM(config).eval()
+    ids, mask = prompts(5, 9)
+    report = lorafx.export_base(lorafx.apply(model, SPEC, {"input_ids": ids}), tmp_path / "model.onnx", kv_cache=True)
+    assert "same tokens" in report.checks
+    assert torch.equal(of_file(tmp_path / "model.onnx", ids, mask), of_torch(model, ids, mask))
+    full = hf.MistralForCausalLM(hf.MistralConfig(**_TEXT, num_key_value_heads=2, sliding_window=None)).eval()
+    full.load_state_dict(model.state_dict())
+    assert not torch.equal(of_torch(full, ids, mask), of_torch(model, ids, mask))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision(zoo: Zoo, dtype: str, tmp_path: Path) -> None:
+    report = lorafx.merge_and_export(
+        adapted(zoo, "llama", scale=0.05), tmp_path / "model.onnx", kv_cache=True, dtype=dtype
+    )
+    assert len(report.parity) == 3
+    kinds = {v.name: v.dtype for v in ir.load(tmp_path / "model.onnx").graph.inputs}
+    wanted = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[dtype]
+    assert {kind for name, kind in kinds.items() if str(name).startswith("past")} == {wanted}
+
+
+def test_a_tied_head_kept_apart(zoo: Zoo, tmp_path: Path) -> None:
+    """The model's two names for one weight come to hold two."""
+    gm = adapted(zoo, "gpt2", lorafx.LoraSpec(r=2, target_modules=["lm_head"], tied="untie"))
+    report = lorafx.merge_and_export(gm, tmp_path / "model.onnx", kv_cache=True)
+    assert "kept apart as asked (lm_head)" in report.checks["same graph"]
+    names = {n.removesuffix(".T") for n in ir.load(tmp_path / "model.onnx").graph.initializers}
+    assert {"transformer.wte.weight", "lm_head.weight"} <= names
+
+
+def test_other_logits_are_refused(llama: Pair) -> None:
+    """The check sees adapters that the file has not."""
+    batches = make_prompts(FAMILIES["llama"].inputs(), 48)
+    with pytest.raises(
+        ParityError, match=r"with its cache and the torch graph .* disagree on example batch=2 prompt=11"
+    ):
+        check_generation(
+            Path(llama.base.path),
+            inference(llama.gm),
+            torch.float32,
+            batches,
+            TOLERANCES[torch.float32],
+            lambda done: None,
+        )
+
+
+def test_prompts_fit_the_model() -> None:
+    example = FAMILIES["llama"].inputs()
+    assert [[len(row) for row in p.rows] for p in make_prompts(example, None)] == [[11, 9], [1], [23, 11, 1]]
+    assert [[len(row) for row in p.rows] for p in make_prompts(example, 20)] == [[11, 9], [1], [12, 11, 1]]
+    with pytest.raises(ExportError, match="takes 8 tokens, too few"):
+        make_prompts(example, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("bert", "BertForSequenceClassification does not generate text"),
+        ("whisper", "WhisperForConditionalGeneration is an encoder with a decoder"),
+        ("mlp", "only those of Hugging Face models keep it"),
+    ],
+)
+def test_what_is_no_decoder_is_refused(zoo: Zoo, name: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=reason):
+        lorafx.export_base(zoo.captured(FAMILIES[name]), tmp_path / "model.onnx", kv_cache=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_past_that_is_not_keys_and_values_is_refused() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 50, "conv_L_cache": 3, "intermediate_size": 40}
+    config = hf.Lfm2Config(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"]
+    )
+    gm = lorafx.apply(hf.Lfm2ForCausalLM(config).eval(), lorafx.LoraSpec(r=2, target_modules=["q_proj"]))
+    with pytest.raises((ExportError, CaptureError), match="Lfm2ForCausalLM"):
+        capture_decoder(gm)
+
+
+def test_a_loss_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no labels"):
+        lorafx.export_base(zoo.captured(FAMILIES["llama"]), tmp_path / "m.onnx", kv_cache=True, keep_loss=True)
+
+
+def test_a_pickled_graph_no_longer_has_the_code(zoo: Zoo, tmp_path: Path) -> None:
+    again = pickle.loads(pickle.dumps(zoo.captured(FAMILIES["llama"])))  # noqa: S301  # made here
+    with pytest.raises(ExportError, match=r"lorafx\.save_adapter"):
+        lorafx.export_base(again, tmp_path / "model.onnx", kv_cache=True)
+
+
+def test_the_graph_keeps_the_code_and_no_weights() -> None:
+    """Neither the model nor its tensors live on in a graph that has moved away from them."""
+    model = FAMILIES["llama"].build()
+    gm = lorafx.apply(model, SPEC, FAMILIES["llama"].inputs())
+    held = weakref.ref(model.lm_head.weight), weakref.ref(model)  # type: ignore[union-attr]
+    assert not list(gm.meta["original"].module.parameters())
+    del model
+    gc.collect()
+    assert [ref() for ref in held] == [None, None]
+    before = copy.deepcopy(gm.state_dict())
+    step = capture_decoder(copy.deepcopy(gm))
+    assert step.signature.outputs[0] == "logits"
+    assert all(torch.equal(value, before[name]) for name, value in gm.state_dict().items())
+
+
+def test_sessions_on_one_file(llama: Pair, tmp_path: Path) -> None:
+    """Two processes and two threads read one file and its weights at once."""
+    ids, mask = prompts(5, 8)
+    feed = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+    past = [n for n in llama.merged.inputs if n.startswith("past")]
+    np.savez(
+        tmp_path / "feed.npz",
+        **{n: t.numpy() for n, t in feed.items()},
+        **dict.fromkeys(past, np.zeros((2, 2, 0, 10), np.float32)),
+    )
+    program = (
+        "import hashlib, sys; import numpy as np, onnxruntime as ort\n"
+        "feed = dict(np.load(sys.argv[2]))\n"
+        "for _ in range(20):\n"
+        "    session = ort.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])\n"
+        "    print(hashlib.sha256(session.run(['logits'], feed)[0].tobytes()).hexdigest())"
+    )
+    command = [sys.executable, "-c", program, str(llama.path), str(tmp_path / "feed.npz")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        tokens = list(threads.map(lambda _: of_file(llama.path, ids, mask).tolist(), range(8)))
+    assert tokens == [of_file(llama.path, ids, mask).tolist()] * 8
+    digests = [p.communicate()[0].split() for p in processes]
+    assert [len(d) for d in digests] == [20, 20]
+    assert len({*digests[0], *digests[1]}) == 1
