@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -22,6 +23,8 @@ from lorafx.export.write import draft
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork, POSIX signals and limits")
 
+#: How often an export is killed; benchmarks/export_kills.py asks for more.
+KILLS = int(os.environ.get("LORAFX_KILLS", "20"))
 #: Models that exports are told apart by.
 SEEDS = 40
 
@@ -82,12 +85,12 @@ def forever(path: Path, data_name: str | None) -> None:
 
 @pytest.mark.parametrize("data_name", [None, "weights.data"], ids=["by content", "by name"])
 def test_killed_at_any_moment(data_name: str | None, tmp_path: Path) -> None:
-    """20 times, by SIGKILL: the pair there is one export's, run and compared; the next one cleans up what is left."""
+    """Many times, by SIGKILL: the pair there is one export's, run and compared; the next one cleans up what is left."""
     path = tmp_path / "model.onnx"
     chance = random.Random(0)
     export(path, 0, data_name)
     seen, left = set(), 0
-    for _ in range(20):
+    for _ in range(KILLS):
         process = multiprocessing.get_context("fork").Process(target=forever, args=(path, data_name))
         process.start()
         time.sleep(chance.uniform(0.005, 0.08))
