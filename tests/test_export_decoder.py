@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import pickle
 import subprocess
@@ -11,6 +10,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -23,15 +23,17 @@ from torch import Tensor, nn
 
 import lorafx
 from conftest import Zoo, randomize
+from lorafx.api import captured
 from lorafx.errors import CaptureError, ExportError, ParityError
 from lorafx.export.decoder import STEPS, check_generation, make_prompts
 from lorafx.export.parity import TOLERANCES
 from lorafx.graph import CapturedModule
 from lorafx.passes.decoder import capture_decoder
 from lorafx.passes.inference import inference
+from lorafx.passes.original import Original
 from zoo import _TEXT, FAMILIES, PAD
 
-DECODERS = ["llama", "qwen3", "gemma", "phi", "gpt2"]
+DECODERS = ["llama", "qwen3", "gemma", "phi"]
 SPEC = lorafx.LoraSpec(r=3, alpha=6)
 
 #: More than the examples' 11 tokens, generated ones included.
@@ -158,20 +160,18 @@ def test_layout(llama: Pair) -> None:
     assert all(torch.equal(of_file(llama.path, ids, mask, chunk=size), whole) for size in (1, 4))
 
 
-def test_base_and_merged_are_the_same_to_the_byte(llama: Pair, tmp_path: Path) -> None:
+def test_base_and_merged_are_the_same_to_the_byte(llama: Pair) -> None:
     assert llama.path.read_bytes() == Path(llama.base.path).read_bytes()
     assert llama.merged.bytes_changed > 0
-    # Without a cache it is another graph, over weights of the same names.
-    plain = lorafx.merge_and_export(llama.gm, tmp_path / "plain.onnx", verify=False)
-    names = [{n for n in ir.load(r.path).graph.initializers if "constant" not in n} for r in (plain, llama.merged)]
-    assert names[0] == names[1]
+    names = {n.removesuffix(".T") for n in ir.load(llama.path).graph.initializers if "constant" not in n}
+    assert names <= {n for n, _ in FAMILIES["llama"].build().named_parameters()} | {"model.rotary_emb.inv_freq"}
 
 
 def test_a_sliding_window_keeps_all_of_the_past_and_hides_it(tmp_path: Path) -> None:
     config = hf.MistralConfig(**_TEXT, num_key_value_heads=2, sliding_window=6)
     model = hf.MistralForCausalLM(config).eval()
     ids, mask = prompts(5, 9)
-    report = lorafx.export_base(lorafx.apply(model, SPEC, {"input_ids": ids}), tmp_path / "model.onnx", kv_cache=True)
+    report = lorafx.export_base(captured(model, {"input_ids": ids}, None), tmp_path / "model.onnx", kv_cache=True)
     assert "same tokens" in report.checks
     assert torch.equal(of_file(tmp_path / "model.onnx", ids, mask), of_torch(model, ids, mask))
     full = hf.MistralForCausalLM(hf.MistralConfig(**_TEXT, num_key_value_heads=2, sliding_window=None)).eval()
@@ -179,24 +179,29 @@ def test_a_sliding_window_keeps_all_of_the_past_and_hides_it(tmp_path: Path) -> 
     assert not torch.equal(of_torch(full, ids, mask), of_torch(model, ids, mask))
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
-def test_half_precision(zoo: Zoo, dtype: str, tmp_path: Path) -> None:
-    report = lorafx.merge_and_export(
-        adapted(zoo, "llama", scale=0.05), tmp_path / "model.onnx", kv_cache=True, dtype=dtype
-    )
+def test_bfloat16(zoo: Zoo, tmp_path: Path) -> None:
+    """Its past is in bfloat16 too. ONNX Runtime runs the float32 twin."""
+    gm = adapted(zoo, "llama", scale=0.05)
+    report = lorafx.merge_and_export(gm, tmp_path / "model.onnx", kv_cache=True, dtype="bf16")
     assert len(report.parity) == 3
     kinds = {v.name: v.dtype for v in ir.load(tmp_path / "model.onnx").graph.inputs}
-    wanted = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}[dtype]
-    assert {kind for name, kind in kinds.items() if str(name).startswith("past")} == {wanted}
+    assert {kind for name, kind in kinds.items() if str(name).startswith("past")} == {ir.DataType.BFLOAT16}
 
 
 def test_a_tied_head_kept_apart(zoo: Zoo, tmp_path: Path) -> None:
     """The model's two names for one weight come to hold two."""
-    gm = adapted(zoo, "gpt2", lorafx.LoraSpec(r=2, target_modules=["lm_head"], tied="untie"))
+    spec = lorafx.LoraSpec(r=2, target_modules=["c_attn", "lm_head"], tied="untie")
+    gm = adapted(zoo, "gpt2", spec)
     report = lorafx.merge_and_export(gm, tmp_path / "model.onnx", kv_cache=True)
     assert "kept apart as asked (lm_head)" in report.checks["same graph"]
     names = {n.removesuffix(".T") for n in ir.load(tmp_path / "model.onnx").graph.initializers}
     assert {"transformer.wte.weight", "lm_head.weight"} <= names
+    merged: Any = FAMILIES["gpt2"].build()
+    merged.lm_head.weight = nn.Parameter(torch.empty_like(merged.lm_head.weight))
+    merged.load_state_dict(lorafx.merge(gm).state_dict())
+    assert not torch.equal(merged.lm_head.weight, merged.transformer.wte.weight)
+    ids, mask = prompts(4, 9)
+    assert torch.equal(of_file(tmp_path / "model.onnx", ids, mask), of_torch(merged, ids, mask))
 
 
 def test_other_logits_are_refused(llama: Pair) -> None:
@@ -242,7 +247,7 @@ def test_a_past_that_is_not_keys_and_values_is_refused() -> None:
     config = hf.Lfm2Config(
         **sizes, num_attention_heads=4, num_key_value_heads=2, layer_types=["conv", "full_attention"]
     )
-    gm = lorafx.apply(hf.Lfm2ForCausalLM(config).eval(), lorafx.LoraSpec(r=2, target_modules=["q_proj"]))
+    gm = captured(hf.Lfm2ForCausalLM(config).eval(), None, None)
     with pytest.raises((ExportError, CaptureError), match="Lfm2ForCausalLM"):
         capture_decoder(gm)
 
@@ -258,19 +263,18 @@ def test_a_pickled_graph_no_longer_has_the_code(zoo: Zoo, tmp_path: Path) -> Non
         lorafx.export_base(again, tmp_path / "model.onnx", kv_cache=True)
 
 
-def test_the_graph_keeps_the_code_and_no_weights() -> None:
-    """Neither the model nor its tensors live on in a graph that has moved away from them."""
-    model = FAMILIES["llama"].build()
-    gm = lorafx.apply(model, SPEC, FAMILIES["llama"].inputs())
-    held = weakref.ref(model.lm_head.weight), weakref.ref(model)  # type: ignore[union-attr]
-    assert not list(gm.meta["original"].module.parameters())
+def test_the_code_is_kept_without_weights() -> None:
+    """Neither the model nor its tensors live on with a graph, which may have moved away from them."""
+    model = FAMILIES["gpt2"].build()
+    held = weakref.ref(model), weakref.ref(model.lm_head.weight), weakref.ref(model.transformer)  # type: ignore[union-attr, arg-type]
+    names = [*model.state_dict()]
+    original = Original(model)
     del model
     gc.collect()
-    assert [ref() for ref in held] == [None, None]
-    before = copy.deepcopy(gm.state_dict())
-    step = capture_decoder(copy.deepcopy(gm))
-    assert step.signature.outputs[0] == "logits"
-    assert all(torch.equal(value, before[name]) for name, value in gm.state_dict().items())
+    assert [ref() for ref in held] == [None] * 3
+    assert {".".join((path, name)) for path, _, name in original.names()} >= {*names}
+    assert original.module is not None
+    assert not list(original.module.parameters())
 
 
 def test_sessions_on_one_file(llama: Pair, tmp_path: Path) -> None:
@@ -286,7 +290,7 @@ def test_sessions_on_one_file(llama: Pair, tmp_path: Path) -> None:
     program = (
         "import hashlib, sys; import numpy as np, onnxruntime as ort\n"
         "feed = dict(np.load(sys.argv[2]))\n"
-        "for _ in range(20):\n"
+        "for _ in range(10):\n"
         "    session = ort.InferenceSession(sys.argv[1], providers=['CPUExecutionProvider'])\n"
         "    print(hashlib.sha256(session.run(['logits'], feed)[0].tobytes()).hexdigest())"
     )
@@ -296,5 +300,5 @@ def test_sessions_on_one_file(llama: Pair, tmp_path: Path) -> None:
         tokens = list(threads.map(lambda _: of_file(llama.path, ids, mask).tolist(), range(8)))
     assert tokens == [of_file(llama.path, ids, mask).tolist()] * 8
     digests = [p.communicate()[0].split() for p in processes]
-    assert [len(d) for d in digests] == [20, 20]
+    assert [len(d) for d in digests] == [10, 10]
     assert len({*digests[0], *digests[1]}) == 1
