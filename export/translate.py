@@ -1,7 +1,8 @@
 """From a graph for inference to an ONNX model that holds no weights yet.
 
-    graph --torch.export--> program --torch.onnx--> ONNX --weights' values taken out--> --optimizer-->
-          --weights folded as expressions--> model: nodes and names that depend on structure only
+    graph --repeated blocks taken out--> short graph --shapes--> program --torch.onnx--> ONNX
+          --weights' values taken out--> --optimizer--> --blocks put back--> --weights folded as expressions-->
+          --named--> model: nodes and names that depend on structure only
 
 Whatever is in the state dict is a weight, and no decision looks at a weight's value: equal weights are
 not merged, zero biases not dropped, norms not fused. Two graphs that differ in weights only become the

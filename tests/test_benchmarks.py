@@ -136,5 +136,8 @@ def test_the_quick_version_writes_a_table_numbers_and_a_picture(
 
 
 def test_memory_is_shown_over_the_frozen_models() -> None:
-    row = {"case": {"model": "bert", "dtype": "fp32", "r": 4, "method": "lora"}, "memory": {"frozen": 200, "peft": 300}}
-    assert "| bert | fp32 | 4 | lora | memory | 1.50 |" in tax_report.markdown([row], [], "tax", "python tax.py")
+    case = {"model": "bert", "dtype": "fp32", "r": 4, "method": "lora"}
+    row = {"case": case, "layers": 2, "memory": {"frozen": 200, "peft": 300}}
+    shown = tax_report.markdown([row], [], "tax", "python tax.py")
+    assert "| bert | fp32 | 4 | lora | memory | 1.50 |" in shown
+    assert "Models of 2 layers" in shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import onnx_ir as ir
@@ -75,6 +76,11 @@ def deep(name: str, layers: int) -> nn.Module:
     return model.eval()
 
 
+@cache
+def capture_of(name: str, layers: int) -> CapturedModule:
+    return captured(deep(name, layers), zoo.FAMILIES[name].inputs(), None)
+
+
 @pytest.mark.parametrize(
     ("name", "layers", "dropped"),
     [
@@ -95,7 +101,7 @@ def test_unrolled_model_is_the_model_to_the_byte(
 ) -> None:
     """Encoders and decoders, both at once, and layers that alternate between two kinds of attention."""
     example = zoo.FAMILIES[name].inputs()
-    gm = captured(deep(name, layers), example, None)
+    gm = capture_of(name, layers)
     assert [repeat.dropped for repeat in repeats(gm)] == dropped
     assert translated(gm, example) == whole(gm, example)
     assert unrolled == [True]
@@ -205,7 +211,7 @@ def test_blocks_that_change_sizes_are_not_copied(
 ) -> None:
     """The shortened graph translates, to other sizes, or does not: either way the whole one is translated."""
     sample = {"x": torch.randn(2, 4, 32)}
-    gm = captured(Halving(flatten).eval(), sample, None)
+    gm = captured(Halving(flatten).eval(), sample, {"x": {0: "batch"}})
     assert len(repeats(gm)) == 1
     assert translated(gm, sample) == whole(gm, sample)
     assert unrolled == ([] if flatten else [False])
@@ -221,18 +227,18 @@ def test_what_is_translated_does_not_grow_with_depth() -> None:
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.xdist_group("llama")
 def test_unrolled_model_runs_as_torch() -> None:
-    model = deep("llama", 6)
-    gm = captured(model, zoo.FAMILIES["llama"].inputs(), None)
-    session = ort.InferenceSession(translated(gm, zoo.FAMILIES["llama"].inputs()), providers=["CPUExecutionProvider"])
-    sample = zoo.FAMILIES["llama"].other_inputs()
+    family, gm = zoo.FAMILIES["llama"], capture_of("llama", 5)
+    session = ort.InferenceSession(translated(gm, family.inputs()), providers=["CPUExecutionProvider"])
+    sample = family.other_inputs()
     (found,) = session.run(None, {name: value.numpy() for name, value in sample.items()})
     with torch.no_grad():
         assert_close("model", torch.from_numpy(found), gm(**sample).logits)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("gpt2", "vit", "convnet")]
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("gpt2", "convnet")]
 )
 def test_graph_made_into_a_program_is_what_torch_export_makes_of_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dynamic dimensions; without them, tests/test_export.py compares with torch's export of the user's model."""
