@@ -61,6 +61,7 @@ from lorafx.passes.initialize import initialize
 from lorafx.passes.lower import lower
 from lorafx.passes.merge import merged_state_dict, unadapted
 from lorafx.passes.plan import Plan
+from lorafx.passes.quantize import quantize
 from lorafx.rank_scheduler import RankScheduler
 from lorafx.spec import LoraSpec
 from lorafx.state import adapter_state_dict, load_adapter, save_adapter
@@ -126,6 +127,7 @@ __all__ = [
     "merged_state_dict",
     "plan",
     "plot_inspection",
+    "quantize",
     "rename_adapter",
     "save_adapter",
     "save_checkpoint",

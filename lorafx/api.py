@@ -17,6 +17,7 @@ from lorafx.passes.insert import Insert, trained_base
 from lorafx.passes.lower import check_backend, lower
 from lorafx.passes.match import match, warn_of_frozen_heads
 from lorafx.passes.plan import Plan, make_plan
+from lorafx.passes.quantize import quantize_sites
 from lorafx.spec import SpecLike, as_specs
 
 
@@ -43,11 +44,12 @@ def apply(
         backend: what computes the adapted layers, as for :func:`lorafx.passes.lower.lower`.
 
     Returns:
-        A ``torch.fx.GraphModule`` whose outputs equal the model's bit for bit, in which only adapter
+        A ``torch.fx.GraphModule`` whose outputs equal the model's bit for bit (with a quantized base, those of the
+        model with the weights that the format keeps), in which only adapter
         parameters (and ``modules_to_save``, ``bias``) require gradients.
 
     Raises:
-        SpecError, CaptureError, MatchError, LoweringError: before anything is changed.
+        SpecError, CaptureError, MatchError, QuantizationError, LoweringError: before anything is changed.
     """
     specs = as_specs(spec)
     check_backend(backend)  # before the capture, which takes its time
@@ -59,6 +61,7 @@ def apply(
     choices = match(gm, specs)
     warn_of_frozen_heads(gm, choices)
     with torch.inference_mode(False):
+        quantize_sites(gm, choices)
         Insert(choices, specs, generator)(gm)
     lower(gm, backend)
     return gm

@@ -44,6 +44,9 @@ back."""
 _MAY_GO: Mapping[str, Callable[[Any], bool]] = {
     "adapter_dtype": lambda value: True,
     "tied": lambda value: value != "tie",
+    "base": lambda value: True,
+    "block_size": lambda value: True,
+    "double_quant": lambda value: True,
 }
 
 

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 import torch
 
 from lorafx import checks
+from lorafx.bases import FORMATS
 from lorafx.errors import SpecError
 from lorafx.peft_config import HEADS_OF_TASK, METADATA, fields_from_peft, peft_from_fields
 from lorafx.variants import SELECTABLE, VARIANTS
@@ -82,6 +83,11 @@ class LoraSpec:
             half-precision base, otherwise the base weight's own (:meth:`dtype_for`).
         tied: when a targeted weight is used elsewhere too: ``"refuse"``; ``"untie"``: the fold
             writes a weight of its own for the adapted call; or ``"tie"``: every use is adapted alike.
+        base: how the adapted weights are stored, frozen: the name of a base format (:data:`lorafx.bases.FORMATS`),
+            ``"nf4"`` for QLoRA (arXiv 2305.14314) or ``"int8"``; None: as they are. Those of embeddings and
+            convolutions, and those with other uses, stay as they are.
+        block_size, double_quant: settings of the format: how many values share a scale, and whether the scales are
+            quantised too. None: its own choice (64 and True for nf4).
         metadata: what PEFT notes down beside the settings (base_model_name_or_path, task_type, ...): kept and
             written back, of no effect here, and left out of ``==``.
 
@@ -108,6 +114,9 @@ class LoraSpec:
     modules_to_save: Collection[str] = ()
     adapter_dtype: AdapterDtype | torch.dtype | None = None
     tied: Tied = "refuse"
+    base: str | None = None
+    block_size: int | None = None
+    double_quant: bool | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -208,8 +217,8 @@ class LoraSpec:
 
         That is ``LoraConfig``, ``AdaLoraConfig`` or ``VeraConfig``; the key ``peft_type`` says which.
 
-        ``adapter_dtype`` and ``tied="untie"`` have no key there and are left out. Raises :class:`SpecError` for a
-        variant that PEFT does not have, and for other fields that its config has no key for.
+        ``adapter_dtype``, ``tied="untie"`` and ``base`` with its settings have no key there and are left out. Raises
+        :class:`SpecError` for a variant that PEFT does not have, and for other fields that its config has no key for.
         """
         return peft_from_fields(self.to_dict(), LoraSpec(r=self.r, variant=self.variant).to_dict())
 
@@ -315,6 +324,12 @@ def _check_together(spec: LoraSpec) -> None:
     if spec.layers_pattern and not spec.layers_to_transform:
         expected = "it goes with layers_to_transform, which numbers to take"
         raise checks.refusal("LoraSpec.layers_pattern", spec.layers_pattern, expected)
+    if spec.base is not None:  # a row's width is not known yet
+        FORMATS[spec.base].settings(spec.block_size or 0, spec.block_size, spec.double_quant)
+    for setting in ("block_size", "double_quant"):
+        if spec.base is None and getattr(spec, setting) is not None:
+            expected = f"it is a setting of a base format; give one (base={' or '.join(map(repr, FORMATS))})"
+            raise checks.refusal(f"LoraSpec.{setting}", getattr(spec, setting), expected)
     least = 0 if VARIANTS[spec.variant].shrinks else 1
     for key, r in spec.rank_pattern.items():
         if r < least:
@@ -356,5 +371,8 @@ _CHECKS: Mapping[str, checks.Check[Any]] = {
     "modules_to_save": checks.names,
     "adapter_dtype": checks.dtype_name(get_args(AdapterDtype)),
     "tied": checks.one_of(get_args(Tied)),
+    "base": checks.optional(checks.one_of(tuple(FORMATS))),
+    "block_size": checks.optional(checks.count),
+    "double_quant": checks.optional(checks.flag),
     "metadata": checks.json_object(METADATA),
 }

@@ -1,0 +1,75 @@
+"""The operators on packed weights; kernels implement them for their devices, and what is here is what they mean.
+
+A packed matrix is handed over as its tensors (in the order of the format's layout), the format's name, and
+``layout = [out, in, block_size, double_quant]``. Its values are those of :meth:`lorafx.bases.base.Format.rows`, in
+``dtype``; ``x`` has that dtype too. A stack of matrices counts as one, its rows one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lorafx.bases import FORMATS
+from lorafx.bases.base import Packed
+
+_LIBRARY: Any = torch.library.Library("lorafx", "FRAGMENT")  # type: ignore[no-untyped-call]
+_PACKED = "Tensor[] tensors, str format, int[] layout, ScalarType dtype"
+
+
+def describe(packed: Packed) -> tuple[list[Tensor], str, list[int], torch.dtype]:
+    """A packed weight as the operators take it."""
+    layout = [packed.height, packed.width, packed.block_size, int(packed.double_quant)]
+    return [*packed.tensors.values()], packed.format, layout, packed.dtype
+
+
+def _packed(tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: torch.dtype) -> Packed:
+    height, width, block_size, double_quant = layout
+    names = FORMATS[name].layout((height, width), block_size, bool(double_quant))
+    return Packed(name, (height, width), dtype, block_size, bool(double_quant), dict(zip(names, tensors, strict=True)))
+
+
+def _dense(tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return FORMATS[name].dequantize(_packed(tensors, name, layout, dtype))
+
+
+def _fake_dense(tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return tensors[0].new_empty(layout[0], layout[1], dtype=dtype)
+
+
+def _linear(x: Tensor, bias: Tensor | None, *packed: Any) -> Tensor:
+    return F.linear(x, packed_dense(*packed), bias)
+
+
+def _fake_linear(x: Tensor, bias: Tensor | None, tensors: Any, name: str, layout: Sequence[int], dtype: Any) -> Tensor:
+    return x.new_empty(x.shape[0], layout[0])
+
+
+def _mm(x: Tensor, *packed: Any) -> Tensor:
+    weight: Tensor = packed_dense(*packed)
+    return x @ weight
+
+
+def _fake_mm(x: Tensor, tensors: Any, name: str, layout: Sequence[int], dtype: Any) -> Tensor:
+    return x.new_empty(x.shape[0], layout[1])
+
+
+def _define(name: str, arguments: str, meaning: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
+    _LIBRARY.define(f"{name}({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, meaning, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lorafx::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.lorafx, name).default
+
+
+#: The weight ``[out, in]``, as the formats in Python read it: what a kernel calls for one that it does not know.
+packed_reference = _define("packed_reference", _PACKED, _dense, _fake_dense)
+#: The weight ``[out, in]``.
+packed_dense = _define("packed_dense", _PACKED, _dense, _fake_dense)
+#: ``x [M, in] W^T + bias``.
+packed_linear = _define("packed_linear", f"Tensor x, Tensor? bias, {_PACKED}", _linear, _fake_linear)
+#: ``x [M, out] W``.
+packed_mm = _define("packed_mm", f"Tensor x, {_PACKED}", _mm, _fake_mm)

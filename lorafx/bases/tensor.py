@@ -1,0 +1,188 @@
+"""A weight in a base format that is a tensor: whatever reads it reads the dense one, for as long as it needs it.
+
+    weight = QuantizedTensor(FORMATS["nf4"].quantize(dense))        # nn.Parameter(weight, requires_grad=False)
+    y = F.linear(x, weight)                                         # autograd keeps the packed bytes, not the values
+
+So a base format is nobody's business but that of what wants to be fast: captures, passes, variants, merges and exports
+see a frozen parameter of the weight's shape and dtype. Products with it are operators of their own (:mod:`.ops`), which
+kernels compute panel by panel; any other operator gets the dense weight, which goes when it is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lorafx.bases.base import Packed
+from lorafx.bases.ops import describe, packed_dense, packed_linear, packed_mm
+from lorafx.errors import QuantizationError
+
+aten = torch.ops.aten
+
+
+class QuantizedTensor(Tensor):
+    """``packed`` as a tensor of its shape and dtype; ``turned``: with the last two dimensions swapped."""
+
+    packed: Packed
+    turned: bool
+
+    @staticmethod
+    def __new__(cls, packed: Packed, turned: bool = False) -> QuantizedTensor:
+        *stack, height, width = packed.shape
+        shape = (*stack, width, height) if turned else packed.shape
+        strides = torch.empty(packed.shape, device="meta").stride()
+        if turned:
+            strides = (*strides[:-2], strides[-1], strides[-2])
+        made: QuantizedTensor = Tensor._make_wrapper_subclass(
+            cls, shape, strides=strides, dtype=packed.dtype, device=packed.tensors["codes"].device, requires_grad=False
+        )
+        made.packed, made.turned = packed, turned
+        for name, tensor in packed.tensors.items():
+            setattr(made, name, tensor)
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch gives it no type
+        """Without values."""
+        kind = f"{self.packed.format}, {tuple(self.shape)}, dtype={self.dtype}, device='{self.device}'"
+        return f"{type(self).__name__}({kind})"
+
+    def dequantize(self) -> Tensor:
+        """The dense weight."""
+        packed, turned = self.packed, self.turned
+        found: Tensor = packed_dense(*describe(packed)).view(packed.shape)
+        return found.mT if turned else found
+
+    # What torch.compile and torch.save ask for.
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        p = self.packed
+        return [*p.tensors], (p.format, p.shape, p.dtype, p.block_size, p.double_quant, self.turned)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        tensors: Mapping[str, Tensor], context: Any, outer_size: Any = None, outer_stride: Any = None
+    ) -> QuantizedTensor:
+        name, shape, dtype, block_size, double_quant, turned = context
+        return QuantizedTensor(Packed(name, shape, dtype, block_size, double_quant, dict(tensors)), turned)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self.packed, self.turned, isinstance(self, nn.Parameter))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
+        if id(self) not in memo:
+            memo[id(self)] = _rebuild(_map(self.packed, torch.clone), self.turned, isinstance(self, nn.Parameter))
+        found: QuantizedTensor = memo[id(self)]
+        return found
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks func
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        own = _OWN.get(func)
+        if own is not None and (found := own(*args, **kwargs)) is not NotImplemented:
+            return found
+        if func._can_decompose() and (found := func.decompose(*args, **kwargs)) is not NotImplemented:
+            return found  # some of its parts may take the packed weight
+        if func._schema.is_mutable and isinstance(written := args[0], QuantizedTensor):
+            raise QuantizationError(
+                f"{func} would write to a weight that is stored as {written.packed.format}, which is frozen: put a "
+                "tensor of its own in its place, or start from a base that is not quantized"
+            )
+        dense_args, dense_kwargs = tree_map_only(QuantizedTensor, QuantizedTensor.dequantize, (tuple(args), kwargs))
+        return func(*dense_args, **dense_kwargs)
+
+
+def quantized(weight: Tensor) -> Packed | None:
+    """The packed weight ``[..., out, in]`` behind a tensor; None: it is dense, or turned."""
+    return weight.packed if isinstance(weight, QuantizedTensor) and not weight.turned else None
+
+
+def _rebuild(packed: Packed, turned: bool, is_parameter: bool) -> Tensor:
+    made = QuantizedTensor(packed, turned)
+    return nn.Parameter(made, requires_grad=False) if is_parameter else made
+
+
+def _map(packed: Packed, f: Callable[[Tensor], Tensor]) -> Packed:
+    return replace(packed, tensors={name: f(tensor) for name, tensor in packed.tensors.items()})
+
+
+# What operators are to a packed weight, where they are not what they are to the dense one; NotImplemented: they are.
+
+
+def _same(self: QuantizedTensor) -> Any:
+    return QuantizedTensor(self.packed, self.turned)
+
+
+def _clone(self: QuantizedTensor, **kwargs: Any) -> Any:
+    return QuantizedTensor(_map(self.packed, torch.clone), self.turned)
+
+
+def _to_copy(self: QuantizedTensor, *, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any) -> Any:
+    """Values are rounded once, so that one that was already rounded must be read before it is cast."""
+    packed = self.packed
+    if dtype not in (None, packed.dtype) and packed.dtype is not torch.float32:
+        return NotImplemented
+    moved = packed if device is None else _map(packed, lambda t: t.to(device))
+    return QuantizedTensor(replace(moved, dtype=dtype or packed.dtype), self.turned)
+
+
+def _turn(self: QuantizedTensor, *dims: int) -> Any:
+    if dims and {dim % self.dim() for dim in dims} != {self.dim() - 2, self.dim() - 1}:
+        return NotImplemented
+    return QuantizedTensor(self.packed, not self.turned)
+
+
+def _mm(x: Tensor, weight: Tensor) -> Any:
+    if isinstance(x, QuantizedTensor) or not isinstance(weight, QuantizedTensor) or x.dtype != weight.dtype:
+        return NotImplemented
+    what = describe(weight.packed)
+    return packed_linear(x, None, *what) if weight.turned else packed_mm(x, *what)
+
+
+def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
+    plain = beta == alpha == 1 and bias.dim() == 1 and not isinstance(x, QuantizedTensor) and x.dtype == weight.dtype
+    if not plain or not isinstance(weight, QuantizedTensor) or not weight.turned:
+        return NotImplemented
+    return packed_linear(x, bias, *describe(weight.packed))
+
+
+def _alike(one: Any, other: Any) -> Any:
+    both = isinstance(one, QuantizedTensor) and isinstance(other, QuantizedTensor)
+    return both and one.__tensor_flatten__() == other.__tensor_flatten__()
+
+
+def _equal(one: Any, other: Any) -> Any:
+    if not _alike(one, other):
+        return NotImplemented
+    pairs = zip(one.packed.tensors.values(), other.packed.tensors.values(), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
+
+
+def _copy(self: Any, source: Any, non_blocking: bool = False) -> Any:
+    if not _alike(self, source):
+        return NotImplemented
+    for name, tensor in self.packed.tensors.items():
+        tensor.copy_(source.packed.tensors[name], non_blocking)
+    return self
+
+
+_OWN: Mapping[Any, Callable[..., Any]] = {
+    aten.detach.default: _same,
+    aten.alias.default: _same,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to_copy,
+    aten.t.default: _turn,
+    aten.transpose.int: _turn,
+    aten.mm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.equal.default: _equal,
+    aten.copy_.default: _copy,
+}
