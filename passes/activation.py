@@ -34,7 +34,7 @@ def find_activation(x: Node) -> tuple[str, list[Node]] | None:
         for inner, other in ((a, b), (b, a)):
             if not isinstance(inner, Node) or not isinstance(other, Node) or len(inner.users) > 1 or inner is other:
                 continue
-            if (single := _single(inner)) is not None:
+            if (single := _single(inner)) is not None and single[1] is not other:  # each source has one gradient
                 return f"{single[0]}_mul", [single[1], other]
     return None
 

@@ -30,7 +30,7 @@ from lorafx.ir import stage
 from lorafx.kernels.base import Call
 from lorafx.kernels.grouped import grouped
 from lorafx.kernels.providers import PROVIDERS, provider
-from lorafx.ops import STORAGE
+from lorafx.ops import STORAGE, updates
 from lorafx.passes.activation import find_activation
 from lorafx.passes.group import Member, find_groups, fixed_inputs
 from lorafx.passes.recompute import Kept, trained_nodes
@@ -136,14 +136,22 @@ def _call(gm: CapturedModule, group: Sequence[Member]) -> Call:
     """What is known of a group: sizes from the weights, the dtype from the input where the capture tells it."""
     weights = [_weight(gm, member) for member in group]
     x = group[0].x.meta.get("val")
-    tensors = [get_path(gm, n.target) for m in group if m.adapters is not None for n in m.adapters[0]]
     return Call(
         weights[0].device,
         x.dtype if isinstance(x, Tensor) else weights[0].dtype,
         weights[0].shape[1],
         tuple(w.shape[0] for w in weights),
-        sum(t.shape[0] for t in tensors if t.dim() == 2 and t.shape[1] == weights[0].shape[1]),
+        sum(_rank(gm, member, weight) for member, weight in zip(group, weights, strict=True)),
     )
+
+
+def _rank(gm: CapturedModule, member: Member, weight: Tensor) -> int:
+    """The ranks of all adapters of a call."""
+    if member.adapters is None:
+        return 0
+    nodes, variants, scaling = member.adapters[:3]
+    tensors = [get_path(gm, node.target).to("meta") for node in nodes]
+    return sum(int(update.right.shape[-2]) for update in updates(weight.to("meta"), tensors, variants, scaling))
 
 
 def _weight(gm: CapturedModule, member: Member) -> Tensor:

@@ -25,6 +25,8 @@ from lorafx.ir import format_graph
 from lorafx.kernels.aten import Aten
 from lorafx.kernels.base import Call
 from lorafx.kernels.cpu.provider import Cpu
+from lorafx.passes import lower
+from lorafx.passes.group import find_groups
 from lowered import WIDTH, Model, X, applied, assert_equal_results, derived, grads, replaced, run
 from tolerances import assert_close
 from zoo import FAMILIES, Family
@@ -430,3 +432,14 @@ def test_freezing_after_lowering_needs_no_recompilation() -> None:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_("norm" in name or ("layers.1" in name and "lora_A" in name))
     assert_equal_results(run(gm.eval()), run(reference.eval()))
+
+
+@pytest.mark.parametrize(("variant", "ranks"), [("lora", [4, 2]), ("dora", [4, 2]), ("vera", [4, 2])])
+def test_a_call_is_told_the_ranks_of_its_adapters(variant: str, ranks: list[int]) -> None:
+    """Whatever the tensors' shapes: VeRA's are as large as the largest layer needs, and a rank may be a width."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    specs = [LoraSpec(variant=variant, r=r, target_modules=[str(2 * i)]) for i, r in enumerate(ranks)]
+    if variant == "vera":
+        specs, ranks = [LoraSpec(variant=variant, r=4, target_modules=["0", "2"])], [4, 4]
+    gm = lorafx.apply(model, specs, torch.randn(3, 4))
+    assert [lower._call(gm, group).r for group in find_groups(gm.graph)] == ranks

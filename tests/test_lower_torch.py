@@ -12,6 +12,8 @@ from torch.autograd import forward_ad
 
 import lorafx
 from lorafx import LoraSpec
+from lorafx.bases import FORMATS
+from lorafx.bases.ops import describe
 from lorafx.graph import CapturedModule
 from lorafx.kernels.grouped import grouped
 from lorafx.kernels.providers import provider
@@ -258,23 +260,32 @@ def test_the_compiled_operators_are_well_behaved(dtype: torch.dtype) -> None:
     x, weight, dy, bias = torch.randn(7, 33), torch.randn(5, 33), torch.randn(7, 5), torch.randn(5)
     x, weight, dy, bias = (t.to(dtype) for t in (x, weight, dy, bias))
     a, b, gain, seed = torch.randn(3, 33), torch.randn(5, 3), torch.randn(5), torch.tensor([7])
-    weights, biases, counts = [weight, weight], [bias, None], [1, 1]
+    biases, counts = [bias, None], [1, 1]
     one = ([a, a], counts, [0.25, 0.0], [0.5, 1.0])
-    forward = (x, weights, biases, [gain, None], [b, b], *one, seed)
-    s, bits, y, _ = ops.cpu_forward(*forward)
+    packed = FORMATS["nf4"].quantize(weight)
+    tensors, name, layout, _ = describe(packed)
+    weights = [weight, *tensors], ["", name], [len(tensors), *layout]
+    forward = (x, *weights, biases, [gain, None], [b, b], *one, seed)
+    s, bits, y, _ = ops.cpu_group(*forward)
     some = [True, False, True, True, False, True, False, True, False, True, False]
     other, third = [False, *[True] * 3, *[False] * 3, *[True] * 4], [True, *[False] * 6, *[True] * 4]
-    plain = (weights, biases, [None, None], [b, b], [a, a], [1, 1], [0.0, 0.0], [1.0, 1.0])
+    plain = ([weight, weight], ["", ""], [], biases, [None, None], [b, b], [a, a], [1, 1], [0.0, 0.0], [1.0, 1.0])
     for operator, given in (
-        (ops.cpu_forward, forward),
-        (ops.cpu_forward, (x, [weight], [None], [None], [], [], [0], [], [], None)),
-        (ops.cpu_backward, ([dy, dy], [y, None], s, bits, [x], "", weights, biases, [gain, None], [b, b], *one, some)),
+        (ops.cpu_group, forward),
+        (ops.cpu_group, (x, [weight], [""], [], [None], [None], [], [], [0], [], [], None)),
         (
-            ops.cpu_backward,
+            ops.cpu_group_backward,
+            ([dy, dy], [y, None], s, bits, [x], "", *weights, biases, [gain, None], [b, b], *one, some),
+        ),
+        (ops.packed_linear, (x, bias, *describe(packed))),
+        (ops.packed_mm, (dy, *describe(packed))),
+        (ops.packed_rows, (*describe(packed), 1, 4)),
+        (
+            ops.cpu_group_backward,
             ([None, dy], [None, None], s, None, [x], "", *plain, other),
         ),
         (
-            ops.cpu_backward,
+            ops.cpu_group_backward,
             ([dy, dy], [None, None], s, None, [x, x], "silu_mul", *plain, third),
         ),
     ):

@@ -124,7 +124,7 @@ class Norms(nn.Module):
         self.a, self.b = nn.Linear(WIDTH, 20), nn.Linear(WIDTH, 20)
         self.gate, self.up, self.down = nn.Linear(WIDTH, 24), nn.Linear(WIDTH, 24), nn.Linear(24, WIDTH)
         self.after_gelu, self.after_tanh, self.after_relu = (nn.Linear(20, WIDTH) for _ in range(3))
-        self.scaled = nn.Linear(WIDTH, WIDTH)
+        self.scaled, self.own_gate = nn.Linear(WIDTH, WIDTH), nn.Linear(24, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -132,12 +132,14 @@ class Norms(nn.Module):
         x = x + self.after_gelu(F.gelu(self.a(h))) + self.after_tanh(F.gelu(self.b(h), approximate="tanh"))
         h = self.rms(x)
         x = x + self.down(F.silu(self.gate(h)) * self.up(h)) + self.after_relu(torch.relu(self.b(h)))
+        both = self.gate(x)
+        x = x + self.own_gate(F.silu(both) * both)  # two gradients for one source
         own = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
         result: Tensor = self.scaled(own * 0.5)
         return result
 
 
-TARGETS = ["a", "b", "gate", "up", "down", "after_gelu", "after_tanh", "after_relu", "scaled", "first"]
+TARGETS = ["a", "b", "gate", "up", "down", "after_gelu", "after_tanh", "after_relu", "scaled", "own_gate", "first"]
 
 
 def norms(backend: str, variant: str = "lora") -> CapturedModule:

@@ -154,17 +154,26 @@ class Format(ABC):
         return Packed(self.name, shape, weight.dtype, block_size, double_quant, tensors)
 
     def panels(
-        self, packed: Packed, dtype: torch.dtype | None = None, panel_bytes: int = PANEL_BYTES
+        self,
+        packed: Packed,
+        dtype: torch.dtype | None = None,
+        panel_bytes: int = PANEL_BYTES,
+        *,
+        start: int = 0,
+        stop: int | None = None,
     ) -> Iterator[tuple[int, Tensor]]:
         """The number of the first row and ``[rows, in]`` in ``dtype``, for as many rows at a time as fit.
+
+        Of the rows from ``start`` to ``stop``, None: to the last.
 
         ``panel_bytes`` bounds a panel in float32, in which it is computed. A panel has at least one row.
         """
         # A row that starts or ends within a block brings that block's other values along.
         beside = 0 if packed.width % packed.block_size == 0 else 2 * packed.block_size
         step = max(1, (panel_bytes // 4 - beside) // packed.width)
-        for start in range(0, packed.height, step):
-            yield start, self.rows(packed, start, min(start + step, packed.height), dtype)
+        end = packed.height if stop is None else stop
+        for first in range(start, end, step):
+            yield first, self.rows(packed, first, min(first + step, end), dtype)
 
     def dequantize(self, packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
         """The whole weight, in ``dtype`` or its own."""

@@ -33,16 +33,22 @@ def _packed(tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: 
     return Packed(name, (height, width), dtype, block_size, bool(double_quant), dict(zip(names, tensors, strict=True)))
 
 
-def _dense(tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return FORMATS[name].dequantize(_packed(tensors, name, layout, dtype))
+def _rows(
+    tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: torch.dtype, start: int, stop: int
+) -> Tensor:
+    packed = _packed(tensors, name, layout, dtype)
+    found = torch.empty(stop - start, packed.width, dtype=dtype, device=tensors[0].device)
+    for at, panel in FORMATS[name].panels(packed, start=start, stop=stop):
+        found[at - start : at - start + len(panel)] = panel
+    return found
 
 
-def _fake_dense(tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: torch.dtype) -> Tensor:
-    return tensors[0].new_empty(layout[0], layout[1], dtype=dtype)
+def _fake_rows(tensors: Sequence[Tensor], name: str, layout: Any, dtype: torch.dtype, start: int, stop: int) -> Tensor:
+    return tensors[0].new_empty(stop - start, layout[1], dtype=dtype)
 
 
 def _linear(x: Tensor, bias: Tensor | None, *packed: Any) -> Tensor:
-    return F.linear(x, packed_dense(*packed), bias)
+    return F.linear(x, dense(*packed), bias)
 
 
 def _fake_linear(x: Tensor, bias: Tensor | None, tensors: Any, name: str, layout: Sequence[int], dtype: Any) -> Tensor:
@@ -50,8 +56,7 @@ def _fake_linear(x: Tensor, bias: Tensor | None, tensors: Any, name: str, layout
 
 
 def _mm(x: Tensor, *packed: Any) -> Tensor:
-    weight: Tensor = packed_dense(*packed)
-    return x @ weight
+    return x @ dense(*packed)
 
 
 def _fake_mm(x: Tensor, tensors: Any, name: str, layout: Sequence[int], dtype: Any) -> Tensor:
@@ -65,11 +70,18 @@ def _define(name: str, arguments: str, meaning: Callable[..., Tensor], fake: Cal
     return getattr(torch.ops.lorafx, name).default
 
 
-#: The weight ``[out, in]``, as the formats in Python read it: what a kernel calls for one that it does not know.
-packed_reference = _define("packed_reference", _PACKED, _dense, _fake_dense)
-#: The weight ``[out, in]``.
-packed_dense = _define("packed_dense", _PACKED, _dense, _fake_dense)
+_SOME = f"{_PACKED}, int start, int stop"
+#: Rows ``start`` to ``stop`` as the formats in Python read them: what kernels call for formats that they do not know.
+packed_reference = _define("packed_reference", _SOME, _rows, _fake_rows)
+#: Rows ``start`` to ``stop``.
+packed_rows = _define("packed_rows", _SOME, _rows, _fake_rows)
 #: ``x [M, in] W^T + bias``.
 packed_linear = _define("packed_linear", f"Tensor x, Tensor? bias, {_PACKED}", _linear, _fake_linear)
 #: ``x [M, out] W``.
 packed_mm = _define("packed_mm", f"Tensor x, {_PACKED}", _mm, _fake_mm)
+
+
+def dense(tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The weight ``[out, in]``."""
+    found: Tensor = packed_rows(tensors, name, layout, dtype, 0, layout[0])
+    return found

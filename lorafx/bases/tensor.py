@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from lorafx.bases import FORMATS
 from lorafx.bases.base import Packed
-from lorafx.bases.ops import describe, packed_dense, packed_linear, packed_mm
+from lorafx.bases.ops import dense, describe, packed_linear, packed_mm
 from lorafx.errors import QuantizationError
 
 aten = torch.ops.aten
@@ -54,8 +55,22 @@ class QuantizedTensor(Tensor):
     def dequantize(self) -> Tensor:
         """The dense weight."""
         packed, turned = self.packed, self.turned
-        found: Tensor = packed_dense(*describe(packed)).view(packed.shape)
+        found = dense(*describe(packed)).view(packed.shape)
         return found.mT if turned else found
+
+    def is_like(self, other: object) -> bool:
+        """Whether ``other`` is a weight of the same shape and dtype in the same format, so that bytes can be copied."""
+        return isinstance(other, QuantizedTensor) and self.__tensor_flatten__() == other.__tensor_flatten__()
+
+    def share_memory_(self) -> QuantizedTensor:
+        """The packed bytes into shared memory: torch would look for a storage, which a tensor like this has not."""
+        for tensor in self.packed.tensors.values():
+            tensor.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether the packed bytes are in memory that processes share."""
+        return all(tensor.is_shared() for tensor in self.packed.tensors.values())
 
     # What torch.compile and torch.save ask for.
 
@@ -71,7 +86,8 @@ class QuantizedTensor(Tensor):
         return QuantizedTensor(Packed(name, shape, dtype, block_size, double_quant, dict(tensors)), turned)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.packed, self.turned, isinstance(self, nn.Parameter))
+        tensors, context = dict(self.packed.tensors), self.__tensor_flatten__()[1]
+        return _load, (tensors, context, isinstance(self, nn.Parameter))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         if id(self) not in memo:
@@ -108,6 +124,16 @@ def quantized(weight: Tensor) -> Packed | None:
 def _rebuild(packed: Packed, turned: bool, is_parameter: bool) -> Tensor:
     made = QuantizedTensor(packed, turned)
     return nn.Parameter(made, requires_grad=False) if is_parameter else made
+
+
+def _load(tensors: Mapping[str, Tensor], context: Any, is_parameter: bool) -> Tensor:
+    """What a pickle holds, checked: kernels trust in its sizes."""
+    made = QuantizedTensor.__tensor_unflatten__(tensors, context)
+    FORMATS[made.packed.format].validate(made.packed, "a weight in the file")
+    return _rebuild(made.packed, made.turned, is_parameter)
+
+
+torch.serialization.add_safe_globals([_load])  # for torch.load as it is: it runs no other code from a file
 
 
 def _map(packed: Packed, f: Callable[[Tensor], Tensor]) -> Packed:
@@ -154,20 +180,15 @@ def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: f
     return packed_linear(x, bias, *describe(weight.packed))
 
 
-def _alike(one: Any, other: Any) -> Any:
-    both = isinstance(one, QuantizedTensor) and isinstance(other, QuantizedTensor)
-    return both and one.__tensor_flatten__() == other.__tensor_flatten__()
-
-
 def _equal(one: Any, other: Any) -> Any:
-    if not _alike(one, other):
+    if not isinstance(one, QuantizedTensor) or not one.is_like(other):
         return NotImplemented
     pairs = zip(one.packed.tensors.values(), other.packed.tensors.values(), strict=True)
     return all(torch.equal(*pair) for pair in pairs)
 
 
 def _copy(self: Any, source: Any, non_blocking: bool = False) -> Any:
-    if not _alike(self, source):
+    if not isinstance(self, QuantizedTensor) or not self.is_like(source):
         return NotImplemented
     for name, tensor in self.packed.tensors.items():
         tensor.copy_(source.packed.tensors[name], non_blocking)

@@ -16,7 +16,7 @@ only: the version counter then has to see every write, which a compiler's tempor
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lorafx.bases.base import PANEL_BYTES
+from lorafx.bases.ops import describe, packed_rows
+from lorafx.bases.tensor import quantized
 from lorafx.variants.base import full_precision
 
 #: How a tensor lies in its storage: offset, shape, strides and dtype.
@@ -66,6 +69,10 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     In float32 or better, and without gradient (arXiv 2402.09353, section 4.3). The base's term is summed in float64, so
     that it is the same in whatever order it is summed: where B is zero, the norm is the same bit for bit on any layout.
     """
+    packed = quantized(weight)
+    if packed is not None and weight.dim() == 2 and not any(is_traceable_wrapper_subclass(t) for t in (a, b)):
+        found: Tensor = torch.ops.lorafx.packed_row_norm.default(*describe(packed), a, b, scaling)
+        return found
     if any(is_traceable_wrapper_subclass(t) for t in (weight, a, b)):
         return _compute(weight, a, b, scaling)
     norm: Tensor = torch.ops.lorafx.row_norm.default(weight, a, b, scaling)
@@ -119,33 +126,72 @@ def _kept_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """The operator, for tensors with values. What it returns is the caller's: compiled code writes to its buffers."""
     if not _may_keep(weight):
         return _compute(weight, a, b, scaling)
-    squares = _kept_squares(weight)
-    weight, a, b = weight.detach(), a.detach(), b.detach()
-    if not weight.is_cpu:
-        with full_precision(weight):
-            return compute_norm(squares, weight, a, b, scaling)
+    squares = _kept_squares(weight, lambda: compute_squares(weight.detach()))
+    a, b = a.detach(), b.detach()
+    return _kept_for(squares, a, b, scaling, lambda: compute_norm(squares, weight.detach(), a, b, scaling))
+
+
+def _kept_packed_norm(
+    tensors: Sequence[Tensor],
+    name: str,
+    layout: Sequence[int],
+    dtype: torch.dtype,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+) -> Tensor:
+    """The same for a packed weight, some rows of which are dequantised at a time; what is kept goes by its codes."""
+    a, b = a.detach(), b.detach()
+    out, width, *_ = layout
+    step = max(1, PANEL_BYTES // (width * dtype.itemsize))
+    parts = [slice(i, min(i + step, out)) for i in range(0, out, step)]
+
+    def rows(part: slice) -> Tensor:
+        found: Tensor = packed_rows(tensors, name, layout, dtype, part.start, part.stop)
+        return found
+
+    def squares() -> Tensor:
+        return torch.cat([compute_squares(rows(part)) for part in parts])
+
+    def norm() -> Tensor:
+        return torch.cat([compute_norm(term[part], rows(part), a, b[part], scaling) for part in parts])
+
+    if not _may_keep(tensors[0]):
+        with full_precision(a):
+            term = squares()
+            return norm()
+    term = _kept_squares(tensors[0], squares)
+    return _kept_for(term, a, b, scaling, norm)
+
+
+def _kept_for(squares: Tensor, a: Tensor, b: Tensor, scaling: float, compute: Callable[[], Tensor]) -> Tensor:
+    """The norm with these squares, as it was computed last if nothing is new."""
+    if not squares.is_cpu:
+        with full_precision(a):
+            return compute()
     views, view = _views(_NORMS, a), _view(a)
     known = views.get(view)
     if known is None or not _is_current(known, squares, scaling, a, b):
-        with full_precision(weight):
-            norm = compute_norm(squares, weight, a, b, scaling)
+        with full_precision(a):
+            norm = compute()
         known = views[view] = _Norm(squares, scaling, a.clone(), b.clone(), norm)
     return known.values.clone()
 
 
-def _kept_squares(weight: Tensor) -> Tensor:
-    state = weight._version, weight.data_ptr()  # not of a detached tensor: in inference mode its versions are its own
-    weight = weight.detach()
-    views, view = _views(_SQUARES, weight), _view(weight)
+def _kept_squares(base: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+    """The squares of the base in this memory, as they were computed last if it is as it was."""
+    state = base._version, base.data_ptr()  # not of a detached tensor: in inference mode its versions are its own
+    base = base.detach()
+    views, view = _views(_SQUARES, base), _view(base)
     known = views.get(view)
-    sample = weight.take(_places(weight.numel())) if weight.is_cpu else None
+    sample = base.take(_places(base.numel())) if base.is_cpu else None
     if (
         known is None
         or known.state != state
         or not (sample is None or known.sample is None or torch.equal(sample, known.sample))
     ):
-        with full_precision(weight):
-            squares = compute_squares(weight)
+        with full_precision(base):
+            squares = compute()
         known = views[view] = _Squares(state, sample, squares)
     return known.values
 
@@ -189,6 +235,19 @@ def _fake_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return weight.new_empty(weight.shape[:-1], dtype=_result_dtype(weight, a))
 
 
+def _fake_packed_norm(
+    tensors: Sequence[Tensor],
+    name: str,
+    layout: Sequence[int],
+    dtype: torch.dtype,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+) -> Tensor:
+    wide = torch.promote_types(torch.promote_types(dtype, a.dtype), torch.float32)
+    return a.new_empty(layout[0], dtype=wide)
+
+
 def _batched_norm(info: Any, dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
     """Under ``torch.func.vmap``: the batch is one more dimension of the stack."""
     *tensors, scaling = arguments
@@ -211,3 +270,11 @@ _LIBRARY.impl("row_norm", _kept_norm, "CompositeExplicitAutograd")
 _LIBRARY.impl("row_norm", torch.library.fallthrough_kernel, "Autograd")  # it takes no gradient
 torch.library.register_fake("lorafx::row_norm", _fake_norm, lib=_LIBRARY)
 torch.library.register_vmap("lorafx::row_norm", _batched_norm, lib=_LIBRARY)
+_LIBRARY.define(
+    "packed_row_norm(Tensor[] tensors, str format, int[] layout, ScalarType dtype, Tensor a, Tensor b, float scaling) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe),
+)
+_LIBRARY.impl("packed_row_norm", _kept_packed_norm, "CompositeExplicitAutograd")
+_LIBRARY.impl("packed_row_norm", torch.library.fallthrough_kernel, "Autograd")
+torch.library.register_fake("lorafx::packed_row_norm", _fake_packed_norm, lib=_LIBRARY)

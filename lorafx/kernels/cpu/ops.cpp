@@ -13,13 +13,11 @@
 #include <torch/library.h>
 
 #include "jobs.h"
+#include "weight.h"
 
 namespace {
 
-using at::Tensor;
-using Maybe = std::optional<Tensor>;
 using Maybes = c10::List<Maybe>;
-constexpr int64_t PART = 256;            // rows of gain * dy
 constexpr double SMALL_GAIN = 1.0 / 16;  // as in gain.py
 
 // The tensor with its rows in one piece each.
@@ -96,9 +94,26 @@ void run(at::ScalarType dtype, const std::vector<Job> &jobs) {
     TORCH_CHECK(false, "the compiled kernels are for float32 and bfloat16, not ", dtype);
 }
 
+// The weights of a group: of each layer the tensors that hold it; formats and layouts as ops.py has them.
+std::vector<Weight> weights_of(at::TensorList tensors, const c10::List<std::string> &formats, at::IntArrayRef layouts,
+                               at::ScalarType dtype) {
+  std::vector<Weight> found;
+  for (const std::string format : formats) {
+    if (format.empty()) {
+      found.emplace_back(tensors[0]);
+      tensors = tensors.slice(1);
+    } else {
+      const size_t count = size_t(layouts[0]);
+      found.emplace_back(tensors.slice(0, count), format, layouts.slice(1, 4), dtype);
+      tensors = tensors.slice(count), layouts = layouts.slice(5);
+    }
+  }
+  return found;
+}
+
 // lorafx/kernels/gain.py has the formula.
 Tensor grad_gain(const Tensor &dot, const Tensor &total, at::TensorList dlefts, at::TensorList lefts, const Maybe &bias,
-                 const Tensor &gain, const Tensor &dy, const Tensor &x, const Tensor &weight) {
+                 const Tensor &gain, const Tensor &dy, const Tensor &x, const Weight &weight) {
   Tensor found = dot.clone();
   for (size_t j = 0; j < lefts.size(); ++j) found = found.sub(dlefts[j].to(dot.scalar_type()).mul(lefts[j]).sum(1));
   if (bias) found = found.sub(bias->mul(total));
@@ -106,7 +121,7 @@ Tensor grad_gain(const Tensor &dot, const Tensor &total, at::TensorList dlefts, 
   found = found.div(gain.masked_fill(small, 1.0));
   if (small.any().item<bool>()) {
     const Tensor at = small.nonzero().flatten();
-    const Tensor y = at::linear(x, weight.index_select(0, at));
+    const Tensor y = at::linear(x, weight.dense().index_select(0, at));
     found.index_copy_(0, at, dy.index_select(1, at).mul(y).sum(0, false, found.scalar_type()));
   }
   return found.to(gain.scalar_type());
@@ -144,9 +159,11 @@ Scaled scale(const Maybes &gains, at::TensorList lefts, at::IntArrayRef counts, 
   return found;
 }
 
-std::vector<Tensor> forward(const Tensor &x, at::TensorList weights, const Maybes &biases, const Maybes &gains,
-                            at::TensorList lefts, at::TensorList rights, at::IntArrayRef counts, at::ArrayRef<double> p,
+std::vector<Tensor> forward(const Tensor &x, at::TensorList tensors, c10::List<std::string> formats,
+                            at::IntArrayRef layouts, const Maybes &biases, const Maybes &gains, at::TensorList lefts,
+                            at::TensorList rights, at::IntArrayRef counts, at::ArrayRef<double> p,
                             at::ArrayRef<double> scales, const Maybe &seed) {
+  const std::vector<Weight> weights = weights_of(tensors, formats, layouts, x.scalar_type());
   const int64_t m = c10::multiply_integers(x.sizes().slice(0, size_t(x.dim() - 1)));
   const Tensor wide_x = rows(flat(x, m));
   const std::vector<Tensor> small = smalls(rights, x);
@@ -165,7 +182,7 @@ std::vector<Tensor> forward(const Tensor &x, at::TensorList weights, const Maybe
   size_t left = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Maybe bias = biases[i], gain = scaled.layers[i], plain = gain ? wide(bias) : std::nullopt;
-    Tensor y = at::linear(x, weights[i], bias);
+    Tensor y = weights[i].linear(x, bias);
     if (counts[i]) {
       y = flat(y, m);
       std::vector<Adapter> mine;
@@ -194,9 +211,9 @@ struct Share {
 
 // ds, and what depends on dy alone.
 std::vector<Share> grad_up(const Maybes &dys, const Maybes &ys, const Tensor &s, const Tensor &ds,
-                           const std::vector<bool> &needs_total, at::TensorList weights, const c10::List<bool> &needed,
-                           const Scaled &scaled, const Maybes &gains, at::TensorList lefts, at::IntArrayRef counts,
-                           at::ArrayRef<double> scales) {
+                           const std::vector<bool> &needs_total, const std::vector<Weight> &weights,
+                           const c10::List<bool> &needed, const Scaled &scaled, const Maybes &gains,
+                           at::TensorList lefts, at::IntArrayRef counts, at::ArrayRef<double> scales) {
   std::vector<Share> shares(dys.size());
   std::vector<Tensor> alive;
   std::vector<Job> jobs;
@@ -230,7 +247,7 @@ std::vector<Share> grad_up(const Maybes &dys, const Maybes &ys, const Tensor &s,
     alive.push_back(d);
     jobs.push_back(make(NARROW, d, mine, std::move(in)));
     Job job = make(OUTER, d, with, std::move(out));
-    if (gain && (needed[1 + i] || d.size(1) <= weights[i].size(1))) {
+    if (gain && (needed[1 + i] || d.size(1) <= weights[i].in())) {
       share.base = s.new_empty(d.sizes());
       job.gain = floats(gain);
       job.base = share.base.data_ptr();
@@ -249,34 +266,26 @@ std::vector<Share> grad_up(const Maybes &dys, const Maybes &ys, const Tensor &s,
   return shares;
 }
 
-// The sum of gain * dy W over layers. Of a gain * dy that is larger than dx there are only ever some rows.
-Tensor product_with_weights(const std::vector<Share> &shares, const Scaled &scaled, at::TensorList weights) {
+// The sum of gain * dy W over layers.
+Tensor product_with_weights(const std::vector<Share> &shares, const Scaled &scaled,
+                            const std::vector<Weight> &weights) {
   Tensor dx;
   for (size_t i = 0; i < shares.size(); ++i) {
-    const Tensor &dy = shares[i].dy, &weight = weights[i];
-    if (!dy.defined()) continue;
-    if (shares[i].base.defined()) {
-      dx = dx.defined() ? dx.addmm_(shares[i].base, weight) : at::mm(shares[i].base, weight);
-      continue;
-    }
-    const bool first = !dx.defined();
-    if (first) dx = dy.new_empty({dy.size(0), weight.size(1)});
-    const Tensor gain = scaled.layers[i]->to(dy.scalar_type());
-    for (int64_t m = 0; m < dy.size(0); m += PART) {
-      const int64_t count = std::min(PART, dy.size(0) - m);
-      Tensor part = dx.narrow(0, m, count);
-      const Tensor base = dy.narrow(0, m, count).mul(gain);
-      first ? at::mm_out(part, base, weight) : part.addmm_(base, weight);
-    }
+    const Share &share = shares[i];
+    if (share.base.defined())
+      weights[i].add_mm(dx, share.base);
+    else if (share.dy.defined())
+      weights[i].add_mm(dx, share.dy, scaled.layers[i]);
   }
   return dx;
 }
 
 std::vector<Tensor> backward(const Maybes &dys, const Maybes &ys, const Tensor &s, const Maybe &bits,
-                             at::TensorList inputs, c10::string_view activation, at::TensorList weights,
-                             const Maybes &biases, const Maybes &gains, at::TensorList lefts, at::TensorList rights,
-                             at::IntArrayRef counts, at::ArrayRef<double> p, at::ArrayRef<double> scales,
-                             const c10::List<bool> &needed) {
+                             at::TensorList inputs, c10::string_view activation, at::TensorList tensors,
+                             c10::List<std::string> formats, at::IntArrayRef layouts, const Maybes &biases,
+                             const Maybes &gains, at::TensorList lefts, at::TensorList rights, at::IntArrayRef counts,
+                             at::ArrayRef<double> p, at::ArrayRef<double> scales, const c10::List<bool> &needed) {
+  const std::vector<Weight> weights = weights_of(tensors, formats, layouts, s.scalar_type());
   const size_t n = weights.size(), count = rights.size(), m = size_t(s.size(0));
   const size_t of_bias = 1 + n, of_gain = of_bias + n, of_left = of_gain + count, of_right = of_left + count;
   const bool needs_x = needed[0];
@@ -411,11 +420,36 @@ Tensor factored_norm(const Tensor &squares, const Tensor &weight, const Tensor &
   return squares.add(terms.mul_(left).sum(-1)).clamp_min_(0).sqrt_().to(dtype);
 }
 
+Tensor grad_gain_of_dense(const Tensor &dot, const Tensor &total, at::TensorList dlefts, at::TensorList lefts,
+                          const Maybe &bias, const Tensor &gain, const Tensor &dy, const Tensor &x,
+                          const Tensor &weight) {
+  return grad_gain(dot, total, dlefts, lefts, bias, gain, dy, x, Weight(weight));
+}
+
+// The operators of lorafx/bases/ops.py.
+Tensor packed_rows(at::TensorList tensors, c10::string_view format, at::IntArrayRef layout, at::ScalarType dtype,
+                   int64_t start, int64_t stop) {
+  return Weight(tensors, format, layout, dtype).rows(start, stop);
+}
+Tensor packed_linear(const Tensor &x, const Maybe &bias, at::TensorList tensors, c10::string_view format,
+                     at::IntArrayRef layout, at::ScalarType dtype) {
+  return Weight(tensors, format, layout, dtype).linear(x, bias);
+}
+Tensor packed_mm(const Tensor &x, at::TensorList tensors, c10::string_view format, at::IntArrayRef layout,
+                 at::ScalarType dtype) {
+  Tensor y;
+  Weight(tensors, format, layout, dtype).add_mm(y, x);
+  return y;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(lorafx, CPU, m) {
-  m.impl("cpu_forward", forward);
-  m.impl("cpu_backward", backward);
+  m.impl("cpu_group", forward);
+  m.impl("cpu_group_backward", backward);
   m.impl("factored_norm", factored_norm);
-  m.impl("grad_gain", grad_gain);
+  m.impl("grad_gain", grad_gain_of_dense);
+  m.impl("packed_rows", packed_rows);
+  m.impl("packed_linear", packed_linear);
+  m.impl("packed_mm", packed_mm);
 }

@@ -3,6 +3,10 @@
 What computes them is ops.cpp, which :mod:`.build` compiles and loads. Lists have one entry an adapter (``rights``,
 ``lefts``, ``p``, ``scales``) or one a layer; ``counts`` says how many of the ``lefts`` each layer has.
 
+A weight is the tensors that hold it, and its format's name: empty for a dense one, which is one tensor; otherwise
+``layouts`` has five numbers for it, how many tensors, and ``layout`` as in :mod:`lorafx.bases.ops`. It is read in the
+dtype of ``x``.
+
 A schema that changes needs a new name: Inductor keeps compiled code on disk by its graph, which has the operators'
 names and not their arguments' order.
 """
@@ -11,11 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lorafx.bases.ops import describe
+from lorafx.bases.tensor import quantized
 from lorafx.ops import LIBRARY
 
 #: Elements that share one word of a mask.
@@ -31,21 +37,51 @@ def alive(needed: Sequence[bool], dys: Sequence[Tensor | None], counts: Sequence
     return [wanted and life for wanted, life in zip(needed, of, strict=True)]
 
 
-def _forward(
-    x: Tensor,
-    weights: Sequence[Tensor],
-    biases: Any,
-    gains: Any,
-    lefts: Any,
-    rights: Sequence[Tensor],
-    counts: Any,
-    p: Sequence[float],
-    *others: Any,
-) -> list[Tensor]:
+class Weights(NamedTuple):
+    """The weights of a group, as the operators take them."""
+
+    tensors: list[Tensor]
+    formats: list[str]
+    layouts: list[int]
+
+    @classmethod
+    def of(cls, weights: Sequence[Tensor], dtype: torch.dtype) -> Weights:
+        """What is packed and read in another dtype is handed over dense."""
+        found = cls([], [], [])
+        for weight in weights:
+            packed = quantized(weight)
+            if packed is None or packed.dtype is not dtype:
+                found.tensors.append(weight)
+                found.formats.append("")
+            else:
+                tensors, name, layout, _ = describe(packed)
+                found.tensors.extend(tensors)
+                found.formats.append(name)
+                found.layouts.extend((len(tensors), *layout))
+        return found
+
+
+def _sizes(tensors: Sequence[Tensor], formats: Sequence[str], layouts: Sequence[int]) -> list[tuple[int, int]]:
+    """``out, in`` of each weight."""
+    tensors, layouts, found = [*tensors], [*layouts], list[tuple[int, int]]()
+    for name in formats:
+        if name:
+            count, height, width = layouts[:3]
+            del tensors[:count], layouts[:5]
+            found.append((height, width))
+        else:
+            height, width = tensors.pop(0).shape
+            found.append((height, width))
+    return found
+
+
+def _forward(x: Tensor, tensors: Any, formats: Any, layouts: Any, *others: Any) -> list[Tensor]:
+    _, _, _, rights, _, p, *_ = others
     rows, words = math.prod(x.shape[:-1]), (x.shape[-1] + LANES - 1) // LANES
     s = x.new_empty(rows, sum(right.shape[0] for right in rights))
     bits = x.new_empty(sum(chance > 0.0 for chance in p), rows, words, dtype=torch.int16)
-    return [s, bits, *[x.new_empty(*x.shape[:-1], weight.shape[0]) for weight in weights]]
+    outs = [height for height, _ in _sizes(tensors, formats, layouts)]
+    return [s, bits, *[x.new_empty(*x.shape[:-1], out) for out in outs]]
 
 
 def _backward(
@@ -55,14 +91,18 @@ def _backward(
     bits: Any,
     inputs: Sequence[Tensor],
     activation: str,
+    tensors: Any,
+    formats: Any,
+    layouts: Any,
     *others: Any,
 ) -> list[Tensor]:
     *operands, counts, _, _, needed = others
     needed = alive(needed, dys, counts)
     given = next(dy for dy in dys if dy is not None)
-    flat = [t for each in operands for t in each]
+    shapes: list[Any] = [(size, s.dtype) for size in _sizes(tensors, formats, layouts)]
+    shapes += [t if t is None else (t.shape, t.dtype) for each in operands for t in each]
     own = [
-        s.new_empty(t.shape if n else 0, dtype=t.dtype if n else None) for t, n in zip(flat, needed[1:], strict=True)
+        s.new_empty(made[0], dtype=made[1]) if n else s.new_empty(0) for made, n in zip(shapes, needed[1:], strict=True)
     ]
     if activation:
         return [*[torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs], *own]
@@ -76,15 +116,17 @@ def _define(name: str, schema: str, fake: Callable[..., Any]) -> Callable[..., A
     return overload
 
 
-_OPERANDS = "Tensor[] weights, Tensor?[] biases, Tensor?[] gains, Tensor[] lefts, Tensor[] rights"
+_OPERANDS = (
+    "Tensor[] weights, str[] formats, int[] layouts, Tensor?[] biases, Tensor?[] gains, Tensor[] lefts, Tensor[] rights"
+)
 _ADAPTERS = "int[] counts, float[] p, float[] scales"
 
 #: ``s``; one bit an element of what was kept, int16 ``[adapters that drop, M, k / 16]``; and the layers' outputs.
-cpu_forward = _define("cpu_forward", f"(Tensor x, {_OPERANDS}, {_ADAPTERS}, Tensor? seed) -> Tensor[]", _forward)
+cpu_group = _define("cpu_group", f"(Tensor x, {_OPERANDS}, {_ADAPTERS}, Tensor? seed) -> Tensor[]", _forward)
 #: The gradient of ``x``, or instead of it those of an activation's sources, and of all operands: empty what is not
 #: needed. See :meth:`lorafx.kernels.base.Provider.backward`.
-cpu_backward = _define(
-    "cpu_backward",
+cpu_group_backward = _define(
+    "cpu_group_backward",
     "(Tensor?[] dys, Tensor?[] ys, Tensor s, Tensor? bits, Tensor[] inputs, str activation, "
     f"{_OPERANDS}, {_ADAPTERS}, bool[] needed) -> Tensor[]",
     _backward,

@@ -32,7 +32,8 @@ class Cpu(Provider):
         self, x: Tensor, operands: Operands, adapters: Adapters, seed: Tensor | None
     ) -> tuple[list[Tensor], Kept]:
         """One operator."""
-        s, bits, *ys = ops.cpu_forward(x, *operands, adapters.counts, adapters.p, adapters.scales, seed)
+        weights = ops.Weights.of(operands.weights, x.dtype)
+        s, bits, *ys = ops.cpu_group(x, *weights, *operands[1:], adapters.counts, adapters.p, adapters.scales, seed)
         return ys, Kept(s, None if seed is None else bits)
 
     def backward(
@@ -47,8 +48,9 @@ class Cpu(Provider):
         needed: Sequence[bool],
     ) -> Gradients:
         """One operator."""
+        weights = ops.Weights.of(operands.weights, kept.s.dtype)
         static = (adapters.counts, adapters.p, adapters.scales, needed)
-        found = ops.cpu_backward(dys, ys, *kept, inputs, activation, *operands, *static)
+        found = ops.cpu_group_backward(dys, ys, *kept, inputs, activation, *weights, *operands[1:], *static)
         end = len(inputs) if activation else 1
         if any(dy is None for dy in dys):
             needed = ops.alive(needed, dys, adapters.counts)
