@@ -33,7 +33,7 @@ from lorafx.export.weights import fill
 from lorafx.graph import CapturedModule, get_path, notes
 from lorafx.ir import Adapter, Site, adapters, layer_nodes
 from lorafx.ops import LAYERS, updates
-from lorafx.passes.fold import Fold, round_once
+from lorafx.passes.fold import Fold, round_once, scaled_rows
 from lorafx.passes.layers import arguments_of
 from lorafx.passes.residual import plain_factors
 from lorafx.variants import VARIANTS
@@ -45,8 +45,11 @@ A, B, GAIN, SHIFT = "lora_A", "lora_B", "lora_gain", "lora_shift"
 
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Gather", "Conv"})
 _THROUGH = frozenset({"Transpose", "Cast", "Identity"})
-#: The decoder layers that onnxruntime-genai's model builder has names for (``make_attention``, ``make_mlp``).
-_GENAI = re.compile(r"(?:.*\.)?layers\.(\d+)\.(self_attn|mlp)\.((?:q|k|v|o|gate|up|down)_proj)")
+#: The decoder layers that onnxruntime-genai's model builder has names for: the basenames of ``make_attention`` and
+#: ``make_mlp_proj``, to which ``make_matmul_lora`` adds ``lora_A`` and ``lora_B`` before the last part, and
+#: ``make_matmul_float`` ``weight`` (its src/python/py/models/builder.py). What it does for other MLPs (fc1, fc2),
+#: experts or packed projections is not the same for all models, and is refused.
+_GENAI = re.compile(r"(?:model\.)?layers\.(\d+)\.(?:self_(attn\.[qkvo]_proj)|(mlp\.(?:gate|up|down)_proj))")
 
 
 def site_name(site: str, role: str) -> str:
@@ -67,8 +70,8 @@ def genai_name(site: str, role: str) -> str:
             f"onnxruntime-genai has no name for {what}: it knows lora_A and lora_B of q, k, v, o, gate, up and "
             "down_proj of a decoder's layers. Export with naming='lorafx'"
         )
-    number, block, projection = found.groups()
-    return f"model.layers.{number}.{'attn' if block == 'self_attn' else block}.{projection}.{role}.MatMul.weight"
+    number, attention, mlp = found.groups()
+    return f"model.layers.{number}.{attention or mlp}.{role}.MatMul.weight"
 
 
 @dataclass(frozen=True)
@@ -393,8 +396,9 @@ def _factors(gm: CapturedModule, adapter: Adapter, site: Site, fold: Fold) -> di
     wide = torch.float64 if fold.weight.dtype.itemsize >= 4 else torch.float32
     matrix = site.matrix(fold.weight)
     if VARIANTS[site.variant].scales_rows:
-        matrix = matrix.to(wide)
-    (update,) = updates(matrix, [t.to(wide) for t in tensors], [site.variant], [site.scaling])
+        update = scaled_rows(site, matrix, tensors, wide)
+    else:
+        (update,) = updates(matrix, [t.to(wide) for t in tensors], [site.variant], [site.scaling])
     left, right = update.left, update.right
     if site.weight in adapter.residual:
         a, b = plain_factors(gm, adapter, site)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 import torch
@@ -56,17 +56,7 @@ class Update:
         stored = source.tensor()
         weight = stored.mT if self.turned else stored
         fold = Fold((self.site,), weight, (self.tensors,), stored.dtype, rounding)
-        if not self.turned:
-            return Streamed(fold, value)
-        if not VARIANTS[self.site.variant].scales_rows:
-            return Streamed(fold, value, (1, 0))
-
-        def compute() -> ir.TensorProtocol:
-            # What a norm rounds to depends on the layout, which is torch's for the bits of an export.
-            merged = replace(fold, weight=weight.contiguous()).compute()
-            return ir.tensor_adapters.TorchTensor(merged.mT.contiguous())
-
-        return _lazily(compute, value)
+        return Streamed(fold, value, (1, 0) if self.turned else None)
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,7 @@ class Replacement:
 
         def compute() -> ir.TensorProtocol:
             stored = source.tensor()
-            wide = wide_dtype(stored.dtype)
+            wide = wide_dtype(stored.dtype) if self.shift is None else torch.float64
             exact = self.exact(stored, wide)
             result = round_once(exact, stored.dtype)
             if result.numel():

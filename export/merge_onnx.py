@@ -151,7 +151,7 @@ def merge_onnx(
             keep_outside = external_data if external_data is not None else (True if file.data else None)
             outside = [model.graph.initializers[n] for n, s in file.sources.items() if s.path is not None]
             written.write(model, keep_outside, done, outside)
-            _keep_messages(written.path, file, {c.name for c in changes})
+            written.put(_with_messages(written.path, file, {c.name for c in changes}))
         if verify:
             with phase("verify") as done:
                 proof = prove(read_onnx(written.path), file, changes, done)
@@ -178,8 +178,8 @@ def _merged_model(file: OnnxFile, changes: Sequence[Change]) -> ir.Model:
     return file.model
 
 
-def _keep_messages(path: Path, base: OnnxFile, changed: set[str]) -> None:
-    """Put the base's own messages into the file that was written, but for where values are."""
+def _with_messages(path: Path, base: OnnxFile, changed: set[str]) -> bytes:
+    """The file that was written with the base's own messages in it, but for where values are."""
     written = {t.name: t for t in onnx.load(path, load_external_data=False).graph.initializer}
     proto = without_initializers(base.proto)
     for tensor in base.proto.graph.initializer:
@@ -190,7 +190,8 @@ def _keep_messages(path: Path, base: OnnxFile, changed: set[str]) -> None:
         else:
             copy_fields(tensor, kept, DATA_FIELDS)
             copy_fields(new, kept, {described.name for described in new.DESCRIPTOR.fields} - {*DATA_FIELDS})
-    path.write_bytes(proto.SerializeToString(deterministic=True))
+    data: bytes = proto.SerializeToString(deterministic=True)
+    return data
 
 
 def _reported(file: OnnxFile, change: Change) -> MergedTensor:

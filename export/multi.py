@@ -289,13 +289,23 @@ def _active(gm: CapturedModule, adapter: str) -> CapturedModule:
 
 
 def write_adapter(path: Path, values: Mapping[str, ir.TensorProtocol], version: int) -> Path:
-    """Write ONNX Runtime's adapter file."""
+    """Write ONNX Runtime's adapter file.
+
+    Raises:
+        ExportError: it cannot be written.
+    """
     made = ort.AdapterFormat()
     made.set_adapter_version(ADAPTER_VERSION)
     made.set_model_version(version)
     arrays = {name: np.ascontiguousarray(values[name].numpy()) for name in sorted(values)}  # referred to
     made.set_parameters({name: _ort_value(array, values[name].dtype) for name, array in arrays.items()})
-    made.export_adapter(str(path))
+    try:
+        made.export_adapter(str(path))
+    except RuntimeError as error:  # all that ONNX Runtime says is where in its code it could not
+        raise ExportError(
+            f"cannot write {path.name}, of {format_bytes(sum(a.nbytes for a in arrays.values()))}: give a path in a "
+            f"folder that may be written and has room (ONNX Runtime: {str(error).splitlines()[0]})"
+        ) from error
     return path
 
 

@@ -5,6 +5,9 @@ it another (``val_92``, ``onnx::MatMul_317``), and what tells is the module that
 metadata (torch's exporter) or in its name (``/encoder/layer.0/attention/self/query/MatMul``: torch's older exporter,
 and so optimum's and Olive's). A graph without either is matched by shape and order, if that leaves one way only.
 
+onnxruntime-genai's model builder (and Olive, by it) writes nodes of its own: ``/model/layers.0/attn/q_proj/MatMul``
+reads ``model.layers.0.attn.q_proj.MatMul.weight [in, out]`` for the model's ``model.layers.0.self_attn.q_proj``.
+
 How a matrix is stored is decided by the operator that reads it, never by its shape: ``MatMul(x, W)`` means
 ``[in, out]``, and so does ``Gemm`` unless it has ``transB``.
 """
@@ -31,6 +34,10 @@ _QUANTIZED = frozenset(
         "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QGemm", "DequantizeLinear", "GatherBlockQuantized", "QMoE",
     }
 )  # fmt: skip
+#: Operators that hold the weights of several layers as one matrix.
+_PACKED = frozenset({"Attention", "PackedAttention", "QAttention", "DecoderMaskedSelfAttention", "LongformerAttention"})
+#: What onnxruntime-genai's model builder calls ``attn``, in ``make_attention``; its MLPs have the model's own names.
+_GENAI = re.compile(r"((?:.*\.)?layers\.\d+)\.self_attn\.([qkvo]_proj)")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _LEAVES = (".weight", ".bias")
 
@@ -146,11 +153,12 @@ class Targets:
         """
         path, _, leaf = name.rpartition(".")
         names = self._named.get(self._local(name), [])
-        if not names and leaf == "weight" and self._scoped.get(self._local(path)):
+        if not names and leaf == "weight" and self._scoped.get(self._scope(path)):
             target = self._by_scope(Wanted(path, None, None))
             assert target is not None
             return target
         if not names:
+            self._refuse_copy(self._local(name))
             raise Unmatched(f"the graph has no initializer '{self._local(name)}'{self._hint(self._local(name))}")
         return self._chosen(names, self._local(path), layer=False)
 
@@ -163,6 +171,7 @@ class Targets:
         name = self._local(f"{path}.bias")
         if name in self._named:
             return self._chosen(self._named[name], self._local(path), layer=False)
+        self._refuse_copy(name)
         (use, *others) = self._uses[weight.initializer]
         added = None if others else _added(use.node)
         if added is None or added.name not in self._uses:
@@ -179,7 +188,7 @@ class Targets:
         return self._fitting(layer, self._chosen(names, self._local(layer.path), layer=True, shared=shared))
 
     def _by_scope(self, layer: Wanted, shared: bool = False) -> Target | None:
-        scope = self._local(layer.path)
+        scope = self._scope(layer.path)
         names = self._scoped.get(scope, [])
         candidates = [(n, next(u.kind for u in self._uses[n] if u.kind and u.scope == scope)) for n in names]
         fitting = [(n, k) for n, k in candidates if layer.fits(self.size(n, k))]
@@ -198,8 +207,8 @@ class Targets:
             )
         if not shared and any(use.scope != scope or not use.kind for use in uses):
             raise Unmatched(_shared(name, uses))
-        as_named = name.endswith(_LEAVES)  # another layer's name, of a weight that is tied
-        return self._fitting(layer, Target(name, kind, "module scope", as_named))
+        # What has lost its name and is read as [in, out] was a linear layer's; where it was so before, names are kept.
+        return self._fitting(layer, Target(name, kind, "module scope", as_named=kind != "addmm"))
 
     def _by_order(self, wanted: Sequence[Wanted], taken: Collection[str]) -> Mapping[str, Target | Unmatched]:
         """Match what has neither name nor scope, where numbers and shapes leave one way only."""
@@ -280,11 +289,36 @@ class Targets:
         if found := mine or quantized:
             more = "" if mine else f"no weight of '{path}' is in the graph, of which parts are quantized: "
             return Unmatched(more + _advice(_listed(f"{n.op_type} '{n.name}'" for n in found)))
-        return Unmatched(f"the graph has no weight of '{path}'{self._hint(path)}")
+        return Unmatched(f"the graph has no weight of '{path}'{self._hint(path)}{self._packed(path)}")
+
+    def _packed(self, path: str) -> str:
+        """That queries, keys and values are one matrix, if they are."""
+        fused = [n for n in self._model.graph.all_nodes() if n.op_type in _PACKED]
+        place = _GENAI.sub(r"\1.attn.\2", path).rpartition(".")[0]
+        ours = [scope for scope in (f"{place}.qkv_proj",) if scope in self._scoped]
+        if not fused and not ours:
+            return ""
+        what = f"'{ours[0]}'" if ours else _listed(f"{n.op_type} '{n.name}'" for n in fused)
+        return f"; {what} has queries, keys and values as one matrix. Merge into the file before it was optimized so"
+
+    def _refuse_copy(self, name: str) -> None:
+        """Refuse a parameter that has another's values, of which the older exporter stores one and copies the other."""
+        for node in self._model.graph.all_nodes():
+            if node.op_type == "Identity" and node.outputs[0].name == name and node.inputs[0] is not None:
+                source = str(node.inputs[0].name)
+                if source in self._uses:
+                    raise Unmatched(f"'{name}' is a copy of another parameter: {_shared(source, self._uses[source])}")
 
     def _hint(self, name: str) -> str:
         known = [*self._named, *self._scoped]
         return did_you_mean(name, [n for n in known if "." in n])
+
+    def _scope(self, path: str) -> str:
+        """The scope of a module's nodes."""
+        local = self._local(path)
+        renamed = _GENAI.sub(r"\1.attn.\2", local)
+        theirs = any(name.endswith(".MatMul.weight") for name in self._scoped.get(renamed, ()))
+        return renamed if local not in self._scoped and theirs else local
 
     def _local(self, path: str) -> str:
         """A path of the adapter's model in the graph, which may hold the model inside another or a part of it."""

@@ -13,7 +13,7 @@ leaves whole.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,8 @@ def make_program(
         if node.target in inputs:
             node.meta["val"] = inputs[node.target]
             specs.append(InputSpec(InputKind.USER_INPUT, TensorArgument(node.name), None))
+    with mode:
+        _equate_sizes(inputs, {str(n.target): n.meta.get("val") for n in graph.graph.find_nodes(op="placeholder")})
     written = _without_writes(lifted)
     plain = all(_is_plain(node) for node in lifted.nodes)
     if plain:
@@ -101,6 +103,17 @@ def make_program(
 def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: Collection[int]) -> FakeTensor:
     sizes = [DimDynamic.DYNAMIC if dim in dynamic else DimDynamic.STATIC for dim in range(tensor.dim())]
     return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+
+def _equate_sizes(inputs: Mapping[str, FakeTensor], captured: Mapping[str, Any]) -> None:
+    """Tell that sizes are equal which the capture found to be: not every operator that relies on it says so."""
+    first: dict[str, torch.SymInt] = {}
+    for name, tensor in inputs.items():
+        found = captured.get(name)
+        sizes: Sequence[Any] = tensor.shape if isinstance(found, Tensor) else ()
+        for size, known in zip(sizes, getattr(found, "shape", ()), strict=False):
+            if isinstance(size, torch.SymInt) and isinstance(known, torch.SymInt):
+                torch._check(size == first.setdefault(str(known), size))  # type: ignore[no-untyped-call]
 
 
 def _lifted(graph: GraphModule, mode: FakeTensorMode) -> tuple[Graph, list[InputSpec], dict[str, Tensor]]:

@@ -5,7 +5,8 @@
 Translating a block again for each repetition takes nearly all the time, and gives the same nodes with other weights. So
 a run of equal blocks is translated shortened, and the blocks that miss are copies of one of its nodes. Blocks are
 equal if they call the same operators with the same literals on values of their own, of the block before, or on the
-very same ones from elsewhere; and on weights of their own that differ in nothing but their values.
+very same ones from elsewhere; on weights of their own that differ in nothing but their values; and on inputs of the
+graph of their own, such as a cache's. What they compute may be among the graph's results, if it is for all of them.
 
 This is decided twice, by the same comparison (:class:`_Sequence`): on the torch graph, and again on the optimised ONNX
 graph, where copies go after the second to last block if the last came out like it, types and shapes included. Whatever
@@ -17,8 +18,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +44,8 @@ class Repeat:
     """A run of equal blocks of ``period`` calls in a torch graph, of which the last ``dropped`` are taken out.
 
     The run is the calls ``[start, stop)``, numbered through the whole graph. ``names[r - 1]`` maps the name of each
-    tensor of a block to that of its counterpart ``r`` blocks later.
+    tensor of a block to that of its counterpart ``r`` blocks later; ``inputs`` and ``results`` do so for places among
+    the graph's inputs and results.
     """
 
     start: int
@@ -50,6 +53,8 @@ class Repeat:
     period: int
     dropped: int
     names: tuple[Mapping[str, str], ...]
+    inputs: tuple[Mapping[int, int], ...]
+    results: tuple[Mapping[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,15 @@ class _Sequence:
     """Operators in order, of a torch or an ONNX graph, ready to be compared.
 
     ``keys[i]`` is all there is to say about an operator but for its operands. An operand is a position and an output,
-    or what identifies a value that no operator computes. ``returned`` are the positions whose values the graph returns.
+    or what identifies a value that no operator computes. ``returned`` has for positions whose values the graph returns
+    their places among its results; ``read`` are those that are read in other ways that are not seen here.
     ``steps(a, b, period)`` says whether such a value is to another what a block's weight is to the next block's.
     """
 
     keys: Sequence[Hashable]
     operands: Sequence[Sequence[Hashable]]
-    returned: Collection[int]
+    returned: Mapping[int, Sequence[int]]
+    read: Collection[int]
     steps: Callable[[Hashable, Hashable, int], bool]
 
     def runs(self, period: int, low: int, high: int) -> Iterator[tuple[int, int]]:
@@ -89,10 +96,19 @@ class _Sequence:
         )
 
     def _closed(self, start: int, stop: int, period: int) -> int:
-        """Where a stretch must start so that what comes after it reads its last block only."""
+        """Where a stretch must start so that what comes after it reads its last block only.
+
+        A result of the graph comes from each of its blocks, or from the last alone.
+        """
         operands = (o for after in self.operands[stop:] for o in after)
-        read = {*(o[0] for o in operands if isinstance(o, tuple)), *self.returned}
-        return max((p + 1 for p in read if start <= p < stop - period), default=start)
+        read = {*(o[0] for o in operands if isinstance(o, tuple)), *self.read}
+        last = stop - period
+
+        def odd(position: int) -> bool:
+            own, next_ = (len(self.returned.get(p, ())) for p in (position, position + period))
+            return own != next_ and (own > 0 or position + period < last)
+
+        return max((p + 1 for p in range(start, last) if p in read or odd(p)), default=start)
 
 
 # In the torch graph.
@@ -112,7 +128,7 @@ def find_repeats(graph: Graph, root: nn.Module, weights: Collection[str]) -> lis
         root: holds its tensors.
         weights: the names of those whose values may be anything, and are not read.
     """
-    sequence, tensors = _torch_sequence(graph, root, weights)
+    sequence, outside = _torch_sequence(graph, root, weights)
     numbers: dict[Hashable, int] = {}
     ids = np.array([numbers.setdefault(key, len(numbers)) for key in sequence.keys], dtype=np.int64)
     found: list[Repeat] = []
@@ -125,15 +141,27 @@ def find_repeats(graph: Graph, root: nn.Module, weights: Collection[str]) -> lis
         period, start, stop = best
         places += [(low, start), (stop, high)]
         dropped = (stop - start) // period - KEPT
-        names = tuple(_renamed(tensors[start:stop], step * period) for step in range(1, dropped + 1))
+        steps = range(period, (dropped + 1) * period, period)
+        renamed = [_renamed(outside[start:stop], step) for step in steps]
+        names = tuple({a: b for a, b in new.items() if isinstance(a, str) and isinstance(b, str)} for new in renamed)
+        inputs = tuple({a: b for a, b in new.items() if isinstance(a, int) and isinstance(b, int)} for new in renamed)
+        results = tuple(_moved(sequence.returned, start, stop, step) for step in steps)
         if names[0]:  # blocks without tensors of their own could not be told apart in ONNX
-            found.append(Repeat(start, stop, period, dropped, names))
+            found.append(Repeat(start, stop, period, dropped, names, inputs, results))
     return sorted(found, key=lambda repeat: repeat.start)
 
 
-def drop_repeats(graph: Graph, repeats: Iterable[Repeat]) -> None:
-    """Take the last blocks of each run out of a numbered graph; what read the last one reads the last that stays."""
+def drop_repeats(graph: Graph, repeats: Sequence[Repeat]) -> list[int]:
+    """Take the last blocks of each run out of a numbered graph; what read the last one reads the last that stays.
+
+    All inputs stay. Returns which of the results do, by their places.
+    """
     calls = _calls(graph)
+    output = graph.output_node()
+    results: list[Node] = list(output.args[0])  # type: ignore[arg-type]
+    gone = {n for r in repeats for n in calls[r.stop - (r.dropped + 1) * r.period : r.stop - r.period]}
+    kept = [place for place, node in enumerate(results) if node not in gone]
+    output.args = (tuple(results[place] for place in kept),)
     for repeat in repeats:
         stop, shift = repeat.stop, repeat.dropped * repeat.period
         last = calls[stop - repeat.period : stop]
@@ -144,6 +172,7 @@ def drop_repeats(graph: Graph, repeats: Iterable[Repeat]) -> None:
     for node in graph.find_nodes(op="get_attr"):
         if not node.users:
             graph.erase_node(node)
+    return kept
 
 
 def _calls(graph: Graph) -> list[Node]:
@@ -178,16 +207,17 @@ def _longest(equal: npt.NDArray[np.bool_]) -> int:
 
 def _torch_sequence(
     graph: Graph, root: nn.Module, weights: Collection[str]
-) -> tuple[_Sequence, list[list[tuple[str, int] | None]]]:
-    """A torch graph to compare; and which of each call's operands are tensors of the model, by name and identity."""
+) -> tuple[_Sequence, list[list[str | int | None]]]:
+    """A torch graph to compare; and which of each call's operands are tensors (by name) or inputs (by place)."""
     calls = _calls(graph)
     position = {node: index for index, node in enumerate(calls)}
     held = {node: get_path(root, str(node.target)) for node in graph.find_nodes(op="get_attr")}
+    inputs = {node: place for place, node in enumerate(graph.find_nodes(op="placeholder"))}
     kinds = {node: _kind(value, str(node.target) in weights) for node, value in held.items()}
     uses: dict[Hashable, list[int]] = defaultdict(list)
     keys: list[Hashable] = []
     operands: list[list[Hashable]] = []
-    tensors: list[list[tuple[str, int] | None]] = []
+    outside: list[list[str | int | None]] = []
     for index, node in enumerate(calls):
         given: list[Node] = []
 
@@ -200,18 +230,21 @@ def _torch_sequence(
         form = map_aggregate((node.args, dict(node.kwargs)), place)
         keys.append((node.op, node.target, str(form)))
         operands.append([(position[o], 0) if o in position else id(held.get(o, o)) for o in given])
-        tensors.append([(str(o.target), id(held[o])) if o in held else None for o in given])
+        outside.append([str(o.target) if o in held else inputs.get(o) for o in given])
         for operand in operands[-1]:
             uses[operand].append(index)
-    results = graph.output_node().all_input_nodes
-    for node in results:
+    returned: dict[int, list[int]] = defaultdict(list)
+    results: Any = graph.output_node().args[0]
+    for slot, node in enumerate(results):
         uses[id(held.get(node, node))].append(len(calls))
+        if node in position:
+            returned[position[node]].append(slot)
 
     def steps(a: Hashable, b: Hashable, period: int) -> bool:
         """Each used by one block only, in the same places: not shared, not tied to another."""
         return uses[a][-1] - uses[a][0] < period and [i + period for i in uses[a]] == uses[b]
 
-    return _Sequence(keys, operands, {position[n] for n in results if n in position}, steps), tensors
+    return _Sequence(keys, operands, returned, (), steps), outside
 
 
 def _kind(held: object, weight: bool) -> str:
@@ -225,42 +258,64 @@ def _kind(held: object, weight: bool) -> str:
     return f"{value} {held.dtype} {list(held.shape)}"
 
 
-def _renamed(tensors: Sequence[Sequence[tuple[str, int] | None]], shift: int) -> dict[str, str]:
-    """The names of a run's tensors, to those of their counterparts so many calls later."""
+def _renamed(outside: Sequence[Sequence[str | int | None]], shift: int) -> dict[str | int, str | int]:
+    """The names of a run's tensors and the places of its inputs, to those of their counterparts so many calls later."""
     return {
-        a[0]: b[0]
-        for before, after in zip(tensors, tensors[shift:], strict=False)
+        a: b
+        for before, after in zip(outside, outside[shift:], strict=False)
         for a, b in zip(before, after, strict=True)
-        if a is not None and b is not None and a[1] != b[1]
+        if a is not None and b is not None and a != b
+    }
+
+
+def _moved(returned: Mapping[int, Sequence[int]], start: int, stop: int, shift: int) -> dict[int, int]:
+    """The places of results, to those of their counterparts so many calls later."""
+    return {
+        a: b
+        for position, places in returned.items()
+        if start <= position < stop - shift
+        for a, b in zip(places, returned.get(position + shift, ()), strict=True)
     }
 
 
 # In the ONNX graph.
 
 
-def unroll(graph: ir.Graph, repeats: Iterable[Repeat]) -> bool:
+def unroll(graph: ir.Graph, repeats: Sequence[Repeat], kept: Sequence[int]) -> bool:
     """Put back what :func:`drop_repeats` took out, as copies of nodes, in place.
 
     Args:
         graph: translated and optimised; its nodes have their call's number in ``meta[CALL]``, where it is known.
             Weights are initializers under their own names.
         repeats: the runs.
+        kept: what :func:`drop_repeats` returned.
 
     Returns:
         whether that could be done; if not, the graph is of no use.
     """
-    return all(_unroll(graph, repeat) for repeat in repeats)
+    results = dict(zip(kept, graph.outputs, strict=True))
+    if not all(_unroll(graph, repeat, results) for repeat in repeats):
+        return False
+    graph.outputs[:] = [results[place] for place in range(len(results))]
+    return True
 
 
-def _unroll(graph: ir.Graph, repeat: Repeat) -> bool:
+def _unroll(graph: ir.Graph, repeat: Repeat, results: dict[int, ir.Value]) -> bool:
+    """Put back one run; ``results`` are the graph's by their places, and gain those of the run."""
     found = _last_two_blocks(graph, repeat)
     if found is None:
         return False
     block, last = found
     tensors: dict[str, ir.Value] = {}
+    inputs = {value: place for place, value in enumerate(graph.inputs)}
+    returned = {value: place for place, value in results.items()}
 
     def tensor(value: ir.Value, step: int) -> ir.Value:
-        """What a block has for ``value`` of the one ``step`` blocks before it."""
+        """What a block has for ``value``, a tensor or an input, of the one ``step`` blocks before it."""
+        if value in inputs:
+            its = graph.inputs[repeat.inputs[step - 1][inputs[value]]]
+            its.shape = value.shape  # in the shortened graph nothing said what its sizes are
+            return its
         name = repeat.names[step - 1][str(value.name)]
         if name not in tensors:
             tensors[name] = ir.Value(name=name, type=value.type, shape=value.shape, const_value=value.const_value)
@@ -285,6 +340,9 @@ def _unroll(graph: ir.Graph, repeat: Repeat) -> bool:
             _count_on(copy, step * repeat.period)
             graph.insert_before(last[0], copy)
             blocks[-1].append(copy.outputs)
+            for value, new in zip(node.outputs, copy.outputs, strict=True):
+                if value in returned:
+                    results[repeat.results[step - 1][returned[value]]] = new
     for node, twin in zip(block, last, strict=True):
         for index, (mine, its) in enumerate(zip(node.inputs, twin.inputs, strict=True)):
             if mine is None or its is None or mine is its:
@@ -323,6 +381,7 @@ def _last_two_blocks(graph: ir.Graph, repeat: Repeat) -> tuple[Sequence[ir.Node]
 def _onnx_sequence(graph: ir.Graph, nodes: Sequence[ir.Node], repeat: Repeat) -> _Sequence:
     """An ONNX graph to compare."""
     position = {value: (i, j) for i, node in enumerate(nodes) for j, value in enumerate(node.outputs)}
+    inputs = {value: place for place, value in enumerate(graph.inputs)}
     kept_until = repeat.stop - repeat.dropped * repeat.period
 
     def phase(node: ir.Node) -> Hashable:
@@ -340,14 +399,19 @@ def _onnx_sequence(graph: ir.Graph, nodes: Sequence[ir.Node], repeat: Repeat) ->
         return (node.op_identifier(), len(node.outputs), forms, tuple(types), phase(node))
 
     def operand(value: ir.Value | None) -> Hashable:
-        return None if value is None else position.get(value, value.name)
+        return None if value is None else position.get(value, inputs.get(value, value.name))
 
     def steps(a: Hashable, b: Hashable, period: int) -> bool:
-        return isinstance(a, str) and repeat.names[0].get(a) == b
+        return repeat.names[0].get(a) == b if isinstance(a, str) else repeat.inputs[0].get(a) == b  # type: ignore[call-overload]
 
     read_inside = {v for n in graph.all_nodes() if n.graph is not graph for v in n.inputs if v is not None}
-    returned = {position[v][0] for v in (*graph.outputs, *read_inside) if v in position}
-    return _Sequence([key(n) for n in nodes], [[operand(v) for v in n.inputs] for n in nodes], returned, steps)
+    read = {position[v][0] for v in read_inside if v in position}
+    returned: dict[int, list[int]] = defaultdict(list)
+    for place, value in enumerate(graph.outputs):
+        if value in position:
+            returned[position[value][0]].append(place)
+    operands = [[operand(v) for v in n.inputs] for n in nodes]
+    return _Sequence([key(n) for n in nodes], operands, returned, read, steps)
 
 
 def _copied(node: ir.Node, inputs: Sequence[ir.Value | None]) -> ir.Node:

@@ -7,10 +7,10 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lorafx.checks import format_bytes
+from lorafx.export.write import write_text
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,12 @@ class ExportReport:
         return found
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        """Write the report as JSON.
+
+        Raises:
+            ExportError: the file cannot be written; what was there is.
+        """
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def __str__(self) -> str:
         size = format_bytes(self.onnx_bytes)

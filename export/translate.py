@@ -136,12 +136,12 @@ def _shortened(
     if not repeats:
         return None
     short = _flat(gm)
-    drop_repeats(short, repeats)
+    kept = drop_repeats(short, repeats)
     try:
         model = _optimized(gm, short, example, dims, opset)
     except ExportError:  # blocks that change the sizes of what they pass on lead to others without some of them
         return None
-    return model if unroll(model.graph, repeats) else None
+    return model if unroll(model.graph, repeats, kept) else None
 
 
 def _optimized(

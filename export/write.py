@@ -6,6 +6,9 @@ renamed together, so one rename is the commit:
     weights named by their content (``model.onnx.<sha256>.data``)      that of the .onnx, which names them
     weights under a fixed name (``data_name``), .onnx to the byte      that of the weights: for the same graph they
     as it is                                                           lie at the same offsets
+    weights under a fixed name that is not taken yet                   that of the .onnx; a process killed just before
+                                                                       leaves weights that nobody names, and the next
+                                                                       export to the same path finishes its work
 
 What lies where in the files follows from names and shapes only. Values are made piece by piece while they are written.
 """
@@ -39,6 +42,8 @@ INLINE_LIMIT = 3 * 2**29
 #: Smaller constants stay in the graph, where shape inference and readers can see them.
 _SMALL = 1024
 _ALIGNMENT = 64
+#: Where an export writes down, beside the files it makes, which weights it is about to commit.
+_NOTE = ".commit"
 
 Progress = Callable[[float], None]
 
@@ -231,6 +236,15 @@ class Draft:
             )
         self.data = tuple(found)
 
+    def put(self, data: bytes) -> None:
+        """Write these bytes as the file, in the place of what :meth:`write` made of it.
+
+        Raises:
+            ExportError: as :meth:`write`.
+        """
+        with _writing(self.target):
+            self.path.write_bytes(data)
+
     def check(self) -> None:
         """Run onnx's checker, shape inference included.
 
@@ -257,15 +271,19 @@ class Draft:
             new = tuple(folder / file.name for file in self.data)
             if self.data_name is not None:
                 self._refuse_mixing()
-            for file, place in zip(self.data, new, strict=True):
-                file.replace(place)
-            _flush(folder)
+            same = self.data_name is not None and _same_bytes(self.path, self.target)
+            if self.data_name is not None and not same:
+                _note(self.path.parent, self.data[0])
             try:
-                if self.data_name is None or not _same_bytes(self.path, self.target):
+                for file, place in zip(self.data, new, strict=True):
+                    file.replace(place)
+                _flush(folder)
+                if not same:
                     self.path.replace(self.target)
-            except OSError:
-                for place in set(new) - stale:
-                    place.unlink()
+            except BaseException:  # an interruption, too
+                if not same and self.path.exists():
+                    for place in set(new) - stale:
+                        place.unlink(missing_ok=True)
                 raise
             _flush(folder)
             for place in stale - set(new):
@@ -282,6 +300,17 @@ class Draft:
                 f"{data} exists, and {self.target} {what}: whoever reads these weights would read others under its own "
                 "graph. Give another data_name= or folder, or delete the files that are there first"
             )
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file of text, whole or not at all.
+
+    Raises:
+        ExportError: it cannot be written.
+    """
+    with draft(path) as file:
+        file.put(text.encode())
+        file.commit()
 
 
 @contextmanager
@@ -301,7 +330,7 @@ def draft(path: str | os.PathLike[str], data_name: str | None = None) -> Iterato
     prefix = f".{target.name}."
     with _writing(target):
         for left in target.parent.glob(f"{glob.escape(prefix)}*"):
-            _remove_abandoned(left)
+            _remove_abandoned(left, target)
         scratch, lock = _scratch(target.parent, prefix)
     try:
         yield Draft(target, scratch / target.name, data_name)
@@ -324,8 +353,35 @@ def _scratch(folder: Path, prefix: str) -> tuple[Path, int | None]:
         os.close(lock)
 
 
-def _remove_abandoned(scratch: Path) -> None:
-    """Remove a directory that no living process has locked."""
+def _note(scratch: Path, data: Path) -> None:
+    """Write down which file of weights is about to be put in its place, ahead of the ``.onnx`` beside it."""
+    note = scratch / _NOTE
+    note.write_text(_identity(data), encoding="utf-8")
+    _flush(note)
+    _flush(scratch)
+
+
+def _identity(data: Path) -> str:
+    """What stays the same of a file that is renamed, and of no other; its name included."""
+    found = data.stat()
+    return f"{found.st_ino} {found.st_size} {found.st_mtime_ns} {data.name}"
+
+
+def _finish(scratch: Path, target: Path) -> None:
+    """Do the second rename of a commit whose process was killed after the first, if its weights are there still."""
+    note = scratch / _NOTE
+    if not note.exists():
+        return
+    identity = note.read_text(encoding="utf-8")
+    data = target.with_name(identity.split(" ", 3)[-1])
+    if data.exists() and _identity(data) == identity and (scratch / target.name).exists():
+        with _locked(target.parent):
+            (scratch / target.name).replace(target)
+            _flush(target.parent)
+
+
+def _remove_abandoned(scratch: Path, target: Path) -> None:
+    """Remove a directory that no living process has locked; what was committed there is committed."""
     if sys.platform == "win32" or not scratch.is_dir():
         return
     try:
@@ -334,6 +390,7 @@ def _remove_abandoned(scratch: Path) -> None:
         return
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _finish(scratch, target)
         shutil.rmtree(scratch, ignore_errors=True)
     except BlockingIOError:
         pass

@@ -62,6 +62,7 @@ from lorafx.passes.lower import lower
 from lorafx.passes.merge import merged_state_dict, unadapted
 from lorafx.passes.plan import Plan
 from lorafx.passes.quantize import quantize
+from lorafx.pretrained import load_pretrained
 from lorafx.rank_scheduler import RankScheduler
 from lorafx.spec import LoraSpec
 from lorafx.state import adapter_state_dict, load_adapter, save_adapter
@@ -120,6 +121,7 @@ __all__ = [
     "list_adapters",
     "load_adapter",
     "load_checkpoint",
+    "load_pretrained",
     "lower",
     "merge",
     "merge_and_export",

@@ -7,6 +7,7 @@ An adapter is its tensors and its record in the graph (:class:`lorafx.ir.Adapter
 from __future__ import annotations
 
 import gc
+import keyword
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -383,6 +384,10 @@ def check_new_name(gm: CapturedModule, name: str) -> None:
     """Raise :class:`AdapterError` where a new adapter cannot be called this."""
     if not isinstance(name, str) or re.fullmatch(r"[\w-]+", name) is None or name == BASE:
         raise AdapterError(f"{name!r} cannot be an adapter's name: use letters, digits, '_' and '-'")
+    if keyword.iskeyword(name):
+        raise AdapterError(
+            f"{name!r} cannot be an adapter's name: it is a keyword of Python, as which graphs are run; take another"
+        )
     if hasattr(Scope(), name):
         raise AdapterError(
             f"{name!r} cannot be an adapter's name: modules have an attribute of that name; take another"

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lorafx.adapter_files import read_spec
 from lorafx.api import apply, captured
@@ -23,11 +25,13 @@ from lorafx.export.cast import file_dtype
 from lorafx.export.export import Options, Progress, Run, export_graph
 from lorafx.export.report import ExportReport
 from lorafx.export.write import parse_size
-from lorafx.graph import CapturedModule, get_path
+from lorafx.graph import CapturedModule
+from lorafx.packed_files import as_held, with_packed_weights
+from lorafx.passes.decoder import capture_decoder
 from lorafx.passes.example import ExampleInputs
 from lorafx.passes.fold import Fold
 from lorafx.passes.merge import merge_lazily
-from lorafx.shards import main_dtype, read_shards
+from lorafx.shards import main_dtype, read_shards, reading_ahead
 from lorafx.sources import model_of_config
 from lorafx.state import load_adapter
 
@@ -49,6 +53,7 @@ def export_checkpoint(
     external_data: bool | None = None,
     data_name: str | None = None,
     max_shard_size: int | str | None = None,
+    kv_cache: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
     progress: Progress | None = None,
@@ -78,41 +83,45 @@ def export_checkpoint(
     wanted = file_dtype(dtype)
     limit = parse_size(max_shard_size)
     spec = None if adapter_dir is None else read_spec(Path(adapter_dir))
-    tensors = read_shards(Path(weights_dir))
-    stored = main_dtype(tensors)
-    found = model if isinstance(model, nn.Module) else _build(model, stored)
-    whole = put_tensors(found, tensors, Path(weights_dir))
-    run = Run(progress)
-    with run.phase("capture"):
-        if spec is None:
-            gm = captured(whole, example_inputs, dynamic_shapes)
-        else:
-            gm = apply(whole, spec, example_inputs, dynamic_shapes=dynamic_shapes, seed=0, backend="reference")
-            load_adapter(gm, Path(str(adapter_dir)))
-        gm.eval()
-        twin = None
-        if wanted not in (None, stored) and not isinstance(model, nn.Module):
-            assert wanted is not None
-            twin = captured(_blank(_build(model, wanted)), example_inputs, dynamic_shapes)
-    options = Options(
-        verify,
-        example_inputs,
-        opset,
-        wanted,
-        external_data,
-        data_name,
-        limit,
-        atol=atol,
-        rtol=rtol,
-        no_numbers=_too_large(gm),
-        twin=twin,
-    )
-    with run.phase("merge"):
-        folds: Mapping[str, Fold | Tensor] = {}
-        written = gm
-        if spec is not None:
-            written, folds = merge_lazily(gm)
-    return export_graph(gm, written, folds, path, run, options)
+    tensors = with_packed_weights(read_shards(Path(weights_dir)), Path(weights_dir))
+    with reading_ahead(Path(weights_dir), _available_memory() // 2):  # the capture leaves the disk idle
+        stored = main_dtype(tensors)
+        found = model if isinstance(model, nn.Module) else _build(model, stored)
+        whole = put_tensors(found, tensors, Path(weights_dir))
+        run = Run(progress)
+        with run.phase("capture"):
+            if spec is None:
+                gm = captured(whole, example_inputs, dynamic_shapes)
+            else:
+                gm = apply(whole, spec, example_inputs, dynamic_shapes=dynamic_shapes, seed=0, backend="reference")
+                load_adapter(gm, Path(str(adapter_dir)))
+            gm.eval()
+            step = capture_decoder(gm) if kv_cache else None
+            twin = None
+            if wanted not in (None, stored) and not isinstance(model, nn.Module):
+                assert wanted is not None
+                twin = captured(_blank(_build(model, wanted)), example_inputs, dynamic_shapes)
+                twin = capture_decoder(twin) if kv_cache else twin
+        options = Options(
+            verify,
+            example_inputs,
+            opset,
+            wanted,
+            external_data,
+            data_name,
+            limit,
+            atol=atol,
+            rtol=rtol,
+            no_numbers=_too_large(gm),
+            twin=twin,
+            step=step,
+        )
+        with run.phase("merge"):
+            folds: Mapping[str, Fold | Tensor] = {}
+            written = gm
+            if spec is not None:
+                written, folds = merge_lazily(gm)
+        return export_graph(gm, written, folds, path, run, options)
 
 
 def _build(config: Any, dtype: torch.dtype) -> nn.Module:
@@ -122,21 +131,26 @@ def _build(config: Any, dtype: torch.dtype) -> nn.Module:
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Modules made inside have parameters without values, on the meta device, and buffers with them."""
-    register = nn.Module.register_parameter
+    """Modules made inside have parameters without values, on the meta device, and buffers with them.
 
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
+    ``torch.device("meta")`` would leave computed buffers without values too, which nothing can compute again.
+    """
+    known = WeakIdKeyDictionary()  # a parameter registered twice stays one
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> Any:
+        if parameter.is_meta:
+            return parameter
+        if parameter not in known:
             made = type(parameter)(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
             vars(made).update(vars(parameter))
-            parameter = made
-        register(module, name, parameter)
+            known[parameter] = made
+        return known[parameter]
 
-    nn.Module.register_parameter = on_meta  # type: ignore[assignment, method-assign]
+    hook = register_module_parameter_registration_hook(on_meta)
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        hook.remove()
 
 
 def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> nn.Module:
@@ -150,6 +164,7 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -
     problems: list[str] = []
     converted = 0
     names: dict[int, list[str]] = {}
+    places = _Places(whole)
     wanted = dict(whole.state_dict(keep_vars=True))
     for name, old in wanted.items():
         names.setdefault(id(old), []).append(name)
@@ -159,11 +174,11 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -
         if not given:
             problems.append(f"missing: {aliases[0]} {list(old.shape)}")
             continue
-        new = tensors[given[0]]
+        new = as_held(tensors[given[0]], old, whole.get_submodule(given[0].rpartition(".")[0]))
         if new.shape != old.shape:
             problems.append(f"{given[0]}: shape {list(new.shape)}, expected {list(old.shape)}")
             continue
-        if differing := [n for n in given[1:] if not torch.equal(tensors[n], new)]:
+        if differing := [n for n in given[1:] if not torch.equal(tensors[n], tensors[given[0]])]:
             problems.append(f"'{given[0]}' and '{differing[0]}' are one tensor in the model and differ in the files")
         if new.dtype is not old.dtype:
             converted += new.nbytes
@@ -171,7 +186,7 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -
                 problems.append(f"{given[0]}: {new.dtype}, and {old.dtype} in the model; make the model in {new.dtype}")
                 continue
             new = new.to(old.dtype)
-        _put(whole, old, new)
+        places.put(old, new)
     known = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     extra = [n for n in tensors if n not in wanted and not any(re.search(pattern, n) for pattern in known)]
     problems += [f"not of this model: {name}" for name in sorted(extra)]
@@ -188,21 +203,28 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -
     return whole
 
 
-def _put(model: nn.Module, old: Tensor, new: Tensor) -> None:
-    """Replace a tensor under all its names."""
-    value = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
-    for module in model.modules():
-        for store in (module._parameters, module._buffers):
-            for name, held in store.items():
-                if held is old:
-                    store[name] = value  # type: ignore[assignment]
+class _Places:
+    """Where a module's tensors are, to replace each under all its names."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._of: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        for module in model.modules():
+            for store in (module._parameters, module._buffers):
+                for name, held in store.items():
+                    self._of.setdefault(id(held), []).append((store, name))
+
+    def put(self, old: Tensor, new: Tensor) -> None:
+        value = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
+        for store, name in self._of[id(old)]:
+            store[name] = value
 
 
 def _blank(model: nn.Module) -> nn.Module:
     """Memory for the parameters of a module on the meta device, which is asked for and never touched."""
-    for name, tensor in list(model.named_parameters()):
-        if tensor.is_meta and get_path(model, name) is tensor:
-            _put(model, tensor, torch.empty(tensor.shape, dtype=tensor.dtype))
+    places = _Places(model)
+    for tensor in list(model.parameters()):
+        if tensor.is_meta:
+            places.put(tensor, torch.empty(tensor.shape, dtype=tensor.dtype))
     return model
 
 

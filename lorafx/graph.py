@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from lorafx.bases.tensor import QuantizedTensor
 from lorafx.checkpointing import Checkpointing, checkpointed
-from lorafx.errors import AdapterError, PassError
+from lorafx.errors import AdapterError, PassError, QuantizationError
 from lorafx.serialize import GraphRecord
 from lorafx.signature import Call, Signature, SignatureCodeGen
 
@@ -93,6 +94,11 @@ class CapturedModule(GraphModule):
         codegen = self.graph._codegen
         assert isinstance(codegen, SignatureCodeGen)
         return codegen.signature
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """What DistributedDataParallel does not send to other processes: quantized weights, which it could not."""
+        return [name for name, tensor in named_tensors(self) if isinstance(tensor, QuantizedTensor)]
 
     def recompile(self) -> Any:
         """Regenerate ``forward`` after an edit of the graph.
@@ -173,8 +179,8 @@ class CapturedModule(GraphModule):
 
         A base tensor whose value differs gets storage of its own first; equal ones stay shared. The
         graph's own parameters (adapters, ``modules_to_save``) are written in place, so that an
-        optimizer that holds them goes on working. Called for this module before its children, also
-        where it is a part of another one that is loaded.
+        optimizer that holds them goes on working. A quantized weight takes one of its own format only. Called
+        for this module before its children, also where it is a part of another one that is loaded.
         """
         if (folded := self.meta.get("folded", ())) and not all(f"{prefix}_folded.{n}" in state_dict for n in folded):
             raise PassError(
@@ -182,6 +188,12 @@ class CapturedModule(GraphModule):
                 "unmerge(gm), load, and merge again"
             )
         if not local_metadata.get("assign_to_params_buffers", False):
+            for name, tensor in named_tensors(self):
+                if isinstance(tensor, QuantizedTensor) and not tensor.is_like(state_dict.get(prefix + name, tensor)):
+                    raise QuantizationError(
+                        f"'{name}' is stored as {tensor.packed.format}, and what is to be loaded into it is not: to "
+                        "bring an adapter here that was trained on another base, use save_adapter and load_adapter"
+                    )
             for name, tensor in list(named_tensors(self)):
                 new = state_dict.get(prefix + name)
                 if not isinstance(new, Tensor) or new.shape != tensor.shape or is_own(tensor):

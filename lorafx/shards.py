@@ -9,7 +9,9 @@ A mapped page belongs to the file: the system drops it when memory is short and 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,6 +22,8 @@ from lorafx.errors import CheckpointError
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+
+_PIECE = 2**22
 
 
 def read_shards(folder: Path) -> dict[str, Tensor]:
@@ -53,6 +57,33 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{folder / name} {what}, other than {INDEX_NAME} says. Copy the checkpoint again")
         tensors |= found
     return tensors
+
+
+@contextmanager
+def reading_ahead(folder: Path, limit: int) -> Iterator[None]:
+    """Meanwhile bring up to so many bytes of a checkpoint's files into the system's cache, in a thread.
+
+    What is read then costs no wait; nothing is kept here, and the system may drop it again.
+    """
+    stop = threading.Event()
+
+    def read() -> None:
+        left, piece = limit, memoryview(bytearray(_PIECE))
+        for path in sorted(folder.glob("*.safetensors")):
+            try:
+                with path.open("rb", buffering=0) as file:
+                    while left > 0 and not stop.is_set() and (count := file.readinto(piece)):
+                        left -= count
+            except OSError:  # for whoever needs the file to report
+                continue
+
+    thread = threading.Thread(target=read, name="lorafx-read-ahead", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _read_index(path: Path) -> Mapping[str, str]:

@@ -27,7 +27,7 @@ def canonicalize(trace: Trace, model: nn.Module, last_inputs: frozenset[str] = f
         graph.erase_node(node)
     _inline_grad_regions(graph, trace.holder)
     _name_modules_once(graph, model)
-    _share_sizes(graph, last_inputs)
+    share_sizes(graph, last_inputs)
     _name_weights_by_use(graph, model)
     for node in reversed(list(graph.nodes)):
         drop = node.op == "get_attr" or (node.op == "call_function" and not _matters(node))
@@ -91,8 +91,8 @@ def _detached(graph: Graph, before: Node, value: Any) -> Any:
     return detached
 
 
-def _share_sizes(graph: Graph, last_inputs: frozenset[str]) -> None:
-    """Read each symbolic size from the first input that has it; of all inputs, labels come last."""
+def share_sizes(graph: Graph, last_inputs: frozenset[str]) -> None:
+    """Read each symbolic size of ``last_inputs`` from the first input that has it; these come after all others."""
     inputs = sorted(graph.find_nodes(op="placeholder"), key=lambda n: n.target in last_inputs)
     source: dict[str, tuple[Node, int]] = {}
     for node in inputs:

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from lorafx.errors import CaptureError, FixedDimensionWarning
 from lorafx.graph import ROOT_MODE, CapturedModule, Scope, mark_own
 from lorafx.passes import optional
+from lorafx.passes.bitsandbytes import with_packed_layers
 from lorafx.passes.canonical import canonicalize
 from lorafx.passes.example import Example, ExampleInputs, bind, make_example
 from lorafx.passes.frontends import Trace, export_trace, symbolic_trace
@@ -56,7 +57,8 @@ def capture(
     """Capture ``model`` as one graph for both modes.
 
     Args:
-        model: any module; Hugging Face models get their own example inputs when none are given.
+        model: any module; Hugging Face models get their own example inputs when none are given. Layers of bitsandbytes
+            come out as linear layers on their packed weights (:mod:`lorafx.passes.bitsandbytes`).
         example_inputs: a tuple of positional or a dict of keyword arguments (or one tensor). ``None``:
             synthesised for Hugging Face models, otherwise the model is traced symbolically.
         dynamic_shapes: per argument ``{dim: name}`` (or torch.export's own form) instead of the default;
@@ -66,7 +68,9 @@ def capture(
     Raises:
         CaptureError: the model cannot be traced, with the line of its code and what to do; or its
             modes cannot be reconciled.
+        QuantizationError: the state of a layer of bitsandbytes is damaged.
     """
+    model = with_packed_layers(model)
     with capture_config(model), _unchanged(model):
         gm = _captured(model, example_inputs, dynamic_shapes, eval_only)
     for name, module in model.named_modules(remove_duplicate=False):

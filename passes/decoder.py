@@ -27,6 +27,7 @@ from torch._subclasses import FakeTensorMode
 from lorafx.errors import CaptureError, ExportError, FixedDimensionWarning
 from lorafx.graph import CapturedModule, share
 from lorafx.ir import Stage, stage
+from lorafx.passes.canonical import share_sizes
 from lorafx.passes.capture import capture
 from lorafx.passes.merge import unadapted
 from lorafx.passes.original import Original
@@ -58,6 +59,9 @@ def capture_decoder(gm: CapturedModule) -> CapturedModule:
         # The total is the sum of two sizes which torch takes to be 2 or more.
         warnings.simplefilter("ignore", FixedDimensionWarning)
         step = capture(model, inputs, dynamic_shapes=shapes, eval_only=True)
+    (past,) = (a.leaves for a in step.signature.arguments if a.name == "past_key_values")
+    share_sizes(step.graph, frozenset(past))  # then all layers but the first use their own past only, and are alike
+    step.recompile()
     if step.signature.fixed:
         fixed = [f"dimension {d} of {n} at {s}" for n, sizes in step.signature.fixed.items() for d, s in sizes.items()]
         raise CaptureError(
@@ -216,7 +220,10 @@ def _run(model: nn.Module, past: Past, **tokens: Tensor) -> dict[str, Any]:
         layer.lazy_initialization(held["key"], held["value"])
         layer.keys, layer.values = held["key"], held["value"]
         layers.append(layer)
-    total = past[0]["key"].shape[2] + tokens["input_ids"].shape[1]
+    length = past[0]["key"].shape[2]
+    for tensor in (tensor for held in past for tensor in held.values()):
+        torch._check(tensor.shape[2] == length)  # type: ignore[no-untyped-call]  # else each has a size of its own
+    total = length + tokens["input_ids"].shape[1]
     torch._check(tokens["attention_mask"].shape[1] == total)  # type: ignore[no-untyped-call]  # else a size of its own
     outputs = type(model).forward(model, **tokens, past_key_values=cache, use_cache=True, return_dict=True)
     present = [{"key": layer.keys, "value": layer.values} for layer in layers]

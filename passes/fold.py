@@ -2,10 +2,10 @@
 
     W'[rows, columns] = round( W[rows, columns] + sum over the sites of the update's part there )
 
-Each weight is computed in float32 or better (float64 where it, or what it is written as, has four bytes or more) and
-rounded once. What a matrix product rounds to depends on its operands' shapes and on the number of threads, so the
-products are always those of the same tiles, by one thread each: a panel has, bit for bit, the values of the whole.
-Threads share out the panels instead.
+Each weight is computed in float32 or better (float64 where it, or what it is written as, has four bytes or more; the
+factor that DoRA has for each row always in float64) and rounded once. What a matrix product rounds to depends on its
+operands' shapes and on the number of threads, so the products are always those of the same tiles, by one thread each: a
+panel has, bit for bit, the values of the whole. Threads share out the panels instead.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ R = TypeVar("R")
 
 #: Rows and columns of a tile: its operands and results stay in a processor's cache.
 TILE = 512
+#: Stand for the sizes of a matrix in the shapes of its variant's tensors.
+_OUT, _IN, _RANK = -1, -2, -3
 
 
 @dataclass
@@ -221,10 +223,33 @@ class Fold:
             rows = None if site.rows is None else site.index(matrix)
             part = matrix if rows is None else matrix.index_select(-2, rows)
             if VARIANTS[site.variant].scales_rows:
-                part = part.to(self._wide)  # beside half precision a norm is that of the layer as it runs, A rounded
+                if site.rows is None:
+                    changes.append((scaled_rows(site, part, tensors, self._wide), rows))
+                    continue
+                part = part.to(self._wide)  # single rows of an embedding, trained whole
             wide = [t.to(self._wide) for t in tensors]
             changes += [(update, rows) for update in updates(part, wide, [site.variant], [site.scaling])]
         return changes
+
+
+def scaled_rows(site: Site, matrix: Tensor, tensors: Sequence[Tensor], wide: torch.dtype) -> Update:
+    """The update of a site that scales rows: its gain is worked out in float64, some rows at a time, and rounded once.
+
+    (A layer that runs in half precision has the norm of what it multiplies, with A rounded.)
+    """
+    variant = VARIANTS[site.variant]
+    given = {n: t.double() for n, t in zip((*variant.parameters, *variant.shared), tensors, strict=True)}
+    shapes = variant.shapes(_OUT, _IN, _RANK)
+    along = {n: shapes[n].index(_OUT) - len(shapes[n]) for n in variant.parameters if _OUT in shapes[n]}
+    parts = []
+    for first in range(0, max(1, matrix.shape[-2]), TILE):
+        count = min(TILE, matrix.shape[-2] - first)
+        mine = {n: t.narrow(along[n], first, count) if n in along else t for n, t in given.items()}
+        rows = matrix.narrow(-2, first, count).double().contiguous()  # what a sum rounds to depends on the layout
+        parts.append(variant.update(rows, mine, site.scaling))
+    gains = [part.gain for part in parts if part.gain is not None]
+    left = torch.cat([part.unscaled for part in parts], -2)
+    return Update(left.to(wide), parts[0].right.to(wide), torch.cat(gains, -1).to(wide), scaling=site.scaling)
 
 
 def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from lorafx.errors import CaptureError
 from lorafx.graph import annotate
+from lorafx.passes.bitsandbytes import PackedLinear
 from lorafx.passes.example import Example
 from lorafx.serialize import plain_containers
 
@@ -79,10 +80,11 @@ def export_trace(model: nn.Module, example: Example) -> Trace:
 
 
 class _Tracer(torch.fx.Tracer):
-    """Looks into parametrized layers, whose weight is computed."""
+    """Looks into parametrized layers, whose weight is computed, and not into our own linear layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not is_parametrized(m) and super().is_leaf_module(m, module_qualified_name)
+        leaf = isinstance(m, PackedLinear) or super().is_leaf_module(m, module_qualified_name)
+        return leaf and not is_parametrized(m)
 
 
 def symbolic_trace(model: nn.Module, parameters: tuple[str, ...]) -> Trace:
@@ -144,7 +146,7 @@ def _linear_modules_to_calls(graph: Graph, model: nn.Module) -> None:
         layer = model.get_submodule(str(node.target))
         annotate(node, scope=node.target, kind=_class_name(type(layer)))
         hooked = layer._forward_hooks or layer._forward_pre_hooks
-        if type(layer).forward is not nn.Linear.forward or hooked:
+        if type(layer).forward not in (nn.Linear.forward, PackedLinear.forward) or hooked:
             continue  # with its hooks the module does more than its weight and bias say
         with graph.inserting_before(node):
             operands = [graph.get_attr(f"{node.target}.weight")]

@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lorafx.bases.tensor import QuantizedTensor
 from lorafx.errors import MatchError
 from lorafx.graph import CapturedModule, annotate, get_path, mark_own, named_tensors, notes, set_tensor
 from lorafx.ir import ADAPTERS, FOLDED, Adapter, Site, Stage, adapters, base_modules
@@ -57,12 +58,12 @@ class Insert(Pass):
         active, by_row = gm.meta.get("active", ()), gm.meta.get("by_row", False)
         deactivate(gm)  # from here on nothing raises
         residual = []
-        for (choice, site, _), start in zip(chosen, starts, strict=True):
+        for (_, site, _), start in zip(chosen, starts, strict=True):
             for name, value in start.parameters.items():
                 _own(gm, site.parameter_name(name), nn.Parameter(value, requires_grad=False))
             if keep_residual(gm, adapter, site, start):
                 residual.append(site.weight)
-            mark_layer(gm, choice)
+        _mark_layers(gm, [choice for choice, _, _ in chosen])
         for name, value in shared.items():
             _own(gm, name, value, persistent=False)
         _add_indices(gm, adapter)
@@ -110,14 +111,16 @@ def train_only(gm: CapturedModule, names: Sequence[str]) -> None:
                 tensor.requires_grad_(name in wanted and tensor.numel() > 0)  # without a rank there is nothing to train
 
 
-def mark_layer(gm: CapturedModule, choice: Choice) -> None:
-    """Note on a layer's calls that they are its, for :mod:`.activate` to find them by."""
-    assert choice.site is not None
-    wanted = {node.name for node in choice.candidate.nodes}
+def _mark_layers(gm: CapturedModule, choices: Sequence[Choice]) -> None:
+    """Note on layers' calls whose they are, for :mod:`.activate` to find them by."""
+    wanted: dict[str, list[str]] = {}
+    for choice in choices:
+        assert choice.site is not None
+        for node in choice.candidate.nodes:
+            wanted.setdefault(node.name, []).append(choice.site.layer)
     for node in gm.graph.nodes:
-        layers = notes(node).get("layers", ())
-        if node.name in wanted and choice.site.layer not in layers:
-            annotate(node, layers=(*layers, choice.site.layer))
+        if node.name in wanted:
+            annotate(node, layers=tuple(dict.fromkeys((*notes(node).get("layers", ()), *wanted[node.name]))))
 
 
 def start_values(
@@ -208,7 +211,7 @@ def _copy_trained(gm: CapturedModule, adapter: Adapter) -> None:
     for name in adapter.trained:
         old = get_path(gm, name)
         if id(old) not in copies:
-            value = old.detach().clone()
+            value = old.dequantize() if isinstance(old, QuantizedTensor) else old.detach().clone()
             copies[id(old)] = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
         _own(gm, adapter.own_name(name), copies[id(old)], persistent=name in kept)
 

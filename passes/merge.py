@@ -48,7 +48,7 @@ from lorafx.ir import (
 from lorafx.ops import LAYERS, updates
 from lorafx.passes.activate import activate, deactivate
 from lorafx.passes.base import Pass, PassResult
-from lorafx.passes.fold import Fold
+from lorafx.passes.fold import Fold, round_once
 from lorafx.passes.layers import find_operands, readers
 from lorafx.variants import VARIANTS
 
@@ -88,14 +88,15 @@ class Merge(Pass):
         for layer, (first, *_) in layers.items():
             if first.apart:
                 value = values.pop(first.name)
-                name = _write_apart(result, first, nodes[layer], _blank(value) if self.lazily else _computed(value))
+                weight = _blank(value) if self.lazily else _computed(result, first.name, value)
+                name = _write_apart(result, first, nodes[layer], weight)
                 later[name] = value
         if self.lazily:
             later |= values
             result.meta["folds"] = later
         else:
             for name, value in values.items():
-                rebind(result, get_path(result, name), _computed(value))  # under every name: ties stay tied
+                rebind(result, get_path(result, name), _computed(result, name, value))  # under every name: ties stay
         forget_folded(result)
         for adapter in adapters(gm).values():
             remove_adapter(result, adapter)
@@ -144,6 +145,7 @@ def merge_lazily(gm: CapturedModule) -> tuple[CapturedModule, dict[str, Fold | T
 def changed_tensors(gm: CapturedModule) -> dict[str, Fold | Tensor]:
     """The tensors of the base that the active adapters change, as they make them, by name; weights yet to be computed.
 
+    A bias with shifts is the exact sum, in float64, and yet to be rounded.
     What is merged in place counts as active. The weight of a layer that is to be kept apart from its other
     uses goes by the layer's name.
 
@@ -170,11 +172,12 @@ def folded_tensors(gm: CapturedModule) -> dict[str, Tensor]:
     Raises:
         MergeError: as there; or a result overflows its dtype.
     """
-    return {name: _computed(value) for name, value in changed_tensors(gm).items()}
+    return {name: _computed(gm, name, value) for name, value in changed_tensors(gm).items()}
 
 
-def _computed(value: Fold | Tensor) -> Tensor:
-    return value.compute() if isinstance(value, Fold) else value.clone()
+def _computed(gm: CapturedModule, name: str, value: Fold | Tensor) -> Tensor:
+    """What is to take the place of a tensor of the graph, in its dtype and memory of its own."""
+    return value.compute() if isinstance(value, Fold) else round_once(value, get_path(gm, name).dtype).clone()
 
 
 def _blank(value: Fold | Tensor) -> Tensor:
@@ -192,17 +195,16 @@ def forget_folded(gm: CapturedModule) -> None:
 
 
 def merged_bias(gm: CapturedModule, found: Sequence[Site]) -> Tensor | None:
-    """The bias of one layer with the shifts of these sites added; None where they have none."""
+    """The bias of one layer with the shifts of these sites added, in float64; None where they have none."""
     first = found[0]
-    if first.bias is None or not any(VARIANTS[s.variant].shifts_bias for s in found):
+    shifting = [site for site in found if VARIANTS[site.variant].shifts_bias]
+    if first.bias is None or not shifting:
         return None
     weight = first.matrix(_own_or_base(gm, first.weight))
-    wide = torch.float32 if weight.dtype.itemsize < 4 else torch.float64
-    tensors = [t.detach() for site in found for t in site.tensors(gm).values()]
-    changes = updates(weight, tensors, [s.variant for s in found], [s.scaling for s in found])
-    shifts = [u.shift.to(wide) for u in changes if u.shift is not None]
-    bias = _own_or_base(gm, first.bias)
-    return torch.stack([bias.to(wide), *shifts]).sum(0).to(bias.dtype)
+    tensors = [t.detach().double() for site in shifting for t in site.tensors(gm).values()]
+    changes = updates(weight, tensors, [s.variant for s in shifting], [s.scaling for s in shifting])
+    shifts = [u.shift for u in changes if u.shift is not None]
+    return torch.stack([_own_or_base(gm, first.bias).double(), *shifts]).sum(0)
 
 
 def _own_or_base(gm: CapturedModule, name: str) -> Tensor:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lorafx.bases.tensor import QuantizedTensor
 from lorafx.errors import MergeError
 from lorafx.graph import CapturedModule, get_path, is_own
 from lorafx.ir import Site
 
 
 def sample(weight: Tensor) -> Tensor:
-    """Some 64 values of a weight."""
-    flat = weight.detach().reshape(-1)
+    """Some 64 values of a weight; of one in a base format, some 64 of its codes."""
+    stored = weight.packed.tensors["codes"] if isinstance(weight, QuantizedTensor) else weight
+    flat = stored.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // 64)].cpu().clone() if not weight.is_meta else flat[:0]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -16,9 +19,10 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import lorafx
+from generation import of_file, of_torch, prompts
 from lorafx import AdapterError, CheckpointError, ExportError
 from lorafx.deploy import export_checkpoint, parameters_on_meta
-from lorafx.shards import INDEX_NAME, read_shards
+from lorafx.shards import INDEX_NAME, read_shards, reading_ahead
 
 CONFIG = hf.LlamaConfig(
     vocab_size=90,
@@ -102,10 +106,45 @@ def test_a_module_on_the_meta_device(source: Path, tmp_path: Path) -> None:
         export_checkpoint(bare, source / "base", None, tmp_path / "no.onnx")
 
 
+def test_a_parameter_registered_twice_stays_one_on_meta() -> None:
+    """Before it is read from a module too; and outside nothing is left of it."""
+
+    class Tied(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            shared = torch.nn.Parameter(torch.zeros(3))
+            self.inner = torch.nn.Linear(3, 3)
+            self.outer = shared
+            self.inner.bias = shared
+            self.register_buffer("computed", torch.arange(3.0))
+
+    with parameters_on_meta():
+        model = Tied()
+    assert model.outer is model.inner.bias
+    assert all(p.is_meta for p in model.parameters())
+    assert model.computed.tolist() == [0.0, 1.0, 2.0]  # type: ignore[operator]
+    assert not torch.nn.Linear(2, 2).weight.is_meta
+
+
 def test_another_dtype_is_that_of_a_model_made_in_it(source: Path, tmp_path: Path) -> None:
     report = export_checkpoint(CONFIG, source / "base", source / "adapter", tmp_path / "m.onnx", dtype="fp16")
     assert (report.precision, len(report.parity) >= 3) == ("float16", True)
     assert {r.weight.rpartition(".")[0].rpartition(".")[2] for r in report.rounding} == {"q_proj", "down_proj"}
+
+
+def test_a_decoder_with_its_cache(source: Path, tmp_path: Path) -> None:
+    """The tokens are those of PEFT's merged model; in another dtype too the file is checked against torch."""
+    arguments = (source / "base", source / "base", source / "adapter", tmp_path / "m.onnx")
+    report = export_checkpoint(*arguments, kv_cache=True, verify=False)
+    assert [n for n in report.inputs if n.startswith("past")] == [
+        f"past_key_values.{i}.{kind}" for i in range(2) for kind in ("key", "value")
+    ]
+    base = hf.LlamaForCausalLM.from_pretrained(source / "base").eval()
+    merged = peft.PeftModel.from_pretrained(base, source / "adapter").merge_and_unload()
+    ids, mask = prompts(4, 9)
+    assert torch.equal(of_file(tmp_path / "m.onnx", ids, mask), of_torch(merged, ids, mask))
+    half = export_checkpoint(*arguments, kv_cache=True, dtype="fp16")
+    assert (half.precision, len(half.parity), "same tokens" in half.checks) == ("float16", 3, True)
 
 
 def test_numbers_that_do_not_fit_into_memory_are_not_compared(
@@ -117,6 +156,30 @@ def test_numbers_that_do_not_fit_into_memory_are_not_compared(
     assert report.checks["not checked"].startswith("numbers: running the model in torch and in ONNX Runtime takes some")
     assert "same weights" in report.checks
     assert "same graph" in report.checks
+
+
+def test_reading_ahead_stops_at_its_limit_and_with_the_work(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is over when the block is, and what it cannot read is nothing to it."""
+    monkeypatch.setattr("lorafx.shards._PIECE", 1000)
+    (base / "zzz.safetensors").symlink_to(base / "none")
+    pieces: list[int] = []
+    read = io.FileIO.readinto
+
+    class Counting(io.FileIO):
+        def readinto(self, into: Any) -> int | None:
+            pieces.append(read(self, into) or 0)
+            return pieces[-1]
+
+    monkeypatch.setattr(Path, "open", lambda self, *args, **kwargs: Counting(str(self)))
+    before = threading.active_count()
+    with reading_ahead(base, 2500):
+        for thread in threading.enumerate():
+            if thread.name == "lorafx-read-ahead":
+                thread.join()
+    assert pieces == [1000, 1000, 1000]
+    with reading_ahead(base, 2**40):
+        pass
+    assert threading.active_count() == before
 
 
 # Files that do not fit, or are damaged.

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import peft
 import pytest
 import torch
 import transformers as hf
-from torch import Tensor, nn
+from torch import nn
 
 import lorafx
 from conftest import Zoo, randomize
+from generation import of_file, of_torch, prompts
 from lorafx.api import captured
 from lorafx.errors import CaptureError, ExportError, ParityError
 from lorafx.export.decoder import STEPS, check_generation, make_prompts
@@ -31,13 +31,10 @@ from lorafx.graph import CapturedModule
 from lorafx.passes.decoder import capture_decoder
 from lorafx.passes.inference import inference
 from lorafx.passes.original import Original
-from zoo import _TEXT, FAMILIES, PAD
+from zoo import _TEXT, FAMILIES
 
 DECODERS = ["llama", "qwen3", "gemma", "phi"]
 SPEC = lorafx.LoraSpec(r=3, alpha=6)
-
-#: More than the examples' 11 tokens, generated ones included.
-NEW = 12
 
 
 def adapted(zoo: Zoo, name: str, spec: lorafx.LoraSpec = SPEC, scale: float = 0.3) -> CapturedModule:
@@ -66,53 +63,8 @@ def llama(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         gm = adapted(zoo, "llama")
-    base = lorafx.export_base(gm, folders[0], kv_cache=True, data_name="weights.data")
+    base = lorafx.export_base(gm, folders[0], kv_cache=True, data_name="weights.data", verify=False)
     return Pair(gm, base, lorafx.merge_and_export(gm, folders[1], kv_cache=True, data_name="weights.data"))
-
-
-def prompts(*lengths: int) -> tuple[Tensor, Tensor]:
-    """Random prompts padded to the left, and their mask, both int64 ``[len(lengths), max(lengths)]``."""
-    longest = max(lengths)
-    mask = (torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]).long()
-    return torch.randint(3, 90, mask.shape).masked_fill(mask == 0, PAD), mask
-
-
-def of_torch(model: nn.Module, ids: Tensor, mask: Tensor, new: int = NEW) -> Tensor:
-    """The new tokens of transformers' own generation with a cache."""
-    options = {"do_sample": False, "use_cache": True, "eos_token_id": None, "pad_token_id": PAD}
-    found: Tensor = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new, **options)  # type: ignore[operator]
-    return found[:, ids.shape[1] :]
-
-
-def of_file(path: Path, ids: Tensor, mask: Tensor, new: int = NEW, chunk: int | None = None) -> Tensor:
-    """The new tokens of a file, by nothing but its documented inputs and outputs; the prompt in parts of ``chunk``."""
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    inputs = {i.name: i for i in session.get_inputs()}
-    outputs = [o.name for o in session.get_outputs()]
-    past = {
-        name.replace("past_key_values", "present"): np.zeros((len(ids), i.shape[1], 0, i.shape[3]), np.float32)
-        for name, i in inputs.items()
-        if name.startswith("past_key_values")
-    }
-    assert outputs == ["logits", *past]
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    step = chunk or ids.shape[1]
-    parts = [*zip(ids.split(step, 1), positions.split(step, 1), strict=True)]
-    tokens: list[Tensor] = []
-    seen = 0
-    while len(tokens) < new:
-        fed, place = parts.pop(0)
-        seen += fed.shape[1]
-        present = {name.replace("present", "past_key_values"): value for name, value in past.items()}
-        feed = {"input_ids": fed.numpy(), "attention_mask": mask[:, :seen].numpy(), "position_ids": place.numpy()}
-        found = dict(zip(outputs, session.run(None, feed | present), strict=True))
-        past = {name: found[name] for name in past}
-        assert all(value.shape[2] == seen for value in past.values())
-        if not parts:
-            tokens.append(torch.from_numpy(found["logits"][:, -1].argmax(-1))[:, None])
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            parts.append((tokens[-1], place[:, -1:] + 1))
-    return torch.cat(tokens, 1)
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import itertools
 import multiprocessing
 import os
 import random
@@ -11,13 +12,19 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
+from torch import nn
 
+import lorafx
 from lorafx.errors import ExportError
 from lorafx.export.write import draft
 
@@ -106,6 +113,74 @@ def test_killed_at_any_moment(data_name: str | None, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def killed_at_rename(path: Path, number: int, seed: int = 2) -> None:
+    """Export, and be killed just before this rename of the commit."""
+    done, real = itertools.count(), os.replace
+
+    def replace(*arguments: Any) -> None:
+        if next(done) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*arguments)
+
+    os.replace = replace  # type: ignore[assignment]
+    export(path, seed, "weights.data")
+
+
+@pytest.mark.parametrize("before", [None, "content", "name"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_killed_between_the_renames_of_a_fixed_name(before: str | None, number: int, tmp_path: Path) -> None:
+    """Whoever looks finds the old pair, or none; the next export succeeds and leaves nothing else."""
+    path = tmp_path / "model.onnx"
+    if before is not None:
+        export(path, 1, "weights.data" if before == "name" else None)
+    process = multiprocessing.get_context("fork").Process(target=killed_at_rename, args=(path, number))
+    process.start()
+    process.join()
+    if before == "name" and number == 1:  # the one rename of an equal graph's weights is all
+        assert (process.exitcode, seed_of(path)) == (0, 2)
+    else:
+        assert (process.exitcode, seed_of(path)) == (-signal.SIGKILL, None if before is None else 1)
+    export(path, 3, "weights.data")
+    assert seed_of(path) == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.onnx", "weights.data"]
+
+
+@pytest.mark.parametrize("data_name", [None, "weights.data"], ids=["by content", "by name"])
+@pytest.mark.parametrize("why", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("number", [0, 1])
+def test_interrupted_between_the_renames(
+    data_name: str | None, why: type[BaseException], number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was put in its place goes again; the export may simply be repeated."""
+    path = tmp_path / "model.onnx"
+    done, real = itertools.count(), os.replace
+
+    def replace(*arguments: Any) -> None:
+        if next(done) == number:
+            raise why
+        real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(ExportError if why is OSError else why):
+            export(path, 1, data_name)
+    assert list(tmp_path.iterdir()) == []
+    export(path, 2, data_name)
+    assert seed_of(path) == 2
+
+
+def test_weights_that_took_the_place_of_a_killed_exports_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    process = multiprocessing.get_context("fork").Process(target=killed_at_rename, args=(path, 1))
+    process.start()
+    process.join()
+    (tmp_path / "weights.data").unlink()
+    (tmp_path / "weights.data").write_bytes(b"another's")
+    with pytest.raises(ExportError, match=r"weights\.data exists, and .*model\.onnx is not there"):
+        export(path, 3, "weights.data")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"weights.data": b"another's"}
+
+
 def test_a_reader_never_sees_a_mix(tmp_path: Path) -> None:
     """While another process exports under a fixed name, each file of weights that is read is whole and one export's."""
     path = tmp_path / "model.onnx"
@@ -171,6 +246,18 @@ def test_a_session_outlives_the_file(tmp_path: Path) -> None:
     assert not np.array_equal(ort.InferenceSession(path).run(None, x)[0], before)
 
 
+@contextmanager
+def room_for(limit: int) -> Iterator[None]:
+    """No file may become larger than so many bytes."""
+    resource = importlib.import_module("resource")  # there is none on Windows
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.parametrize("data_name", [None, "weights.data"], ids=["by content", "by name"])
 @pytest.mark.parametrize("limit", [700, 20_000], ids=["in the graph", "in the weights"])
 def test_a_full_disk_leaves_the_old_file(limit: int, data_name: str | None, tmp_path: Path) -> None:
@@ -178,18 +265,28 @@ def test_a_full_disk_leaves_the_old_file(limit: int, data_name: str | None, tmp_
     path = tmp_path / "model.onnx"
     export(path, 1, data_name)
     before = contents(tmp_path)
-    resource = importlib.import_module("resource")  # there is none on Windows
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        with pytest.raises(
-            ExportError, match=r"cannot write .*File too large\. Give a path in a folder that .* has room"
-        ):
-            export(path, 2, data_name)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = r"cannot write .*File too large\. Give a path in a folder that .* has room"
+    with pytest.raises(ExportError, match=message), room_for(limit):
+        export(path, 2, data_name)
     assert contents(tmp_path) == before
     assert seed_of(path) == 1
+
+
+def test_a_full_disk_leaves_old_adapters_and_reports(tmp_path: Path) -> None:
+    """What is not written as a model is: ONNX Runtime writes adapters, and reports are text."""
+    gm = lorafx.apply(nn.Sequential(nn.Linear(20, 20)).eval(), {"r": 400, "target_modules": ["0"]}, torch.ones(2, 20))
+    lorafx.export_multi(gm, tmp_path / "tasks.onnx", {"a": "default"}, verify=False)
+    report = lorafx.merge_and_export(gm, tmp_path / "model.onnx", verify=False)
+    report.save_json(tmp_path / "report.json")
+    before = contents(tmp_path)
+    with torch.no_grad():
+        for parameter in (p for p in gm.parameters() if p.requires_grad):
+            parameter.add_(1.0)
+    with pytest.raises(ExportError, match=r"cannot write a\.onnx_adapter, of 62\.5 KiB.* has room"), room_for(20_000):
+        lorafx.export_multi(gm, tmp_path / "tasks.onnx", {"a": "default"}, verify=False)
+    with pytest.raises(ExportError, match=r"cannot write .*report\.json: File too large"), room_for(10):
+        report.save_json(tmp_path / "report.json")
+    assert contents(tmp_path) == before
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from conftest import Zoo, leaves
 from lorafx import AdapterSession, LoraSpec
 from lorafx.errors import AdapterError, ExportError, LorafxError, MergeError, ParityError
 from lorafx.export import multi
+from lorafx.export.adapter_inputs import GAIN, A, B, genai_name
 from lorafx.export.multi import MultiReport, write_adapter
 from lorafx.export.parity import TOLERANCES, difference
 from lorafx.export.runtime import load_adapter_file
@@ -191,13 +192,28 @@ def test_names_of_genai(tmp_path: Path, zoo: Zoo) -> None:
     lorafx.export_multi(gm, tmp_path / "model.onnx", naming="genai", verify=False)
     session = AdapterSession(tmp_path / "model.onnx")
     names = set(load_adapter_file(tmp_path / "default.onnx_adapter").values)
-    assert {
-        "model.layers.0.attn.q_proj.lora_A.MatMul.weight",
-        "model.layers.1.mlp.down_proj.lora_B.MatMul.weight",
-    } < names
+    places = [*(f"attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down"))]
+    assert names == {
+        f"model.layers.{i}.{place}.{role}.MatMul.weight" for i in (0, 1) for place in places for role in (A, B)
+    }
     assert_agrees(gm, session, {None: None, "default": "default"}, FAMILIES["llama"].inputs())
     with pytest.raises(ExportError, match="onnxruntime-genai has no name for 'embed'"):
         lorafx.export_multi(several(), tmp_path / "other.onnx", naming="genai")
+
+
+@pytest.mark.parametrize(
+    ("site", "role"),
+    [
+        ("encoder.layers.0.self_attn.q_proj", A),
+        ("model.layers.0.self_attn.gate_proj", A),
+        ("model.layers.0.mlp.fc1", B),
+        ("model.layers.0.self_attn.q_proj", GAIN),
+        ("lm_head", A),
+    ],
+)
+def test_what_genai_has_no_name_for(site: str, role: str) -> None:
+    with pytest.raises(ExportError, match="onnxruntime-genai has no name for"):
+        genai_name(site, role)
 
 
 def test_folders_and_adapters_of_the_graph_give_the_same_files(tmp_path: Path) -> None:

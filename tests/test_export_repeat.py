@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from lorafx.api import captured
 from lorafx.export import program, translate
+from lorafx.export.export import flat_example
 from lorafx.export.repeat import KEPT, Repeat, drop_repeats, find_repeats
 from lorafx.export.weights import fill
 from lorafx.graph import CapturedModule, get_path
+from lorafx.passes.capture import capture
+from lorafx.passes.decoder import capture_decoder
 from lorafx.passes.inference import inference
 from tolerances import assert_close
 
@@ -78,7 +80,7 @@ def deep(name: str, layers: int) -> nn.Module:
 
 @cache
 def capture_of(name: str, layers: int) -> CapturedModule:
-    return captured(deep(name, layers), zoo.FAMILIES[name].inputs(), None)
+    return capture(deep(name, layers), zoo.FAMILIES[name].inputs(), eval_only=True)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +109,17 @@ def test_unrolled_model_is_the_model_to_the_byte(
     assert unrolled == [True]
 
 
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in ("llama", "gpt2")])
+def test_unrolled_step_is_the_step_to_the_byte(name: str, whole: Callable[..., bytes], unrolled: list[bool]) -> None:
+    """Each layer has inputs and results of its own; with keys shared by heads and without."""
+    step = capture_decoder(capture_of(name, 5))
+    example = flat_example(step.signature, step.meta["example"], None)
+    (repeat,) = repeats(step)
+    assert repeat.results[0].items() >= {3: 5, 4: 6}.items()
+    assert translated(step, example) == whole(step, example)
+    assert unrolled == [True]
+
+
 # Blocks that are not all alike.
 
 WIDTH = 12
@@ -125,9 +138,9 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks between two layers; ``every`` returns what each block gives."""
+    """Blocks between two layers; of what all but the head give, what ``every`` selects is returned too."""
 
-    def __init__(self, blocks: list[nn.Module], every: bool = False) -> None:
+    def __init__(self, blocks: list[nn.Module], every: slice = slice(0)) -> None:
         super().__init__()
         self.first = nn.Linear(7, WIDTH)
         self.blocks = nn.ModuleList(blocks)
@@ -138,7 +151,7 @@ class Stack(nn.Module):
         hidden = [self.first(x)]
         for block in self.blocks:
             hidden.append(block(hidden[-1]))
-        return (self.head(hidden[-1]), *(hidden[1:-1] if self.every else ()))
+        return (self.head(hidden[-1]), *hidden[self.every])
 
 
 def blocks(count: int, **odd: Any) -> list[nn.Module]:
@@ -176,13 +189,16 @@ SAMPLE = {"x": torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0))}
         pytest.param(lambda: tied(2, 3), [], id="two tied"),
         pytest.param(lambda: tied(*range(6)), [3], id="all tied"),
         pytest.param(tied_to_the_head, [], id="one tied to the head"),
-        pytest.param(lambda: Stack(blocks(6), every=True), [], id="read from outside"),
+        pytest.param(lambda: Stack(blocks(6), every=slice(1, 7)), [3], id="all returned"),
+        pytest.param(lambda: Stack(blocks(7), every=slice(2, 8)), [3], id="all but the first returned"),
+        pytest.param(lambda: Stack(blocks(6), every=slice(1, 6)), [], id="all but the last returned"),
+        pytest.param(lambda: Stack(blocks(6), every=slice(3, 4)), [], id="one returned"),
     ],
 )
 def test_blocks_that_differ_are_not_merged(
     model: Callable[[], nn.Module], dropped: list[int], whole: Callable[..., bytes], unrolled: list[bool]
 ) -> None:
-    gm = captured(model().eval(), SAMPLE, None)
+    gm = capture(model().eval(), SAMPLE, eval_only=True)
     assert [repeat.dropped for repeat in repeats(gm)] == dropped
     if dropped:
         assert translated(gm, SAMPLE) == whole(gm, SAMPLE)
@@ -211,7 +227,7 @@ def test_blocks_that_change_sizes_are_not_copied(
 ) -> None:
     """The shortened graph translates, to other sizes, or does not: either way the whole one is translated."""
     sample = {"x": torch.randn(2, 4, 32)}
-    gm = captured(Halving(flatten).eval(), sample, {"x": {0: "batch"}})
+    gm = capture(Halving(flatten).eval(), sample, dynamic_shapes={"x": {0: "batch"}}, eval_only=True)
     assert len(repeats(gm)) == 1
     assert translated(gm, sample) == whole(gm, sample)
     assert unrolled == ([] if flatten else [False])
@@ -220,7 +236,7 @@ def test_blocks_that_change_sizes_are_not_copied(
 def test_what_is_translated_does_not_grow_with_depth() -> None:
     sizes = []
     for count in (KEPT + 1, 12):
-        graph = inference(captured(Stack(blocks(count)).eval(), SAMPLE, None))
+        graph = inference(capture(Stack(blocks(count)).eval(), SAMPLE, eval_only=True))
         flat = translate._flat(graph)
         drop_repeats(flat, find_repeats(flat, graph, graph.state_dict().keys()))
         sizes.append(len(flat.nodes))
@@ -243,7 +259,7 @@ def test_unrolled_model_runs_as_torch() -> None:
 def test_graph_made_into_a_program_is_what_torch_export_makes_of_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With dynamic dimensions; without them, tests/test_export.py compares with torch's export of the user's model."""
     family = zoo.FAMILIES[name]
-    gm = captured(family.build(), family.inputs(), None)
+    gm = capture(family.build(), family.inputs(), eval_only=True)
     direct = translated(gm, family.inputs())
     monkeypatch.setattr(program, "_is_plain", lambda node: False)
     assert direct == translated(gm, family.inputs())

@@ -213,18 +213,21 @@ def test_another_process_writes_the_same_bytes(gm: CapturedModule, tmp_path: Pat
     assert ran.stdout.split() == [here.onnx_sha256, digest(tmp_path / "weights.data"), here.onnx_sha256]
 
 
+class Tied(nn.Module):
+    """An embedding and a head with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(300, 40), nn.Linear(40, 300, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        out: Tensor = self.head(self.embed(input_ids))
+        return out
+
+
 def test_a_weight_kept_apart_is_written_apart(tmp_path: Path) -> None:
     """A tied model untied: the layer's own weight is folded when it is written, and the file says the same as merge."""
-
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.head = nn.Embedding(300, 40), nn.Linear(40, 300, bias=False)
-            self.head.weight = self.embed.weight
-
-        def forward(self, input_ids: Tensor) -> Tensor:
-            out: Tensor = self.head(self.embed(input_ids))
-            return out
 
     gm = lorafx.apply(Tied().eval(), LoraSpec(r=2, target_modules=["head"], tied="untie"), IDS)
     randomize(gm)
@@ -236,6 +239,18 @@ def test_a_weight_kept_apart_is_written_apart(tmp_path: Path) -> None:
     stored = written[f"{rounding.weight}.T"].const_value
     assert stored is not None
     assert np.array_equal(stored.numpy(), merged[rounding.weight].t().numpy())
+
+
+def test_a_weight_kept_apart_stays_apart_where_it_is_equal(tmp_path: Path) -> None:
+    """An adapter at its start leaves the layer's own weight equal to the other one: the graph does not notice."""
+    gm = lorafx.apply(Tied().eval(), LoraSpec(r=2, target_modules=["head"], tied="untie"), IDS)
+    reports = []
+    for name in ("start", "trained"):
+        (tmp_path / name).mkdir()
+        reports.append(merge_and_export(gm, tmp_path / name / "model.onnx", data_name="weights.data"))
+        randomize(gm)
+    assert reports[0].onnx_sha256 == reports[1].onnx_sha256
+    assert reports[0].initializers == 2
 
 
 def test_what_is_merged_in_place_is_written(tmp_path: Path) -> None:
@@ -288,6 +303,31 @@ def test_dtype_of_the_file(given: str, wanted: str, tmp_path: Path) -> None:
         gm, tmp_path / "cast" / "model.onnx", dtype=wanted, data_name="weights.data", opset=theirs.opset, verify=False
     )
     assert ours.onnx_sha256 == theirs.onnx_sha256
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_shifted_bias_is_rounded_once(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A scaling that is no power of two, and sums within a unit of float32 of the middle of two numbers."""
+    model = nn.Sequential(nn.Linear(4, 512)).to(dtype)
+    bias = model[0].bias
+    assert isinstance(bias, nn.Parameter)
+    nn.init.zeros_(bias)
+    x = torch.randn(2, 4).to(dtype)
+    gm = lorafx.apply(model, LoraSpec(r=3, alpha=16, variant="lora_bias", target_modules=["0"]), (x,))
+    randomize(gm)
+    (site,) = lorafx.sites(gm)
+    ties = 1 + torch.finfo(torch.bfloat16).eps * (torch.arange(512, dtype=torch.float64) % 128 + 0.5)
+    shift = site.parameters(gm)["lora_B_bias"]
+    with torch.no_grad():
+        shift.copy_(ties / site.scaling)
+    exact = shift.detach().double() * site.scaling
+    assert torch.equal(merge(gm).state_dict()["0.bias"], round_once(exact, dtype))
+    for wanted in ("bf16", "fp16", "fp32"):
+        merge_and_export(gm, tmp_path / "model.onnx", dtype=wanted, verify=False)
+        found = written_as(tmp_path / "model.onnx")["0.bias"]
+        assert torch.equal(found, round_once(exact, found.dtype))
+    lorafx.merge(gm, inplace=True)
+    assert torch.equal(merge(gm).state_dict()["0.bias"], round_once(exact, dtype))
 
 
 class Casting(nn.Module):

@@ -108,6 +108,11 @@ def merge_what_is_broken(gm: CapturedModule) -> None:
         (lambda gm: lorafx.add_adapter(gm, LoraSpec(), "dora"), AdapterError, "there is an adapter 'dora' already"),
         (lambda gm: lorafx.add_adapter(gm, LoraSpec(), "a.b"), AdapterError, "'a.b' cannot be an adapter's name"),
         (
+            lambda gm: lorafx.add_adapter(gm, LoraSpec(), "in"),
+            AdapterError,
+            "'in' cannot be an adapter's name: it is a keyword",
+        ),
+        (
             lambda gm: lorafx.add_adapter(gm, LoraSpec(), "train"),
             AdapterError,
             "modules have an attribute of that name",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -16,6 +18,8 @@ import peft
 import pytest
 import torch
 from onnx import TensorProto, helper
+from onnxruntime.quantization import quantize_dynamic
+from onnxruntime.transformers.optimizer import optimize_model
 from torch import Tensor, nn
 
 import lorafx
@@ -136,6 +140,67 @@ def test_an_exporters_file_merges_to_what_peft_merges(
         assert {t.found for t in report.tensors} >= {"name", "module scope"}
 
 
+@pytest.fixture(scope="module")
+def optimized(trained: Callable[[str], Trained], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ONNX Runtime's optimizer of transformers makes of the older exporter's file: optimum's and Olive's does."""
+    found, folder = trained("bert"), tmp_path_factory.mktemp("optimized")
+    model = copy.deepcopy(found.base)
+    model.set_attn_implementation("eager")  # the one it knows
+    base = export(model, found.inputs, folder / "base.onnx", "older")
+    config = model.config
+    made = optimize_model(
+        str(base), "bert", num_heads=config.num_attention_heads, hidden_size=config.hidden_size, opt_level=0
+    )
+    assert "Attention" in {n.op_type for n in made.model.graph.node}
+    made.save_model_to_file(str(folder / "optimized.onnx"))
+    return folder / "optimized.onnx"
+
+
+def test_a_file_with_fused_operators(trained: Callable[[str], Trained], optimized: Path, tmp_path: Path) -> None:
+    """What is a matrix of its own still is merged; queries are no more, and the advice says why."""
+    found = trained("bert")
+    paths = [n for n, m in found.base.named_modules() if isinstance(m, nn.Linear) and n.endswith("output.dense")]
+    tensors: dict[str, Tensor] = {}
+    model = copy.deepcopy(found.base)
+    for path in paths:
+        linear = model.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        tensors |= lora([path], linear.out_features, linear.in_features)
+        with torch.no_grad():
+            linear.weight.add_(delta(tensors, path).float())
+    lorafx.merge_onnx(optimized, save_adapter(tmp_path / "adapter", tensors), tmp_path / "merged.onnx")
+    with torch.no_grad():
+        expected = Logits(model)(**found.inputs)
+    assert_close("model", run_onnx(tmp_path / "merged.onnx", found.inputs), expected)
+    with pytest.raises(lorafx.AdapterError, match=r"no weight of .*query'.*Attention .* as one matrix\. Merge into"):
+        lorafx.merge_onnx(optimized, found.adapter, tmp_path / "other.onnx")
+
+
+def test_a_file_quantized_for_dynamic_ranges_is_refused(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+    found = trained("bert")
+    base = export(found.base, found.inputs, tmp_path / "base.onnx", "older")
+    quantize_dynamic(base, tmp_path / "quantized.onnx")
+    with pytest.raises(lorafx.AdapterError, match=r"quantized \(\w*MatMulInteger\w* .*quantize the result"):
+        lorafx.merge_onnx(tmp_path / "quantized.onnx", found.adapter, tmp_path / "merged.onnx")
+
+
+def test_equal_parameters_that_the_older_exporter_copies_are_refused(tmp_path: Path) -> None:
+    """It stores one and makes the others by Identity, under their names."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU()).eval()
+    for linear in (model[0], model[2]):
+        nn.init.zeros_(linear.bias)  # type: ignore[arg-type]
+    torch.onnx.export(model, (torch.randn(2, 3, 6),), tmp_path / "base.onnx", dynamo=False, opset_version=17)
+    base = onnx.load(tmp_path / "base.onnx")
+    copies = [n for n in base.graph.node if n.op_type == "Identity" and n.output[0].endswith(".bias")]
+    assert len(copies) == 1
+    biases = {f"{i}.bias": torch.ones(6) for i in (0, 2)}
+    message = r"is shared: (.|\n)*is a copy of another parameter"
+    refused(tmp_path, base, lora(["0", "2"]) | dict(reversed(biases.items())), message, bias="lora_only")
+    (tmp_path / "base.onnx").unlink()
+    tensors = lora(["0", "2"]) | {f"{i}.lora_B.bias": torch.ones(6) for i in (0, 2)}
+    refused(tmp_path, base, tensors, "is a copy of another parameter", lora_bias=True)
+
+
 def test_a_kernel_with_a_normalisation_folded_into_it_is_refused(
     trained: Callable[[str], Trained], tmp_path: Path
 ) -> None:
@@ -219,6 +284,7 @@ def test_merging_into_our_export_gives_the_bits_of_merge_and_export(
 
 
 def merged(tmp_path: Path, model: onnx.ModelProto, tensors: dict[str, Tensor], **config: Any) -> dict[str, Tensor]:
+    tmp_path.mkdir(exist_ok=True)
     base = save(model, tmp_path / "base.onnx")
     adapter = save_adapter(tmp_path / "adapter", tensors, **config)
     lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx")
@@ -340,8 +406,9 @@ def tied(tensors: dict[str, Tensor]) -> onnx.ModelProto:
     nodes = [
         helper.make_node("Cast", ["x"], ["i"], name="/Cast", to=TensorProto.INT64),
         helper.make_node("Gather", ["embed.weight", "i"], ["e"], name="/embed/Gather", axis=0),
-        helper.make_node("Transpose", ["embed.weight"], ["t"], name="/head/Transpose", perm=[1, 0]),
-        helper.make_node("MatMul", ["e", "t"], ["y"], name="/head/MatMul"),
+        # As optimum ties again what its exporter stored twice.
+        helper.make_node("Transpose", ["embed.weight"], ["embed.weight_transposed"], name="Transpose_5"),
+        helper.make_node("MatMul", ["e", "embed.weight_transposed"], ["y"], name="/head/MatMul"),
     ]
     return make_model(nodes, tensors, 4)
 
@@ -401,6 +468,45 @@ def test_weights_that_branches_of_the_graph_read(tmp_path: Path) -> None:
     weight, tensors = torch.randn(6, 6), lora(["a.b"])
     after = merged(tmp_path, make_model(nodes, {"a.b.weight": weight}, 6), tensors)
     assert torch.equal(after["a.b.weight"], (weight.double() + delta(tensors, "a.b").mT).float())
+
+
+GENAI = ("attn.q_proj", "attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
+
+
+def genai(packed: bool = False, seed: int = 2) -> tuple[onnx.ModelProto, dict[str, Tensor]]:
+    """As onnxruntime-genai's model builder names nodes and weights, and stores them: ``[in, out]``."""
+    generator = torch.Generator().manual_seed(seed)
+    nodes, tensors, last = [], {}, "x"
+    names = ("attn.qkv_proj", *GENAI[1:]) if packed else GENAI
+    for place in (*(f"/model/layers.0/{n.replace('.', '/')}" for n in names), "/lm_head"):
+        weight = f"{place[1:].replace('/', '.')}.MatMul.weight"
+        tensors[weight] = torch.randn(6, 6, generator=generator)
+        nodes.append(helper.make_node("MatMul", [last, weight], [f"{place}/MatMul/output_0"], f"{place}/MatMul"))
+        last = nodes[-1].output[0]
+    bias = "model.layers.0.attn.q_proj.Add.bias"
+    tensors[bias] = torch.randn(6, generator=generator)
+    first = nodes[0].output[0]
+    nodes.insert(1, helper.make_node("Add", [first, bias], ["biased"], "/model/layers.0/attn/q_proj/Add"))
+    nodes[2].input[0] = "biased"
+    return make_model(nodes, tensors, 6), tensors
+
+
+def test_the_layout_of_onnxruntime_genais_model_builder(tmp_path: Path) -> None:
+    model, before = genai()
+    paths = [f"model.layers.0.{'self_' if n.startswith('attn') else ''}{n}" for n in GENAI]
+    head, shift = torch.randn(6, 6), torch.randn(6)
+    tensors = lora(paths) | {"lm_head.weight": head}
+    after = merged(tmp_path, model, tensors, modules_to_save=["lm_head"])
+    for name, path in zip(GENAI, paths, strict=True):
+        weight = f"model.layers.0.{name}.MatMul.weight"
+        assert torch.equal(after[weight], (before[weight].double() + delta(tensors, path).mT).float())
+    assert torch.equal(after["lm_head.MatMul.weight"], head.mT)
+    tensors = lora(paths[:1]) | {f"{paths[0]}.lora_B.bias": shift}
+    bias = merged(tmp_path / "bias", model, tensors, lora_bias=True)["model.layers.0.attn.q_proj.Add.bias"]
+    assert torch.equal(bias, (before["model.layers.0.attn.q_proj.Add.bias"].double() + 2 * shift.double()).float())
+    (tmp_path / "packed").mkdir()
+    message = r"no weight of 'model\.layers\.0\.self_attn\.q_proj'.*layers\.0\.attn\.qkv_proj' has .* as one matrix"
+    refused(tmp_path / "packed", genai(packed=True)[0], lora(paths), message)
 
 
 # What does not fit.
@@ -488,3 +594,38 @@ def test_merging_twice_adds_both(tmp_path: Path) -> None:
     assert "merged       3 of 3 initializers" in text
     assert "encoder.1.proj.weight.T  name, transposed  addmm      6 x 6  float32  lora r=2, scaling 2" in text
     assert first.to_dict()["tensors"][0]["initializer"] == "encoder.0.proj.weight.T"
+
+
+_PEAK = """
+import sys, threading, time
+from pathlib import Path
+import lorafx
+def anonymous():
+    text = Path("/proc/self/status").read_text()
+    return 1024 * sum(int(l.split()[1]) for l in text.splitlines() if l.startswith(("RssAnon", "RssShmem")))
+folder = Path(sys.argv[1])
+lorafx.merge_onnx(folder / "small.onnx", folder / "small", folder / "first.onnx")  # loads what is loaded once
+start, peak, running = anonymous(), [0], [True]
+def watch():
+    while running[0]:
+        peak[0] = max(peak[0], anonymous())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+lorafx.merge_onnx(folder / "base.onnx", folder / "adapter", folder / "merged.onnx")
+running[0] = False
+print(peak[0] - start)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_a_merge_holds_a_few_pieces(tmp_path: Path) -> None:
+    """Peak memory while 101 MB are merged and proved: at most 3 times the largest tensor and 24 MiB."""
+    paths, width = [f"l.{i}" for i in range(6)], 2048
+    for base, adapter, size in (("small.onnx", "small", 8), ("base.onnx", "adapter", width)):
+        save(chain(paths, size), tmp_path / base, outside=True)
+        magnitudes = {f"{path}.lora_magnitude_vector": torch.rand(size) for path in paths}
+        save_adapter(tmp_path / adapter, lora(paths, size, size) | magnitudes, use_dora=True)
+    environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    command = [sys.executable, "-c", _PEAK, str(tmp_path)]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert int(ran.stdout) <= 3 * width * width * 4 + 24 * 2**20

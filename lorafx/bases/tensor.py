@@ -65,12 +65,13 @@ class QuantizedTensor(Tensor):
     def share_memory_(self) -> QuantizedTensor:
         """The packed bytes into shared memory: torch would look for a storage, which a tensor like this has not."""
         for tensor in self.packed.tensors.values():
-            tensor.share_memory_()
+            tensor.share_memory_()  # type: ignore[no-untyped-call]  # torch gives it no types
         return self
 
     def is_shared(self) -> bool:
         """Whether the packed bytes are in memory that processes share."""
-        return all(tensor.is_shared() for tensor in self.packed.tensors.values())
+        shared = (t.is_shared() for t in self.packed.tensors.values())  # type: ignore[no-untyped-call]  # as above
+        return all(shared)
 
     # What torch.compile and torch.save ask for.
 

@@ -1,0 +1,285 @@
+"""A quantized base under every variant and provider: what the model with the dequantized weights computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lorafx
+from conftest import Zoo, randomize
+from lorafx import LoraSpec, MatchError, QuantizationError, SpecError
+from lorafx.bases import FORMATS
+from lorafx.bases.base import Packed
+from lorafx.bases.ops import describe, packed_linear, packed_mm, packed_rows
+from lorafx.bases.tensor import QuantizedTensor
+from lorafx.graph import CapturedModule
+from lorafx.ir import format_graph
+from lorafx.kernels.providers import provider
+from lorafx.variants import SELECTABLE
+from lowered import Model, X, assert_equal_results, derived, run
+from tolerances import assert_close
+from zoo import FAMILIES
+
+BACKENDS = ["cpu", "torch", "reference"]
+
+
+def adapted(base: str | None, backend: str, dtype: torch.dtype = torch.float32, **options: object) -> CapturedModule:
+    torch.manual_seed(0)
+    spec = LoraSpec(**{"r": 3, "base": base, **options})  # type: ignore[arg-type]
+    gm = lorafx.apply(Model(1).to(dtype), spec, (X.to(dtype),), seed=0, backend=backend)
+    return gm.eval()
+
+
+def dense(gm: CapturedModule) -> CapturedModule:
+    """The same graph over the values that its weights are read as, in plain torch."""
+    result = copy.deepcopy(gm)
+    for module in result.modules():
+        for name, weight in module._parameters.items():
+            if isinstance(weight, QuantizedTensor):
+                module._parameters[name] = nn.Parameter(weight.dequantize(), requires_grad=False)
+    lorafx.lower(result, "reference")
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("base", FORMATS)
+@pytest.mark.parametrize("variant", SELECTABLE)
+def test_a_quantized_base_is_the_dequantized_one(variant: str, base: str, backend: str, dtype: torch.dtype) -> None:
+    gm = adapted(base, backend, dtype, variant=variant, target_modules=["v", "o", "gate", "up", "down"])
+    x = X.to(dtype)
+    first, frozen = gm(x), lorafx.unadapted(gm)(x)
+    assert torch.equal(first, frozen), "adapters start without effect"
+    randomize(gm)
+    expected = dense(gm)
+    if dtype is torch.float32:
+        assert_equal_results(run(gm, x), run(expected, x))
+    else:  # half precision's own error is the provider's; what is asked for is that the base adds none
+        lorafx.lower(expected, backend)
+        wanted = run(expected, x)
+        for name, value in run(gm, x).items():
+            assert_close("gradient", value.to(dtype), wanted[name].to(dtype))
+    merged = lorafx.merge(gm)
+    assert not any(isinstance(p, QuantizedTensor) for n, p in merged.named_parameters() if ".v." in n)
+    assert_close("model", merged(x), gm(x))
+
+
+def test_the_graph_and_the_users_model_stay_as_they_are() -> None:
+    model = Model(1)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    plain, packed = (lorafx.apply(model, LoraSpec(base=base), (X,)) for base in (None, "nf4"))
+    assert format_graph(plain) == format_graph(packed)
+    assert all(torch.equal(p, before[n]) and type(p) is nn.Parameter for n, p in model.named_parameters())
+    stored = {n for n, p in packed.named_parameters() if isinstance(p, QuantizedTensor)}
+    assert stored == {s.weight for s in lorafx.sites(packed)}
+    assert not any(packed.get_parameter(n).requires_grad for n in stored)
+    assert set(plain.state_dict()) == set(packed.state_dict())
+
+
+def kept(call: nn.Module, x: Tensor) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call(x)
+    return found
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_backward_keeps_no_dense_weight(variant: str, backend: str) -> None:
+    gm = adapted("nf4", backend, variant=variant)
+    names = [s.weight for s in lorafx.sites(gm)]
+    shapes = {tuple(gm.get_parameter(n).shape) for n in names} | {tuple(gm.get_parameter(n).T.shape) for n in names}
+    tensors = kept(gm, X)
+    assert sum(isinstance(t, QuantizedTensor) for t in tensors) >= len(names) - 3  # q, k, v need no gradient of x
+    assert not [t.shape for t in tensors if tuple(t.shape) in shapes and not isinstance(t, QuantizedTensor)]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_compiles_as_one_graph(backend: str) -> None:
+    torch.compiler.reset()
+    gm = adapted("nf4", backend, variant="dora")
+    randomize(gm)
+    expected = run(gm)
+    compiled = torch.compile(gm, fullgraph=True, backend="aot_eager")
+    assert_equal_results(run(compiled), expected)  # type: ignore[arg-type]
+
+
+def test_a_weight_stored_transposed(zoo: Zoo) -> None:
+    """GPT-2's Conv1D: what is packed is the matrix [out, in], and the parameter stays [in, out]."""
+    family = FAMILIES["gpt2"]
+    model = zoo.eager(family)
+    spec = LoraSpec(r=2, base="nf4", target_modules=["c_attn", "c_fc"])
+    gm = lorafx.apply(model, spec, family.inputs())
+    assert set(derived(gm)) == {"cpu"}
+    for site in lorafx.sites(gm):
+        weight, original = gm.get_parameter(site.weight), model.get_parameter(site.weight)
+        assert isinstance(weight, QuantizedTensor)
+        assert (weight.shape, weight.dtype, weight.packed.shape) == (original.shape, original.dtype, site.shape)
+        wanted = FORMATS["nf4"].dequantize(FORMATS["nf4"].quantize(original.mT)).mT
+        assert torch.equal(weight.dequantize(), wanted)
+    randomize(gm.eval())
+    expected = dense(gm)
+    inputs = family.inputs()
+    assert_close("model", gm(**inputs)[0], expected(**inputs)[0])
+
+
+def test_under_autocast() -> None:
+    """Values are rounded once to what autocast computes in, and nothing dense is kept."""
+    gm = adapted("nf4", "cpu")
+    randomize(gm)
+    expected = dense(gm)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = gm(X), expected(X)
+        shapes = {tuple(gm.get_parameter(s.weight).shape) for s in lorafx.sites(gm)}
+        assert not [t for t in kept(gm, X) if tuple(t.shape) in shapes and not isinstance(t, QuantizedTensor)]
+    assert found.dtype == wanted.dtype
+    assert_close("autocast", found.float(), wanted.float())
+
+
+# The operators
+
+
+def packed(base: str, shape: Sequence[int], dtype: torch.dtype, **settings: bool) -> Packed:
+    generator = torch.Generator().manual_seed(0)
+    return FORMATS[base].quantize(torch.randn(shape, generator=generator).to(dtype), **settings)  # type: ignore[arg-type]
+
+
+#: More and less than a tile on each side, rows that end within a block, an odd number of values.
+SHAPES = [(300, 2100), (2100, 300), (33, 97), (96, 160), (1, 64), (3, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", [("nf4", True), ("nf4", False), ("int8", False)], ids=str)
+def test_the_compiled_operators_read_what_the_format_says(
+    case: tuple[str, bool], shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    assert provider("cpu").unavailable() is None
+    weight = packed(case[0], shape, dtype, double_quant=case[1])
+    values = FORMATS[case[0]].dequantize(weight)
+    assert torch.equal(packed_rows(*describe(weight), 0, shape[0]), values)
+    assert torch.equal(packed_rows(*describe(weight), 1, shape[0]), values[1:])
+    generator = torch.Generator().manual_seed(1)
+    x, dy, bias = (torch.randn(*s, generator=generator).to(dtype) for s in ((9, shape[1]), (9, shape[0]), shape[:1]))
+    assert_close("layer", packed_linear(x, bias, *describe(weight)), linear(x, values, bias))
+    assert_close("layer", packed_mm(dy, *describe(weight)), linear(dy, values.t()))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return F.linear(x.double(), weight.double(), None if bias is None else bias.double()).to(x.dtype)
+
+
+def test_a_sum_over_several_tiles_is_rounded_as_one() -> None:
+    """Products with parts of a long side are added in float32."""
+    weight = packed("nf4", (64, 16384), torch.bfloat16)
+    x = torch.randn(16, 16384, generator=torch.Generator().manual_seed(1)).bfloat16()
+    values = FORMATS["nf4"].dequantize(weight)
+    exact = x.double() @ values.double().t()
+    tiled, whole = ((y.double() - exact).norm() for y in (packed_linear(x, None, *describe(weight)), x @ values.t()))
+    assert tiled < 1.5 * whole  # sqrt(2): the parts are rounded, and then their sum
+
+
+# Which weights, and errors
+
+
+def test_the_rest_of_a_model_can_be_stored_too() -> None:
+    gm = adapted(None, "auto", target_modules=["q"])
+    names = lorafx.quantize(gm, "int8", exclude_modules=["down"])
+    assert set(names) == {f"layers.0.{n}.weight" for n in ("q", "k", "v", "o", "gate", "up")}  # not the output layer
+    assert lorafx.quantize(gm, "int8", exclude_modules=["down"]) == ()
+    assert_close("model", gm(X), dense(gm)(X))
+    lorafx.merge(gm)  # the base is not taken for one that somebody has overwritten
+    with pytest.raises(QuantizationError, match="is stored as int8 already, with block_size=16"):
+        lorafx.quantize(gm, "nf4")
+
+
+@pytest.mark.parametrize("options", [{"variant": "dora"}, {"init": "pissa"}], ids=str)
+def test_an_adapter_that_started_from_the_dense_weight(options: dict[str, str]) -> None:
+    gm = adapted(None, "auto", target_modules=["q"], **options)
+    before = gm(X)
+    with pytest.raises(QuantizationError, match=r"'default' started from the dense values of 'layers\.0\.q\.weight'"):
+        lorafx.quantize(gm)
+    assert torch.equal(gm(X), before)
+    assert len(lorafx.quantize(gm, exclude_modules=["q"])) == 6
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.q, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.q(self.embed(ids)))
+        return logits
+
+
+def test_what_is_looked_up_or_used_twice_stays_dense() -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    gm = lorafx.apply(Tied(), LoraSpec(base="nf4", target_modules=["q", "head", "embed"], tied="untie"), (ids,))
+    kinds = {n: type(p) for n, p in gm.named_parameters() if n.endswith("weight")}
+    assert kinds == {"embed.weight": nn.Parameter, "q.weight": QuantizedTensor}
+    with pytest.raises(MatchError, match="whose weight has no other use, and this spec adapts none: head"):
+        lorafx.apply(Tied(), LoraSpec(base="nf4", target_modules=["head"], tied="untie"), (ids,))
+
+
+def test_a_stack_of_experts() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(3, 8, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bi,eoi->beo", x, self.w)
+
+    x = torch.randn(4, 16)
+    gm = lorafx.apply(Experts(), LoraSpec(r=2, base="nf4", target_modules=[], target_parameters=["w"]), (x,))
+    assert isinstance(gm.w, QuantizedTensor)
+    randomize(gm)
+    assert_close("layer", gm(x), dense(gm)(x))
+
+
+def test_a_frozen_weight_cannot_be_written_to() -> None:
+    weight = QuantizedTensor(packed("nf4", (4, 64), torch.float32))
+    with pytest.raises(QuantizationError, match="would write to a weight that is stored as nf4"):
+        weight.add_(1.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"base": "nf5"}, "LoraSpec.base='nf5'.*'nf4', 'int8'.*did you mean 'nf4'"),
+        ({"base": "nf4", "block_size": 60}, "block_size=60.*32, 64, 128"),
+        ({"base": "int8", "double_quant": True}, "double_quant=True.*leave it out"),
+        ({"block_size": 64}, r"LoraSpec.block_size=64.*give one \(base='nf4' or 'int8'\)"),
+        ({"double_quant": False}, "LoraSpec.double_quant=False.*it is a setting of a base format"),
+        ({"base": "nf4", "double_quant": 1}, "LoraSpec.double_quant=1"),
+    ],
+)
+def test_settings_that_are_not_allowed(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        LoraSpec(**fields)  # type: ignore[arg-type]
+
+
+def test_a_weight_that_cannot_be_stored_changes_nothing() -> None:
+    model = Model(1)
+    with torch.no_grad():
+        model.layers[0].down.weight[0, 0] = float("nan")
+    with pytest.raises(QuantizationError, match=r"'layers\.0\.down\.weight' holds NaN or Inf"):
+        lorafx.apply(model, LoraSpec(base="nf4"), (X,))
+    gm = lorafx.apply(model, LoraSpec(target_modules=["q"]), (X,))
+    with pytest.raises(QuantizationError, match="holds NaN or Inf"):
+        lorafx.quantize(gm)
+    assert not any(isinstance(p, QuantizedTensor) for p in gm.parameters())
+    with pytest.raises(QuantizationError, match=r"float64.*cannot be stored as nf4"):
+        lorafx.apply(Model(1).double(), LoraSpec(base="nf4"), (X.double(),))
