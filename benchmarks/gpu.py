@@ -1,8 +1,9 @@
 """The Triton kernels on a GPU, in one command: python benchmarks/gpu.py [--json results.json]
 
-First correctness: every output and gradient of the provider against float64, over shapes, ranks and dtypes; if one is
-wrong nothing is timed. Then forward and backward of a block of four adapted layers, beside the frozen block, eager PEFT
-and torch.compile'd PEFT: medians of rounds that alternate the order, quartiles, and step memory over the weights.
+First correctness: every output and gradient of the provider against float64, over shapes, ranks, dtypes and bases; if
+one is wrong nothing is timed. Then forward and backward of a block of four adapted layers, beside the frozen block,
+eager PEFT and torch.compile'd PEFT; and with the base in 4 bits, beside PEFT on bitsandbytes' layers. Medians of rounds
+that alternate the order, quartiles, and step memory over the weights.
 Exits with 0, with 1 if something is wrong, and with 2 where there is no GPU.
 """
 
@@ -18,17 +19,22 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lorafx.bases import FORMATS
+from lorafx.bases.tensor import QuantizedTensor
 from lorafx.kernels.base import Adapters, quantised
 from lorafx.kernels.steps import Layer, Upstream
 from lorafx.kernels.triton.provider import TritonProvider
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+#: How the frozen weights are stored: as they are, or in 4 bits (QLoRA).
+BASES = ("dense", "nf4")
 #: max |actual - expected| / max |expected|: operands are rounded to the dtype, s and ds once more.
 LIMITS = {"bf16": 3e-2, "fp16": 4e-3, "fp32": 1e-4}
 
@@ -46,6 +52,7 @@ class Check:
     p: float
     error: float
     limit: float
+    base: str = "dense"
 
     @property
     def right(self) -> bool:
@@ -67,23 +74,22 @@ class Timing:
     quartiles: tuple[float, float]
     over_frozen: float
     step_bytes: int
+    base: str = "dense"
 
 
 def check(
     device: torch.device, shapes: Sequence[tuple[int, int, int]], ranks: Sequence[int], dtypes: Sequence[str]
 ) -> Iterator[Check]:
     """Every output of the provider against float64, for two siblings with dropouts 0.1 and 0, gain and bias."""
-    for m, k, n in shapes:
-        for r in ranks:
-            for dtype in dtypes:
-                for what, actual, expected in _outputs(device, m, k, n, r, DTYPES[dtype]):
-                    scale = float(expected.abs().max()) or 1.0
-                    error = float((actual.double() - expected).abs().max()) / scale
-                    yield Check(what, m, k, n, r, dtype, 0.1, error, LIMITS[dtype])
+    for (m, k, n), r, dtype, base in itertools.product(shapes, ranks, dtypes, BASES):
+        for what, actual, expected in _outputs(device, m, k, n, r, DTYPES[dtype], base):
+            scale = float(expected.abs().max()) or 1.0
+            error = float((actual.double() - expected).abs().max()) / scale
+            yield Check(what, m, k, n, r, dtype, 0.1, error, LIMITS[dtype], base)
 
 
 def _outputs(
-    device: torch.device, m: int, k: int, n: int, r: int, dtype: torch.dtype
+    device: torch.device, m: int, k: int, n: int, r: int, dtype: torch.dtype, base_format: str
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     from lorafx.kernels.triton.dropout import mask
 
@@ -96,9 +102,13 @@ def _outputs(
     rights = [normal(r, k, scale=k**-0.5) for _ in range(2)]
     lefts = [normal(n, r, scale=r**-0.5) for _ in range(2)]
     weights = [normal(n, k, scale=k**-0.5) for _ in range(2)]
+    frozen = weights
+    if base_format == "nf4":
+        quantized = [FORMATS["nf4"].quantize(weight) for weight in weights]
+        frozen, weights = [QuantizedTensor(p) for p in quantized], [FORMATS["nf4"].dequantize(p) for p in quantized]
     biases, gains = [normal(n) for _ in range(2)], [1 + normal(n) for _ in range(2)]
     adapters = Adapters((1, 1), (r, r), (0.1, 0.0), (2.0, 0.5))
-    parts = zip(weights, biases, gains, lefts, strict=True)
+    parts = zip(frozen, biases, gains, lefts, strict=True)
     layers = [Layer(w, b, g, [left], slice(i, i + 1)) for i, (w, b, g, left) in enumerate(parts)]
     factor = mask(seed, 0, 0.1, (m, k)).double() / (1 - quantised(0.1))
     dropped = [x.double() * factor, x.double()]
@@ -125,7 +135,7 @@ def _outputs(
         bases.append(up.base)
         low = ds[:, adapters.columns[i]].double() @ rights[i].double()
         exact_dx += up.base.double() @ weight + (low * factor if i == 0 else low)
-    yield "dx", provider.grad_x(bases, weights, ds, rights, adapters, kept), exact_dx
+    yield "dx", provider.grad_x(bases, frozen, ds, rights, adapters, kept), exact_dx
     for i, dright in enumerate(provider.grad_right(x, ds, rights, adapters, kept)):
         yield f"dright{i}", dright, ds[:, adapters.columns[i]].double().mT @ dropped[i]
     norm = torch.ops.lorafx.row_norm.default(weights[0], rights[0], lefts[0], 2.0)
@@ -147,38 +157,60 @@ class Block(nn.Module):
         return found
 
 
-def methods(block: Block, x: Tensor, r: int, p: float, dora: bool) -> Mapping[str, Callable[[Tensor], Tensor]]:
-    """What is timed, by name: the frozen block, eager and compiled, PEFT, eager and compiled, and lorafx."""
+def four_bit(block: Block) -> Block:
+    """The block on bitsandbytes' layers: NF4 with double quantisation, as QLoRA has it."""
+    import bitsandbytes
+
+    made, device = copy.deepcopy(block).cpu(), block.q.weight.device
+    for name, layer in [*made.named_children()]:
+        weight = layer.weight.detach()
+        options = {"quant_type": "nf4", "compress_statistics": True}
+        new = bitsandbytes.nn.Linear4bit(*weight.mT.shape, bias=False, compute_dtype=weight.dtype, **options)
+        new.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, **options)
+        setattr(made, name, new)
+    made.is_loaded_in_4bit = True  # by which PEFT knows such models
+    return made.to(device)  # which quantises
+
+
+def methods(
+    block: Block, x: Tensor, r: int, p: float, dora: bool, base: str
+) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    """What is timed, by name: the frozen block (dense), PEFT and lorafx, each eager and compiled.
+
+    With base nf4 PEFT is on bitsandbytes' layers, if that is there, and eager only: a compiler breaks at each of them.
+    """
     import peft
 
     import lorafx
 
     names = ["q", "k", "v", "out"]
     config = peft.LoraConfig(r=r, lora_alpha=r, lora_dropout=p, target_modules=names, use_dora=dora)
-    spec = lorafx.LoraSpec(r=r, alpha=r, dropout=p, target_modules=names, variant="dora" if dora else "lora")
+    variant, quantized = "dora" if dora else "lora", "nf4" if base == "nf4" else None
+    spec = lorafx.LoraSpec(r=r, alpha=r, dropout=p, target_modules=names, variant=variant, base=quantized)
 
-    def adapted() -> Any:
-        return peft.get_peft_model(copy.deepcopy(block), config).train()  # type: ignore[arg-type]
+    def adapted(of: Block) -> Any:
+        return peft.get_peft_model(of, config).train()  # type: ignore[arg-type]
+
+    def lowered() -> Any:
+        return lorafx.apply(block, spec, (x,), backend="triton").train()
 
     block.requires_grad_(False)
-    lowered = lorafx.apply(block, spec, (x,), backend="triton").train()
-    return {
-        "frozen": block,
-        "frozen, compiled": torch.compile(copy.deepcopy(block)),
-        "PEFT": adapted(),
-        "PEFT, compiled": torch.compile(adapted()),
-        "lorafx": lowered,
-        "lorafx, compiled": torch.compile(lorafx.apply(block, spec, (x,), backend="triton").train()),
-    }
+    found: dict[str, Any] = {"frozen": block, "frozen, compiled": torch.compile(copy.deepcopy(block))}
+    if base == "dense":
+        found["PEFT"] = adapted(copy.deepcopy(block))
+        found["PEFT, compiled"] = torch.compile(adapted(copy.deepcopy(block)))
+    elif find_spec("bitsandbytes") is not None:
+        found["PEFT, bitsandbytes"] = adapted(four_bit(block))
+    return found | {"lorafx": lowered(), "lorafx, compiled": torch.compile(lowered())}
 
 
 def time_block(
-    m: int, features: int, r: int, dtype: str, p: float, dora: bool, rounds: int, device: torch.device
+    m: int, features: int, r: int, dtype: str, p: float, base: str, dora: bool, rounds: int, device: torch.device
 ) -> list[Timing]:
     """Forward and backward of each method, in rounds of shuffled order."""
     block = Block(features, DTYPES[dtype], device)
     x = torch.randn(m, features, device=device, dtype=DTYPES[dtype], requires_grad=True)
-    found = methods(block, x, r, p, dora)
+    found = methods(block, x, r, p, dora, base)
     upstream = torch.randn_like(x)
     times: dict[str, list[float]] = {name: [] for name in found}
     memory: dict[str, int] = {}
@@ -202,7 +234,17 @@ def time_block(
     frozen = statistics.median(times["frozen"])
     return [
         Timing(
-            name, m, features, r, dtype, p, middle := statistics.median(t), _quartiles(t), middle / frozen, memory[name]
+            name,
+            m,
+            features,
+            r,
+            dtype,
+            p,
+            middle := statistics.median(t),
+            _quartiles(t),
+            middle / frozen,
+            memory[name],
+            base,
         )
         for name, t in times.items()
     ]
@@ -221,6 +263,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", nargs="+", type=int, default=[16, 64])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0, 0.1])
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=list(BASES), help="how frozen weights are stored")
     parser.add_argument("--dora", action="store_true", help="time DoRA in the stead of LoRA")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--tune", action="store_true", help="time tilings first (LORAFX_AUTOTUNE=1)")
@@ -255,18 +298,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = [c for c in checks if not c.right]
     print(f"{len(checks) - len(wrong)} of {len(checks)} outputs are right", flush=True)
     for c in wrong:
-        print(f"  {c.what}: error {c.error:.2g} > {c.limit:.2g} at M={c.m} k={c.k} n={c.n} r={c.r} {c.dtype}")
+        print(f"  {c.what}: error {c.error:.2g} > {c.limit:.2g} at M={c.m} k={c.k} n={c.n} r={c.r} {c.dtype} {c.base}")
     results["checks"] = [asdict(c) | {"right": c.right} for c in checks]
     write(options.json, results)
     if wrong:
         return 1
-    every = itertools.product(options.tokens, options.features, options.ranks, options.dtypes, options.dropout)
-    for m, features, r, dtype, p in () if options.check_only else every:
-        for t in time_block(m, features, r, dtype, p, options.dora, options.rounds, device):
+    every = itertools.product(
+        options.tokens, options.features, options.ranks, options.dtypes, options.dropout, options.bases
+    )
+    for m, features, r, dtype, p, base in () if options.check_only else every:
+        for t in time_block(m, features, r, dtype, p, base, options.dora, options.rounds, device):
             results["timings"].append(asdict(t))
-            shape = f"M={m} k=n={features} r={r} {dtype} p={p}"
+            shape = f"M={m} k=n={features} r={r} {dtype} p={p} {base}"
             cost = f"{t.milliseconds:.3f} ms, {t.over_frozen:.3f} of frozen, {t.step_bytes / 2**20:.0f} MiB"
-            print(f"{t.method:18} {shape}: {cost}", flush=True)
+            print(f"{t.method:20} {shape}: {cost}", flush=True)
         write(options.json, results)
     return 0
 

@@ -1,7 +1,7 @@
 """What a 4-bit base costs: a training step over NF4 weights, beside the frozen bfloat16 model and bitsandbytes + PEFT.
 
     python benchmarks/qlora.py                          # time, at 2048 tokens
-    python benchmarks/qlora.py --memory                 # weights and step of a Llama of 0.9 B parameters, 1 x 128 tokens
+    python benchmarks/qlora.py --memory                 # weights and step of a Llama of 0.9 B parameters, 128 tokens
 
 Time is measured as in tax.py, on one Llama layer of width 2048: a step of each model in turn, the order turned around
 each round, medians of each round's ratio to the frozen bfloat16 model, with quartiles. Gradients are compared with the
@@ -116,7 +116,9 @@ def time_steps(ways: list[str], tokens: int, rounds: int) -> None:
     for way in ways:
         if way.startswith("lorafx"):
             check(steps[way])
-    print(f"One layer, {tokens} tokens, {torch.get_num_threads()} threads, {rounds} rounds; over the frozen bf16 model\n")
+    print(
+        f"One layer, {tokens} tokens, {torch.get_num_threads()} threads, {rounds} rounds; over the frozen bf16 model\n"
+    )
     print("| way | ratio | quartiles | ms |\n| --- | ---: | ---: | ---: |")
     for way, found in tax.times(steps, rounds).items():
         print(f"| {way} | {found['ratio']:.3f} | {found['low']:.3f} to {found['high']:.3f} | {found['ms']:.0f} |")

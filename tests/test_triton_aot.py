@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +14,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from lorafx.kernels.triton.aot import PARTS  # noqa: E402 - after the check for Triton
+from lorafx.kernels.triton.aot import PARTS, compile_launch  # noqa: E402 - after the check for Triton
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -61,6 +63,29 @@ def test_machine_code(part: str, case: str, table: ModuleType) -> None:
             assert binary.asynchronous, f"{binary.launch.name} has no asynchronous copies"
 
 
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("part", PARTS)
+def test_machine_code_on_nf4(part: str, aligned: bool, table: ModuleType) -> None:
+    ranks = (16, 16, 16) if aligned else (16,)
+    found = list(table.binaries(PARTS[part], torch.bfloat16, aligned, ranks, 0.1, (), 64))
+    assert {"up", "dx", "dequantize"} == {b.launch.name for b in found}
+    for binary in found:
+        assert not binary.faults, f"{binary.launch.name}: {binary.faults}"
+        if aligned and binary.launch.name != "dequantize" and not PARTS[part].amd:
+            assert binary.asynchronous, f"{binary.launch.name} has no asynchronous copies"
+
+
+@pytest.mark.parametrize("part", ["sm_80", "gfx942"])
+def test_scales_are_rounded_at_each_step(part: str, table: ModuleType) -> None:
+    """What reads double quantisation has no fused multiply-add, which a compiler left alone would make."""
+    (binary,) = table.binaries(PARTS[part], torch.bfloat16, True, (16,), 0.0, {"dequantize"}, 64)
+    contracted = re.compile(r"fma\.rn|v_(pk_)?(fma|mad)\w*_f32")
+    assert not contracted.search(binary.assembly)
+    assert PARTS[part].amd or "cvt.rn.bf16x2.f32" in binary.assembly  # the value, to nearest
+    fused = replace(binary.launch, options={"num_warps": binary.launch.options["num_warps"]})
+    assert contracted.search(compile_launch(fused, PARTS[part]).assembly)
+
+
 @pytest.mark.parametrize(("part", "dtype", "ranks", "aligned", "kernel"), FULL)
 def test_nothing_spills_where_registers_are_short(
     part: str, dtype: torch.dtype, ranks: tuple[int, ...], aligned: bool, kernel: str, table: ModuleType
@@ -72,10 +97,22 @@ def test_nothing_spills_where_registers_are_short(
 
 
 def test_table(table: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--parts", "sm_90", "--dtypes", "bf16", "--ranks", "16", "16", "16", "--markdown"]
+    arguments = [
+        "--parts",
+        "sm_90",
+        "--dtypes",
+        "bf16",
+        "--ranks",
+        "16",
+        "16",
+        "16",
+        "--weights",
+        "dense",
+        "--markdown",
+    ]
     assert table.main(arguments) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len({line.count("|") for line in lines}) == 1
-    aligned = next(line for line in lines if "| aligned | up |" in line)
+    aligned = next(line for line in lines if "| aligned | dense | up |" in line)
     assert "wgmma" in aligned
     assert "128" in aligned

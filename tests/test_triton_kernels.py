@@ -27,7 +27,7 @@ LONG = (
 @pytest.mark.parametrize(
     ("interpret", "arguments"),
     [
-        pytest.param(not torch.cuda.is_available(), ["triton_kernels.py"], id="kernels"),
+        pytest.param(not torch.cuda.is_available(), ["triton_kernels.py", "triton_nf4.py"], id="kernels"),
         pytest.param(
             True,
             ["test_providers.py", "test_dropout.py", "-k", " and not ".join(["triton", *LONG])],

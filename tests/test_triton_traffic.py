@@ -84,6 +84,27 @@ def test_flops_are_those_of_the_products() -> None:
     assert sum(after) == small  # beside the library's product
 
 
+def test_nf4_moves_the_bytes_of_its_codes_and_scales() -> None:
+    """Beside the dense weight, in forward and in backward; FLOPs are the same, and docs/kernels.md has the table."""
+    text = PAGE.read_text(encoding="utf-8")
+    for features in PUBLISHED:
+        shape = (8192, features, [features], [16], torch.bfloat16, 0.1)
+        found = total(step(H100, *shape, adapters=torch.bfloat16, bias=False, block_size=64))
+        dense, numel = ours(8192, features), features**2
+        tables = 2 * 4 * (256 + 1)  # the nested scales' values, and their offset
+        assert dense - found.dram == 2 * (2 * numel - numel // 2 - numel // 64 - 4 * numel // 64 // 256) - tables
+        row = [f"{b / GIB:.2f}" for b in (dense, found.dram)]
+        assert f"| {features} | {' | '.join(row)} | {found.dram / dense:.2f} |" in text
+        assert found.flops == total(step(H100, *shape, adapters=torch.bfloat16, bias=False, fused=True)).flops
+    one = (1, 4096, [4096], [16], torch.bfloat16, 0.0)
+    moved = [
+        traffic(next(x for x in step(H100, *one, adapters=torch.bfloat16, bias=False, **way) if x.name == "up")).dram
+        for way in ({"block_size": 64}, {"fused": True})
+    ]
+    few, many = (f"{b / 2**20:.2f}" for b in moved)
+    assert f"`up` moves {few} MiB in the place of {many}" in " ".join(text.split())
+
+
 def test_documented_table() -> None:
     text = PAGE.read_text(encoding="utf-8")
     for features, (eager, fused) in PUBLISHED.items():

@@ -19,19 +19,25 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.nn import functional as F
 
 import lorafx
+from lorafx.bases import FORMATS
+from lorafx.bases.ops import describe
+from lorafx.bases.tensor import QuantizedTensor, quantized
 from lorafx.kernels.base import Adapters, quantised
 from lorafx.kernels.steps import GradUp, Layer, Upstream
 from lorafx.kernels.triton.device import Device, pretend
 from lorafx.kernels.triton.dropout import Plan, mask, plan
 from lorafx.kernels.triton.grad_down import grad_x
 from lorafx.kernels.triton.launches import Launch
+from lorafx.kernels.triton.ops import arguments, packed_linear
 from lorafx.kernels.triton.provider import TritonProvider
 from lorafx.kernels.triton.row_norm import row_norm
 from lorafx.kernels.triton.tiles import interpreted, recorded
 from lorafx.kernels.triton.traffic import traffic
 from lorafx.kernels.triton.up import up
+from lorafx.kernels.triton.weights import dequantize, stored
 from lorafx.variants.row_norm import compute_norm, compute_squares
 from tolerances import assert_close
 
@@ -56,11 +62,14 @@ class Case:
     bias: bool = True
     transposed: bool = False  # weights stored [k, n], x with a gap between its rows
     seed: int = 2**40 + 7
+    block_sizes: tuple[int, ...] = ()  # of each weight in NF4, 0 of a dense one; all are dense if there are none
+    double_quant: bool = True
 
     @property
     def id(self) -> str:
         """For the test's name."""
-        return f"{self.m}x{self.k}-r{'_'.join(map(str, self.ranks))}-{str(self.dtype)[6:]}"
+        base = f"-nf4_{'_'.join(map(str, self.block_sizes))}" if self.block_sizes else ""
+        return f"{self.m}x{self.k}-r{'_'.join(map(str, self.ranks))}-{str(self.dtype)[6:]}{base}"
 
 
 @dataclass
@@ -119,14 +128,18 @@ def make(case: Case) -> Run:
     def normal(*shape: int, of: torch.dtype = case.dtype, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(DEVICE, of)
 
-    def weight(n: int) -> Tensor:
+    def weight(i: int, n: int) -> Tensor:
         shape = (case.k, n) if case.transposed else (n, case.k)
-        stored = normal(*shape, scale=case.k**-0.5)
-        return stored.mT if case.transposed else stored
+        held = normal(*shape, scale=case.k**-0.5)
+        block_size = case.block_sizes[i] if case.block_sizes else 0
+        if block_size:
+            packed = FORMATS["nf4"].quantize(held, block_size=block_size, double_quant=case.double_quant)
+            return QuantizedTensor(packed)
+        return held.mT if case.transposed else held
 
     layers = [
         Layer(
-            weight(n),
+            weight(i, n),
             normal(n) if case.bias else None,
             1 + normal(n, of=case.adapters, scale=0.1) if case.gain else None,
             [normal(n, r, of=case.adapters, scale=r**-0.5)],
@@ -143,6 +156,11 @@ def make(case: Case) -> Run:
         Adapters((1,) * len(case.ranks), case.ranks, case.p, SCALES[: len(case.ranks)]),
         torch.tensor([case.seed], device=DEVICE),
     )
+
+
+def dense(weight: Tensor) -> Tensor:
+    """Its values, in float64."""
+    return (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).double()
 
 
 def masks(run: Run) -> list[Tensor]:
@@ -175,7 +193,15 @@ CASES = [
     Case(50, 64, (48, 80), (8, 1), (0.1, 0.1), BF16, adapters=BF16, gain=True),
     Case(260, 264, (40,), (8,), (0.1,), F32),  # every sum is split
     Case(16, 48, (32,) * 4, (60,) * 4, (0.1, 0.2, 0.3, 0.4), F32),  # more ranks than one launch takes
+    Case(1, 1, (1,), (1,), (0.0,), F32, block_sizes=(64,)),
+    Case(37, 65, (33,), (3,), (0.25,), F32, gain=True, block_sizes=(64,), double_quant=False),
+    Case(20, 70, (34, 10, 18), (1, 17, 8), (0.1, 0.0, 0.5), F32, gain=True, block_sizes=(64, 0, 32)),
+    Case(33, 128, (66, 7), (64, 3), (0.1, 0.3), F16, bias=False, block_sizes=(64, 32)),
+    Case(21, 96, (17, 18), (17, 1), (0.0, 0.2), F16, adapters=F16, gain=True, block_sizes=(32, 64), double_quant=False),
+    Case(20, 64, (24, 40), (17, 64), (0.0, 0.1), BF16, gain=True, block_sizes=(64, 0)),
+    Case(18, 128, (70,), (8,), (0.0,), F32, block_sizes=(32,)),  # more scales than one block of them
 ]
+NF4 = [case for case in CASES if case.block_sizes]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -189,7 +215,7 @@ def test_outputs_and_gradients(case: Case) -> None:
         bias = zero if layer.bias is None else layer.bias.double()
         gain = one if layer.gain is None else layer.gain.double()
         s = (x * masks(run)[i]) @ rights[i].mT
-        y = gain * (x @ layer.weight.double().mT) + run.adapters.scales[i] * s @ lefts[i].mT + bias
+        y = gain * (x @ dense(layer.weight).mT) + run.adapters.scales[i] * s @ lefts[i].mT + bias
         loss = loss + (y * dy.double()).sum()
         check(run.s[:, run.adapters.columns[i]], s.detach(), dtype)  # here the scale is at left
         check(run.ys[i], y.detach(), dtype)
@@ -213,7 +239,7 @@ def test_outputs_and_gradients(case: Case) -> None:
         assert actual.dtype == value.dtype
 
 
-@pytest.mark.parametrize("case", [CASES[2], CASES[11]], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [CASES[2], CASES[11], NF4[2]], ids=lambda case: case.id)
 def test_the_same_inputs_give_the_same_bits(case: Case) -> None:
     once, again = make(case).run(), make(case).run()
     assert all(torch.equal(a, b) for a, b in zip(once.outputs, again.outputs, strict=True))
@@ -235,20 +261,22 @@ def test_everything_dropped() -> None:
     check(run.dx, run.dys[0].double() @ run.weights[0].double(), F32)
 
 
-@pytest.mark.parametrize("case", [CASES[3], CASES[5], CASES[10]], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [CASES[3], CASES[5], CASES[10], NF4[3]], ids=lambda case: case.id)
 def test_both_ways_to_multiply(case: Case) -> None:
     """The library's product with the rest added to it, and one kernel for both: equal to rounding."""
     run = make(case).run()
     for layer, y in zip(run.layers, run.ys, strict=True):
         own = (run.s[:, layer.columns(run.adapters)], layer.left(run.adapters), layer.gain)
-        check(up(run.x, layer.weight, layer.bias, *own, fused=True), y.double(), case.dtype)
-    weights, bases = run.weights, [u.base for u in run.ups]
+        (weight,) = stored(*arguments([layer.weight], case.dtype))
+        for fused in (True, False):
+            check(up(run.x, weight, layer.bias, *own, fused=fused), y.double(), case.dtype)
+    weights, bases = stored(*arguments(run.weights, case.dtype)), [u.base for u in run.ups]
     pieces, right = plan(case.ranks, case.p), torch.cat(list(run.rights))
     for fused in (True, False):
         check(grad_x(bases, weights, run.ds, right, pieces, run.seed, fused), run.dx.double(), case.dtype)
 
 
-@pytest.mark.parametrize("case", [CASES[3], CASES[4], CASES[10]], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [CASES[3], CASES[4], CASES[10], NF4[3]], ids=lambda case: case.id)
 def test_an_adapter_that_changes_nothing_keeps_the_frozen_bits(case: Case) -> None:
     run = make(case)
     s = torch.ones(case.m, sum(case.ranks), dtype=case.dtype, device=DEVICE)
@@ -258,7 +286,14 @@ def test_an_adapter_that_changes_nothing_keeps_the_frozen_bits(case: Case) -> No
             for n, la in zip(case.widths, run.layers, strict=True)
         ]
         for y, layer in zip(PROVIDER.up(run.x, s, layers, run.adapters), layers, strict=True):
-            assert torch.equal(y, torch.nn.functional.linear(run.x, layer.weight, layer.bias))
+            assert torch.equal(y, frozen(run.x, layer.weight, layer.bias))
+
+
+def frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the layer is without an adapter: on CUDA, whose operators on packed weights are these kernels' too."""
+    packed = quantized(weight)
+    found: Tensor = F.linear(x, weight, bias) if packed is None else packed_linear(x, bias, *describe(packed))
+    return found
 
 
 class Block(nn.Module):
@@ -483,6 +518,9 @@ def _count(counts: dict[str, int], what: str, ptrs: Any, mask: Any) -> None:
         Case(150, 140, (130, 70), (8, 17), (0.1, 0.0), F16, gain=True),
         Case(140, 150, (70,), (70,), (0.0,), F32, bias=False),
         Case(40, 48, (48,) * 4, (60,) * 4, (0.1,) * 4, BF16),
+        Case(70, 128, (130, 34), (8, 17), (0.1, 0.0), F16, gain=True, block_sizes=(64, 32)),
+        Case(20, 70, (34, 18), (3, 4), (0.0, 0.0), F32, block_sizes=(64, 0), double_quant=False),
+        Case(20, 70, (18,), (3,), (0.0,), F32, block_sizes=(32,)),
     ],
     ids=lambda case: case.id,
 )
@@ -490,10 +528,13 @@ def test_model_of_traffic(case: Case) -> None:
     run = make(case)
     with counted() as launches:
         run.run()
-        weight = run.weights[0]
+        weight = dense(run.weights[0]).to(case.dtype)
+        if case.block_sizes:
+            dequantize(stored(*arguments(run.weights, case.dtype))[0], case.dtype)
         row_norm(weight, run.rights[0], run.lefts[0], compute_squares(weight), 2.0)
     names = {launch.name for launch, _ in launches}
     assert names >= {"down", "up", "grad_up", "dx", "dright", "row_norm"}
+    assert ("dequantize" in names) == bool(case.block_sizes)
     assert "reduce" in names or case.m < 100  # small sums are not split
     for launch, counts in launches:
         model = traffic(launch)

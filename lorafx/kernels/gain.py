@@ -11,8 +11,14 @@ from torch.nn import functional as F
 
 from lorafx.ops import LIBRARY
 
-#: Below this, the gradient is not taken from the layer's output, of which the frozen layer's share is too small.
-SMALL_GAIN = 1 / 16
+
+
+def smallest_gain(dtype: torch.dtype) -> float:
+    """Below this, the gradient is not taken from the layer's output, of which the frozen layer's share is too small.
+
+    What rounded the output is divided by the gain, and in half precision there is nothing to spare.
+    """
+    return 1 / 2 if dtype.itemsize == 2 else 1 / 16
 
 
 def _grad_gain(
@@ -36,7 +42,7 @@ def _grad_gain(
         rest = rest - (dleft.to(rest.dtype) * left).sum(1)
     if bias is not None:
         rest = rest - bias * total
-    small = gain.abs() < SMALL_GAIN
+    small = gain.abs() < smallest_gain(dy.dtype)
     found = rest / torch.where(small, 1.0, gain)
     if bool(small.any()):
         found[small] = (dy[:, small] * F.linear(x, weight[small])).sum(0, dtype=found.dtype)

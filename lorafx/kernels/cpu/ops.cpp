@@ -18,7 +18,6 @@
 namespace {
 
 using Maybes = c10::List<Maybe>;
-constexpr double SMALL_GAIN = 1.0 / 16;  // as in gain.py
 
 // The tensor with its rows in one piece each.
 Tensor rows(const Tensor &t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous(); }
@@ -117,7 +116,7 @@ Tensor grad_gain(const Tensor &dot, const Tensor &total, at::TensorList dlefts, 
   Tensor found = dot.clone();
   for (size_t j = 0; j < lefts.size(); ++j) found = found.sub(dlefts[j].to(dot.scalar_type()).mul(lefts[j]).sum(1));
   if (bias) found = found.sub(bias->mul(total));
-  const Tensor small = gain.abs().lt(SMALL_GAIN);
+  const Tensor small = gain.abs().lt(dy.element_size() == 2 ? 1.0 / 2 : 1.0 / 16);  // as in gain.py
   found = found.div(gain.masked_fill(small, 1.0));
   if (small.any().item<bool>()) {
     const Tensor at = small.nonzero().flatten();

@@ -94,7 +94,7 @@ class Binary:
             found.append(f"{self.spilled} spilled")
         if self.shared > self.part.device.shared:
             found.append(f"{self.shared} bytes of shared memory, {self.part.name} has {self.part.device.shared}")
-        if self.tensor_core is None and self.launch.name != "reduce":
+        if self.tensor_core is None and self.launch.name not in ("reduce", "dequantize"):
             found.append("no tensor-core instructions")
         return found
 

@@ -43,19 +43,29 @@ class Config:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-def gemm_configs(m: int, n: int, itemsize: int, device: Device, aligned: bool, fused: bool) -> list[Config]:
-    """For a product ``[m, n]`` of two large matrices: the default first, then what else is worth timing.
+def gemm_configs(
+    m: int, n: int, itemsize: int, device: Device, aligned: bool, fused: bool, packed: bool = False
+) -> list[Config]:
+    """For a product ``[m, n]`` of two large matrices, of which one may be ``packed``: first the default.
 
-    The default is fused with that product, or after the library's.
+    The default is fused with that product, or after the library's; then comes what else is worth timing.
     """
     depth = 128 // itemsize  # 128 bytes a row: one line of the cache
-    if not aligned:  # elements are loaded one by one, each with an address in a register
+    if packed:  # a value takes more registers until it is one
+        depth = 32 if aligned else 16
+    if not aligned and packed:
+        found = [Config(32, 32, depth, 4, 2)]
+    elif not aligned:  # elements are loaded one by one, each with an address in a register
         found = [Config(64, 64, 16 if itemsize == 4 else 32, 4, 2), Config(32, 64, 32, 4, 2)]
     else:
-        if m <= 64:
+        if m <= 64 and packed:
+            tiles = [(32, 64, 8), (64, 64, 8), (16, 64, 4)]
+        elif m <= 64:
             tiles = [(32, 64, 4), (16, 128, 4), (64, 64, 8), (16, 64, 4)]
         elif itemsize == 4 or n <= 64:  # a product of float32 is several of TF32, and takes more registers
             tiles = [(64, 64, 8), (128, 64, 8), (64, 32, 4)]
+        elif packed:  # many rows, so that a value is computed less often
+            tiles = [(128, 64, 8), (64, 64, 8)] if device.amd else [(128, 128, 8), (256, 64, 8), (128, 64, 8)]
         else:
             tiles = [(128, 128, 8), (128, 64, 4), (64, 128, 4), (128, 256, 8), (64, 64, 4)]
         found = [
@@ -128,40 +138,42 @@ def splits(tiles: int, steps: int, processors: int) -> int:
     return max(1, min(processors // max(tiles, 1), steps))
 
 
-_CHOSEN: dict[Hashable, Config] = {}
+#: By the key and whether it was to be tuned for.
+_CHOSEN: dict[tuple[Hashable, bool], Config] = {}
 
 
 def choose(key: Hashable, candidates: Sequence[Config], run: Callable[[Config], T]) -> T:
     """``run(config)`` with the configuration for ``key``: the first that fits the device, or the fastest if tuning.
 
+    While a CUDA graph is recorded nothing can be timed: what was tuned before is taken, or else the first that fits.
+
     Raises:
         OutOfResources: if none of the candidates fits.
     """
-    known = _CHOSEN.get(key)
-    if known is not None:
-        return run(known)
-    if _tunes() and len(candidates) > 1:
+    tunes = _tunes()
+    known = _CHOSEN.get((key, tunes))
+    if known is None and tunes and len(candidates) > 1 and not torch.cuda.is_current_stream_capturing():
         timed = list(_timed(candidates, run))
         if timed:
-            known = _CHOSEN[key] = min(timed, key=lambda pair: pair[0])[1]
-            return run(known)
+            known = _CHOSEN[key, True] = min(timed, key=lambda pair: pair[0])[1]
+    if known is None:
+        known = _CHOSEN.get((key, False))
+    if known is not None:
+        return run(known)
     for config in candidates[:-1]:
         try:
             result = run(config)
         except OutOfResources:
             continue
-        _CHOSEN[key] = config
+        _CHOSEN[key, False] = config
         return result
     return run(candidates[-1])
 
 
 def _tunes() -> bool:
-    return (
-        os.environ.get("LORAFX_AUTOTUNE") == "1"
-        and not interpreted()
-        and not torch.are_deterministic_algorithms_enabled()
-        and not torch.cuda.is_current_stream_capturing()
-    )
+    """Whether the fastest is asked for: what is to be the same each time cannot depend on times."""
+    wanted = os.environ.get("LORAFX_AUTOTUNE") == "1"
+    return wanted and not interpreted() and not torch.are_deterministic_algorithms_enabled()
 
 
 def _timed(candidates: Sequence[Config], run: Callable[[Config], T]) -> Iterator[tuple[float, Config]]:

@@ -59,4 +59,4 @@ def precision(dtype: torch.dtype, device: Device, exact: bool = False) -> str:
     """
     if dtype is not torch.float32 or device.amd or interpreted():
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 and not exact else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" and not exact else "tf32x3"

@@ -33,6 +33,7 @@ from lorafx.kernels.triton.tiles import (
     tile_order,
     zeros,
 )
+from lorafx.kernels.triton.weights import Stored, dense, fusion, scales_table, strides, weight_tile
 
 
 @jit
@@ -55,17 +56,19 @@ def add_product(
 
 @jit
 def dx_kernel(
-    bases: tl.tensor, weights: tl.tensor, ds: tl.tensor, right: tl.tensor, seed: tl.tensor, dx: tl.tensor,
+    bases: tl.tensor, weights: tl.tensor, nested_table: tl.tensor,
+    ds: tl.tensor, right: tl.tensor, seed: tl.tensor, dx: tl.tensor,
     M: tl.tensor, K: tl.tensor, widths: tl.tensor, base_strides: tl.tensor, weight_strides: tl.tensor,
     stride_sm: tl.tensor, stride_sr: tl.tensor, stride_rr: tl.tensor, stride_rk: tl.tensor,
-    pieces: tl.tensor, PIECES: tl.tensor, BLOCK_R: tl.constexpr, BASE_GIVEN: tl.constexpr, EVEN_N: tl.constexpr,
+    pieces: tl.tensor, PIECES: tl.tensor, BLOCK_R: tl.constexpr,
+    BLOCK_SIZES: tl.constexpr, WHOLE: tl.constexpr, BASE_GIVEN: tl.constexpr, EVEN_N: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
     """One tile of ``dx [M, K]``, contiguous; with ``BASE_GIVEN`` that is where the sum over siblings is already.
 
     ``bases[i] [M, widths[i]]`` and ``weights[i] [widths[i], K]``; a pair of strides each. ``pieces`` is the table of
-    the plan's pieces (:func:`~lorafx.kernels.triton.dropout.table`).
+    the plan's pieces (:func:`~lorafx.kernels.triton.dropout.table`), None if there are none.
     """
     tile_m, tile_k = tile_order(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP)
     rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -75,24 +78,25 @@ def dx_kernel(
     if seed is not None:
         key = tl.load(seed)
     acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for piece in tl.range(0, PIECES, num_stages=1):  # a loop, not unrolled: one piece's registers at a time
-        start, stop = tl.load(pieces + 4 * piece), tl.load(pieces + 4 * piece + 1)
-        if seed is None:
-            acc = add_product(
-                acc, ds, right, start, stop, far_rows, far_columns, M, K, stride_sm, stride_sr, stride_rr, stride_rk,
-                BLOCK_R, DOT, PRECISION,
-            )  # fmt: skip
-        else:
-            low = add_product(
-                zeros(BLOCK_M, BLOCK_K), ds, right, start, stop, far_rows, far_columns, M, K,
-                stride_sm, stride_sr, stride_rr, stride_rk, BLOCK_R, DOT, PRECISION,
-            )  # fmt: skip
-            drop = tl.load(pieces + 4 * piece + 3)
-            low *= tl.where(drop < 65536, 65536.0 / tl.maximum(65536 - drop, 1).to(tl.float32), 0.0)
-            if drop > 0:
-                kept = keep(key, tl.load(pieces + 4 * piece + 2), rows, first_column, BLOCK_K, drop)
-                low = tl.where(kept, low, 0.0)
-            acc += low
+    if pieces is not None:
+        for piece in tl.range(0, PIECES, num_stages=1):  # a loop, not unrolled: one piece's registers at a time
+            start, stop = tl.load(pieces + 4 * piece), tl.load(pieces + 4 * piece + 1)
+            if seed is None:
+                acc = add_product(
+                    acc, ds, right, start, stop, far_rows, far_columns, M, K,
+                    stride_sm, stride_sr, stride_rr, stride_rk, BLOCK_R, DOT, PRECISION,
+                )  # fmt: skip
+            else:
+                low = add_product(
+                    zeros(BLOCK_M, BLOCK_K), ds, right, start, stop, far_rows, far_columns, M, K,
+                    stride_sm, stride_sr, stride_rr, stride_rk, BLOCK_R, DOT, PRECISION,
+                )  # fmt: skip
+                drop = tl.load(pieces + 4 * piece + 3)
+                low *= tl.where(drop < 65536, 65536.0 / tl.maximum(65536 - drop, 1).to(tl.float32), 0.0)
+                if drop > 0:
+                    kept = keep(key, tl.load(pieces + 4 * piece + 2), rows, first_column, BLOCK_K, drop)
+                    low = tl.where(kept, low, 0.0)
+                acc += low
     at_dx = dx + far_rows[:, None] * K + columns[None, :]
     valid = (rows[:, None] < M) & (columns[None, :] < K)
     if BASE_GIVEN:
@@ -101,61 +105,68 @@ def dx_kernel(
         for i in tl.static_range(len(bases)):
             depth = tl.arange(0, BLOCK_N)
             at_base = bases[i] + far_rows[:, None] * base_strides[i][0] + depth[None, :] * base_strides[i][1]
-            at_w = weights[i] + depth[:, None] * weight_strides[i][0] + far_columns[None, :] * weight_strides[i][1]
             for first in range(0, widths[i], BLOCK_N):
                 if EVEN_N:
                     a = tl.load(at_base, mask=rows[:, None] < M, other=0.0)
-                    b = tl.load(at_w, mask=columns[None, :] < K, other=0.0)
                 else:
-                    more = widths[i] - first
-                    a = tl.load(at_base, mask=(rows[:, None] < M) & (depth[None, :] < more), other=0.0)
-                    b = tl.load(at_w, mask=(depth[:, None] < more) & (columns[None, :] < K), other=0.0)
+                    a = tl.load(at_base, mask=(rows[:, None] < M) & (depth[None, :] < widths[i] - first), other=0.0)
+                b = weight_tile(
+                    weights[i], weight_strides[i], nested_table, first, first_column, widths[i], K,
+                    BLOCK_SIZES[i], WHOLE[i], BLOCK_N, BLOCK_K, not EVEN_N, True, False, dx.dtype.element_ty,
+                )  # fmt: skip
                 acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
                 at_base += BLOCK_N * base_strides[i][1]
-                at_w += BLOCK_N * weight_strides[i][0]
     tl.store(at_dx, acc.to(dx.dtype.element_ty), mask=valid)
 
 
 def grad_x(
-    bases: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor, right: Tensor, plan: Plan, seed: Tensor | None,
-    fused: bool | None = None,
+    bases: Sequence[Tensor], weights: Sequence[Stored], ds: Tensor | None = None, right: Tensor | None = None,
+    plan: Plan | None = None, seed: Tensor | None = None, fused: bool | None = None,
 ) -> Tensor:  # fmt: skip
     """``dx [M, k]`` from ``bases[i] [M, n_i]``, ``weights[i] [n_i, k]``, ``ds [M, R]`` and ``right [R, k]``.
 
-    By default the large products are this kernel's for half types, and for float32 the library's, whose GEMM keeps
-    PyTorch's precision settings to the letter.
+    Either of the two sums may be of nothing. By default the large products are this kernel's for half types, and
+    wherever a weight is in NF4; for float32 they are the library's, whose GEMM keeps PyTorch's precision settings to
+    the letter.
     """
-    m, k, dtype = ds.shape[0], right.shape[1], bases[0].dtype
-    fused = dtype.itemsize < 4 if fused is None else fused
-    device = device_of(ds.device)
+    given = bases[0] if ds is None else ds
+    m, k, dtype = given.shape[0], weights[0].shape[1] if right is None else right.shape[1], given.dtype
+    packed = any(w.block_size for w in weights)
+    fused = dtype.itemsize < 4 or packed or not weights if fused is None else fused
+    device = device_of(given.device)
     widths = tuple(b.shape[1] for b in bases)
 
-    aligned = is_aligned(*bases, *weights)
-    block_r = rank_block(max(plan.widths), MAX_ADDED_RANKS if aligned and seed is None else MIN_ADDED_RANKS)
+    aligned = is_aligned(*bases) and all(w.aligned for w in weights)
+    widest = max(plan.widths) if plan else MIN_ADDED_RANKS
+    block_r = rank_block(widest, MAX_ADDED_RANKS if aligned and seed is None else MIN_ADDED_RANKS)
+    pieces = None if plan is None else table(plan, given.device)
 
     def run(config: Config) -> Tensor:
         if config.library:
-            dx = bases[0] @ weights[0]
+            dx = bases[0] @ dense(weights[0], dtype)
             for base, weight in zip(bases[1:], weights[1:], strict=True):
-                dx.addmm_(base, weight)
+                dx.addmm_(base, dense(weight, dtype))
         else:
-            dx = torch.empty(m, k, dtype=dtype, device=ds.device)
+            dx = torch.empty(m, k, dtype=dtype, device=given.device)
         launch(
             dx_kernel, (cdiv(m, config.rows) * cdiv(k, config.columns),),
-            tuple(bases), tuple(weights), ds, right, seed, dx, m, k, widths,
-            tuple(b.stride() for b in bases), tuple(w.stride() for w in weights), *ds.stride(), *right.stride(),
-            table(plan, ds.device), len(plan.drops), block_r, config.library,
+            tuple(bases), tuple(w.tensors for w in weights), scales_table(weights), ds, right, seed, dx, m, k, widths,
+            tuple(b.stride() for b in bases), tuple(w.strides for w in weights), *strides(ds), *strides(right),
+            pieces, len(plan.drops) if plan else 0, block_r,
+            tuple(w.block_size for w in weights), tuple(w.whole for w in weights), config.library,
             all(n % config.depth == 0 for n in widths),
             config.rows, config.columns, config.depth, GROUP_ROWS,
-            dot_dtype(dtype), precision(dtype, device), **config.options,
+            dot_dtype(dtype), precision(dtype, device), **config.options, **fusion(weights),
         )  # fmt: skip
         return dx
 
     if m == 0 or k == 0:
-        return torch.empty(m, k, dtype=dtype, device=ds.device)
-    key = ("grad_x", device, dtype, right.dtype, power_class(m), k, widths, plan, aligned, fused)
-    with on_device(ds):
-        return choose(key, gemm_configs(m, k, dtype.itemsize, device, aligned, fused), run)
+        return torch.empty(m, k, dtype=dtype, device=given.device)
+    factors = None if right is None else right.dtype
+    kinds = tuple((w.kind, len(w.tensors)) for w in weights)
+    key = ("grad_x", device, dtype, factors, power_class(m), k, widths, plan, aligned, fused, kinds)
+    with on_device(given):
+        return choose(key, gemm_configs(m, k, dtype.itemsize, device, aligned, fused, packed), run)
 
 
 @jit

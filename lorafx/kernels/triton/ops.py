@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from lorafx.bases.ops import packed_reference
+from lorafx.bases.tensor import QuantizedTensor, quantized
 from lorafx.ops import LIBRARY
 from lorafx.variants.row_norm import factored_norm
 
@@ -24,6 +27,29 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def interpreted() -> bool:
     """Whether Triton is to interpret the kernels, on tensors of the CPU (``TRITON_INTERPRET=1``): for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def reads(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether kernels that compute in ``dtype`` read a frozen weight as it is stored: dense, or in NF4 row by row."""
+    packed = quantized(weight)
+    if packed is None:
+        return not isinstance(weight, QuantizedTensor)
+    return packed.format == "nf4" and len(packed.shape) == 2 and packed.dtype is dtype
+
+
+def arguments(weights: Sequence[Tensor], dtype: torch.dtype) -> tuple[list[Tensor], list[int]]:
+    """Frozen weights as the operators take them: their tensors, and of each how many, out, in and the block size.
+
+    That is 0 of a dense one; the operator gets as dense what kernels do not read.
+    """
+    tensors: list[Tensor] = []
+    layouts: list[int] = []
+    for weight in weights:
+        packed = quantized(weight) if reads(weight, dtype) else None
+        own = [weight] if packed is None else [*packed.tensors.values()]
+        tensors += own
+        layouts += [len(own), *weight.shape, 0 if packed is None else packed.block_size]
+    return tensors, layouts
 
 
 def _down(x: Tensor, right: Tensor, ranks: Sequence[int], p: Sequence[float], seed: Tensor | None) -> Tensor:
@@ -37,14 +63,23 @@ def _down_fake(x: Tensor, right: Tensor, ranks: Sequence[int], p: Sequence[float
     return x.new_empty(x.shape[0], right.shape[0])
 
 
-def _up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None) -> Tensor:
+def _up(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    layout: Sequence[int],
+    bias: Tensor | None,
+    s: Tensor,
+    left: Tensor,
+    gain: Tensor | None,
+) -> Tensor:
     from lorafx.kernels.triton.up import up
+    from lorafx.kernels.triton.weights import stored
 
-    return up(x, weight, bias, s, left, gain)
+    return up(x, stored(weight, layout)[0], bias, s, left, gain)
 
 
-def _up_fake(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None) -> Tensor:
-    return x.new_empty(math.prod(x.shape[:-1]), weight.shape[0])
+def _up_fake(x: Tensor, weight: Any, layout: Sequence[int], *others: Any) -> Tensor:
+    return x.new_empty(math.prod(x.shape[:-1]), layout[1])
 
 
 def _grad_up(
@@ -71,6 +106,7 @@ def _grad_up_fake(
 def _grad_x(
     bases: Sequence[Tensor],
     weights: Sequence[Tensor],
+    layouts: Sequence[int],
     ds: Tensor,
     right: Tensor,
     ranks: Sequence[int],
@@ -79,12 +115,13 @@ def _grad_x(
 ) -> Tensor:
     from lorafx.kernels.triton.dropout import plan
     from lorafx.kernels.triton.grad_down import grad_x
+    from lorafx.kernels.triton.weights import stored
 
-    return grad_x(bases, weights, ds, right, plan(tuple(ranks), tuple(p)), seed)
+    return grad_x(bases, stored(weights, layouts), ds, right, plan(tuple(ranks), tuple(p)), seed)
 
 
-def _grad_x_fake(bases: Sequence[Tensor], weights: Sequence[Tensor], ds: Tensor, right: Tensor, *others: Any) -> Tensor:
-    return bases[0].new_empty(ds.shape[0], right.shape[1])
+def _grad_x_fake(bases: Any, weights: Any, layouts: Any, ds: Tensor, right: Tensor, *others: Any) -> Tensor:
+    return ds.new_empty(ds.shape[0], right.shape[1])
 
 
 def _grad_right(ds: Tensor, x: Tensor, ranks: Sequence[int], p: Sequence[float], seed: Tensor | None) -> Tensor:
@@ -108,6 +145,44 @@ def _factored_norm(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scalin
     return row_norm(weight, a, b, squares, scaling)
 
 
+# The operators on packed weights (:mod:`lorafx.bases.ops`): layers in NF4 that have no adapters.
+
+
+def packed_rows(
+    tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: torch.dtype, start: int, stop: int
+) -> Tensor:
+    """Rows ``start`` to ``stop``."""
+    if name != "nf4":
+        rows: Tensor = packed_reference(tensors, name, layout, dtype, start, stop)
+        return rows
+    from lorafx.kernels.triton.weights import dequantize, stored
+
+    return dequantize(stored(tensors, [len(tensors), *layout[:3]])[0], dtype, start, stop)
+
+
+def packed_linear(
+    x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """``x W^T + bias``: of NF4 as the frozen layer's share of :func:`_up`, bit for bit."""
+    if name != "nf4":
+        return F.linear(x, packed_reference(tensors, name, layout, dtype, 0, layout[0]), bias)
+    from lorafx.kernels.triton.up import up
+    from lorafx.kernels.triton.weights import stored
+
+    return up(x, stored(tensors, [len(tensors), *layout[:3]])[0], bias)
+
+
+def packed_mm(x: Tensor, tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``x W``."""
+    if name != "nf4":
+        weight: Tensor = packed_reference(tensors, name, layout, dtype, 0, layout[0])
+        return x @ weight
+    from lorafx.kernels.triton.grad_down import grad_x
+    from lorafx.kernels.triton.weights import stored
+
+    return grad_x([x], stored(tensors, [len(tensors), *layout[:3]]))
+
+
 def _implement(name: str, kernel: Callable[..., Any]) -> None:
     LIBRARY.impl(name, kernel, "CUDA")  # AMD's devices have that key too
     if interpreted():
@@ -128,7 +203,7 @@ triton_down = _define(
 )
 triton_up = _define(
     "triton_up",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor s, Tensor left, Tensor? gain) -> Tensor",
+    "(Tensor x, Tensor[] weight, int[] layout, Tensor? bias, Tensor s, Tensor left, Tensor? gain) -> Tensor",
     _up, _up_fake,
 )  # fmt: skip
 triton_grad_up = _define(
@@ -138,7 +213,8 @@ triton_grad_up = _define(
 )  # fmt: skip
 triton_grad_x = _define(
     "triton_grad_x",
-    "(Tensor[] bases, Tensor[] weights, Tensor ds, Tensor right, int[] ranks, float[] p, Tensor? seed) -> Tensor",
+    "(Tensor[] bases, Tensor[] weights, int[] layouts, Tensor ds, Tensor right, int[] ranks, float[] p, Tensor? seed)"
+    " -> Tensor",
     _grad_x, _grad_x_fake,
 )  # fmt: skip
 triton_grad_right = _define(
@@ -148,3 +224,5 @@ triton_grad_right = _define(
 )  # fmt: skip
 if find_spec("triton") is not None:
     _implement("factored_norm", _factored_norm)
+    for _name, _kernel in (("rows", packed_rows), ("linear", packed_linear), ("mm", packed_mm)):
+        LIBRARY.impl(f"packed_{_name}", _kernel, "CUDA")  # the CPU has its own, interpreter or not

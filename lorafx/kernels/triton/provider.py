@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from itertools import compress
 from typing import ClassVar
 
 import torch
@@ -23,10 +24,13 @@ class TritonProvider(Stepwise):
     ``s`` and ``ds`` are in x's dtype. Masks are drawn anew in backward from the seed, which is all that
     :meth:`down` hands on. The same inputs give the same bits.
 
-    Forward's large product is the vendor's GEMM with the rest added in one pass over its output, so that an adapter
-    that changes nothing leaves the frozen layer's bits. Backward's is Triton's for half types, with the rest in its
-    accumulator, and again the vendor's for float32. Under ``LORAFX_AUTOTUNE=1`` each is whichever is the faster, and
-    outputs equal the frozen layer's to rounding only.
+    A weight in NF4 is read as it is stored, by the kernels of both large products; one in another base format is made
+    dense for each product, and is gone after it.
+
+    Forward's large product of a dense weight is the vendor's GEMM with the rest added in one pass over its output, so
+    that an adapter that changes nothing leaves the frozen layer's bits. Backward's is Triton's for half types, with the
+    rest in its accumulator, and again the vendor's for float32. Under ``LORAFX_AUTOTUNE=1`` each is whichever is the
+    faster, and outputs equal the frozen layer's to rounding only.
     """
 
     name: ClassVar[str] = "triton"
@@ -57,11 +61,12 @@ class TritonProvider(Stepwise):
         return ops.triton_down(x, _beside(rights, 0), adapters.ranks, adapters.p, masks), masks
 
     def up(self, x: Tensor, s: Tensor, layers: Sequence[Layer], adapters: Adapters) -> list[Tensor]:
-        """One kernel a layer, after the library's product."""
-        return [
-            ops.triton_up(x, layer.weight, layer.bias, s[:, layer.columns(adapters)], layer.left(adapters), layer.gain)
-            for layer in layers
-        ]
+        """One kernel a layer, after the library's product, or with that of a weight in NF4."""
+        ys = []
+        for layer in layers:
+            weight, mine = ops.arguments([layer.weight], x.dtype), s[:, layer.columns(adapters)]
+            ys.append(ops.triton_up(x, *weight, layer.bias, mine, layer.left(adapters), layer.gain))
+        return ys
 
     def grad_up(
         self, upstream: Sequence[Upstream], s: Tensor, layers: Sequence[Layer], adapters: Adapters
@@ -92,8 +97,14 @@ class TritonProvider(Stepwise):
         adapters: Adapters,
         masks: Tensor | None,
     ) -> Tensor:
-        """One kernel, for half types the large products too."""
-        dx: Tensor = ops.triton_grad_x(bases, weights, ds, _beside(rights, 0), adapters.ranks, adapters.p, masks)
+        """One kernel, for half types and NF4 the large products too; then the weights that have to be made dense."""
+        read = [ops.reads(weight, ds.dtype) for weight in weights]
+        own = ops.arguments([*compress(weights, read)], ds.dtype)
+        right = _beside(rights, 0)
+        dx: Tensor = ops.triton_grad_x([*compress(bases, read)], *own, ds, right, adapters.ranks, adapters.p, masks)
+        for base, weight, done in zip(bases, weights, read, strict=True):
+            if not done:
+                dx.addmm_(base, weight)
         return dx
 
     def grad_right(

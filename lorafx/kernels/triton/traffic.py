@@ -10,10 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from torch import Tensor
 
+from lorafx.bases.nf4 import NESTED_TABLE
 from lorafx.kernels.triton.launches import Launch
 from lorafx.kernels.triton.tiles import cdiv
 
@@ -35,10 +37,10 @@ class Traffic:
 
 @dataclass(frozen=True)
 class _Reads:
-    """An operand: its bytes, and how many times over programs read all of it."""
+    """An operand: its bytes, and how many times over programs read all of it (or ask for as many bytes)."""
 
     bytes: int
-    times: int = 1
+    times: float = 1
 
 
 def total(launches: Iterable[Launch]) -> Traffic:
@@ -54,7 +56,7 @@ def traffic(launch: Launch) -> Traffic:
     """
     arguments = dict(zip(launch.kernel.arg_names, launch.args, strict=True))
     reads, stored, flops = _MODELS[launch.name](arguments, launch.grid)
-    loaded = sum(r.bytes * r.times for r in reads)
+    loaded = round(sum(r.bytes * r.times for r in reads))
     return Traffic(loaded, stored, sum(r.bytes for r in reads if r.times) + stored, flops)
 
 
@@ -75,7 +77,9 @@ def _up(a: Mapping[str, Any], grid: Sequence[int]) -> Model:
     if a["BASE_GIVEN"]:
         base, flops = [_Reads(y)], 0
     else:
-        base = [_Reads(m * k * _size(a["x"]), across), _Reads(n * k * _size(a["weight"]), down)]
+        base = [_Reads(m * k * _size(a["x"]), across)]
+        steps = down * across * cdiv(k, a["BLOCK_K"])
+        base += _weight(a["weight"], n, k, a["BLOCK_SIZE"], a["WHOLE"], a["BLOCK_K"], down, steps)
         flops = 2 * m * n * k
     low = [_Reads(m * r * _size(a["s"]), across), _Reads(n * r * _size(a["left"]), down)]
     unread = a["BASE_GIVEN"] and a["gain"] is None  # the bias is in what is given
@@ -103,17 +107,41 @@ def _dx(a: Mapping[str, Any], grid: Sequence[int]) -> Model:
     m, k = a["M"], a["K"]
     down, across = cdiv(m, a["BLOCK_M"]), cdiv(k, a["BLOCK_K"])
     ds, right, dx = a["ds"], a["right"], m * k * _size(a["dx"])
-    r = right.shape[0]
+    r = 0 if right is None else right.shape[0]
     if a["BASE_GIVEN"]:
         base, flops = [_Reads(dx)], 0
     else:
         base = [_Reads(m * n * _size(b), across) for b, n in zip(a["bases"], a["widths"], strict=True)]
-        base += [_Reads(n * k * _size(w), down) for w, n in zip(a["weights"], a["widths"], strict=True)]
+        for weight, n, block_size, whole in zip(a["weights"], a["widths"], a["BLOCK_SIZES"], a["WHOLE"], strict=True):
+            tiles = down * across * cdiv(n, a["BLOCK_N"])
+            base += _weight(weight, n, k, block_size, whole, a["BLOCK_K"], down, tiles)
         flops = 2 * m * k * sum(a["widths"])
     low = [_Reads(m * r * _size(ds), across), _Reads(r * k * _size(right), down)]
     columns = 2 if a["seed"] is None else 4
     pieces = _Reads(columns * a["PIECES"] * 4, down * across)
     return [*base, *low, pieces, _seed(a, down * across)], dx, flops + 2 * m * k * r
+
+
+def _dequantize(a: Mapping[str, Any], grid: Sequence[int]) -> Model:
+    n, k = a["STOP"] - a["START"], a["K"]
+    reads = _weight(a["weight"], n, k, a["BLOCK_SIZE"], a["WHOLE"], a["BLOCK_K"], 1, prod(grid))
+    return reads, n * k * _size(a["values"]), 0
+
+
+def _weight(
+    tensors: Sequence[Tensor], n: int, k: int, block_size: int, whole: bool, columns: int, times: int, tiles: int
+) -> list[_Reads]:
+    """A frozen weight ``[n, k]`` that is read ``times`` over, in as many ``tiles`` of that many columns."""
+    if not block_size:
+        return [_Reads(n * k * _size(tensors[0]), times)]
+    codes, absmax, *nested = tensors
+    scales = times * n * (cdiv(k, min(columns, block_size)) if whole else k)  # that are asked for
+    reads = [_Reads(codes.numel(), times if whole else times * n * k / codes.numel())]
+    reads.append(_Reads(absmax.numel() * _size(absmax), scales / absmax.numel()))
+    if nested:
+        reads += [_Reads(t.numel() * 4, scales / t.numel()) for t in (nested[0], NESTED_TABLE)]
+        reads.append(_Reads(4, tiles))  # their offset
+    return reads
 
 
 def _dright(a: Mapping[str, Any], grid: Sequence[int]) -> Model:
@@ -141,7 +169,7 @@ def _row_norm(a: Mapping[str, Any], grid: Sequence[int]) -> Model:
 
 _MODELS: Mapping[str, Callable[[Mapping[str, Any], Sequence[int]], Model]] = {
     "down": _down, "up": _up, "grad_up": _grad_up, "dx": _dx, "dright": _dright, "reduce": _reduce,
-    "row_norm": _row_norm,
+    "row_norm": _row_norm, "dequantize": _dequantize,
 }  # fmt: skip
 
 

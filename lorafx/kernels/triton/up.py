@@ -25,15 +25,17 @@ from lorafx.kernels.triton.tiles import (
     rank_block,
     tile_order,
 )
+from lorafx.kernels.triton.weights import Stored, dense, fusion, scales_table, strides, weight_tile
 
 
 @jit
 def up_kernel(
-    x: tl.tensor, weight: tl.tensor, bias: tl.tensor, s: tl.tensor, left: tl.tensor, gain: tl.tensor, y: tl.tensor,
+    x: tl.tensor, weight: tl.tensor, nested_table: tl.tensor, bias: tl.tensor,
+    s: tl.tensor, left: tl.tensor, gain: tl.tensor, y: tl.tensor,
     M: tl.tensor, N: tl.tensor, K: tl.tensor, R: tl.tensor,
-    stride_xm: tl.tensor, stride_xk: tl.tensor, stride_wn: tl.tensor, stride_wk: tl.tensor,
+    stride_xm: tl.tensor, stride_xk: tl.tensor, weight_strides: tl.tensor,
     stride_sm: tl.tensor, stride_sr: tl.tensor, stride_ln: tl.tensor, stride_lr: tl.tensor,
-    BASE_GIVEN: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WHOLE: tl.constexpr, BASE_GIVEN: tl.constexpr, EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr, GROUP: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ) -> None:  # fmt: skip
@@ -50,17 +52,17 @@ def up_kernel(
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         depth = tl.arange(0, BLOCK_K)
         at_x = x + far_rows[:, None] * stride_xm + depth[None, :] * stride_xk
-        at_w = weight + far_columns[None, :] * stride_wn + depth[:, None] * stride_wk
         for first in range(0, K, BLOCK_K):
             if EVEN_K:
                 a = tl.load(at_x, mask=rows[:, None] < M, other=0.0)
-                b = tl.load(at_w, mask=columns[None, :] < N, other=0.0)
             else:
                 a = tl.load(at_x, mask=(rows[:, None] < M) & (depth[None, :] < K - first), other=0.0)
-                b = tl.load(at_w, mask=(columns[None, :] < N) & (depth[:, None] < K - first), other=0.0)
+            b = weight_tile(
+                weight, weight_strides, nested_table, tile_n * BLOCK_N, first, N, K,
+                BLOCK_SIZE, WHOLE, BLOCK_N, BLOCK_K, True, not EVEN_K, True, x.dtype.element_ty,
+            )  # fmt: skip
             acc = tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION)
             at_x += BLOCK_K * stride_xk
-            at_w += BLOCK_K * stride_wk
     if gain is not None:
         factor = tl.load(gain + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
         if BASE_GIVEN:  # in this form a gain of 1 changes no bit
@@ -70,51 +72,58 @@ def up_kernel(
             acc += (factor - 1.0) * unbiased
         else:
             acc *= factor
-    for first in tl.range(0, R, BLOCK_R, num_stages=1):
-        ranks = first + tl.arange(0, BLOCK_R)
-        at_s = s + far_rows[:, None] * stride_sm + ranks[None, :] * stride_sr
-        at_left = left + far_columns[None, :] * stride_ln + ranks[:, None] * stride_lr
-        low = tl.load(at_s, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0)
-        side = tl.load(at_left, mask=(columns[None, :] < N) & (ranks[:, None] < R), other=0.0)
-        acc = tl.dot(low.to(DOT), side.to(s.dtype.element_ty).to(DOT), acc, input_precision=PRECISION)
+    if s is not None:
+        for first in tl.range(0, R, BLOCK_R, num_stages=1):
+            ranks = first + tl.arange(0, BLOCK_R)
+            at_s = s + far_rows[:, None] * stride_sm + ranks[None, :] * stride_sr
+            at_left = left + far_columns[None, :] * stride_ln + ranks[:, None] * stride_lr
+            low = tl.load(at_s, mask=(rows[:, None] < M) & (ranks[None, :] < R), other=0.0)
+            side = tl.load(at_left, mask=(columns[None, :] < N) & (ranks[:, None] < R), other=0.0)
+            acc = tl.dot(low.to(DOT), side.to(s.dtype.element_ty).to(DOT), acc, input_precision=PRECISION)
     if bias is not None and not BASE_GIVEN:
         acc += tl.load(bias + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     tl.store(at_y, acc.to(y.dtype.element_ty), mask=valid)
 
 
 def up(
-    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, left: Tensor, gain: Tensor | None, fused: bool = False
-) -> Tensor:
+    x: Tensor, weight: Stored, bias: Tensor | None, s: Tensor | None = None, left: Tensor | None = None,
+    gain: Tensor | None = None, fused: bool | None = None,
+) -> Tensor:  # fmt: skip
     """``y [M, n]`` in x's dtype, contiguous; ``x [..., k]``, ``weight [n, k]``, ``s [M, R]``, ``left [n, R]``.
 
     The large product is the library's, of ``x`` as it is, so that a gain of 1 and a ``left`` of 0 give the frozen
     layer's bits. With ``fused``, or where tuning finds it to be faster, it is this kernel's, which sums in an order
-    of its own: then they are equal to rounding.
+    of its own: then they are equal to rounding. With a weight in NF4 it is this kernel's too, unless tuning finds that
+    the library is the faster even with the weight to dequantise first; and so is the frozen layer's, without ``s``.
     """
-    k, (m, r), n = x.shape[-1], s.shape, weight.shape[0]
-    device, rows = device_of(x.device), x.reshape(m, k)
+    k, n = x.shape[-1], weight.shape[0]
+    device, rows = device_of(x.device), x.reshape(-1, k)
+    m, r = rows.shape[0], 0 if s is None else s.shape[1]
+    packed = weight.block_size > 0
+    fused = packed if fused is None else fused
     bias, gain = (None if v is None else v.contiguous() for v in (bias, gain))
 
-    aligned = is_aligned(rows, weight)
+    aligned = is_aligned(rows) and weight.aligned
     block_r = rank_block(r, MAX_ADDED_RANKS if aligned else MIN_ADDED_RANKS)
 
     def run(config: Config) -> Tensor:
         if config.library:
-            y = F.linear(x, weight, bias).reshape(m, n).contiguous()
+            y = F.linear(x, dense(weight, x.dtype), bias).reshape(m, n).contiguous()
         else:
             y = torch.empty(m, n, dtype=x.dtype, device=x.device)
         grid = (cdiv(m, config.rows) * cdiv(n, config.columns),)
         launch(up_kernel, grid,
-            rows, weight, bias, s, left, gain, y, m, n, k, r,
-            *rows.stride(), *weight.stride(), *s.stride(), *left.stride(),
-            config.library, k % config.depth == 0,
+            rows, weight.tensors, scales_table([weight]), bias, s, left, gain, y, m, n, k, r,
+            *rows.stride(), weight.strides, *strides(s), *strides(left),
+            *weight.kind, config.library, k % config.depth == 0,
             config.rows, config.columns, config.depth, block_r, GROUP_ROWS,
-            dot_dtype(x.dtype), precision(x.dtype, device), **config.options,
+            dot_dtype(x.dtype), precision(x.dtype, device), **config.options, **fusion([weight]),
         )  # fmt: skip
         return y
 
     if m == 0 or n == 0:
         return torch.empty(m, n, dtype=x.dtype, device=x.device)
-    key = ("up", device, x.dtype, left.dtype, power_class(m), n, k, r, aligned, fused)
+    factors = None if left is None else left.dtype
+    key = ("up", device, x.dtype, factors, power_class(m), n, k, r, aligned, fused, weight.kind, len(weight.tensors))
     with on_device(x):
-        return choose(key, gemm_configs(m, n, x.dtype.itemsize, device, aligned, fused), run)
+        return choose(key, gemm_configs(m, n, x.dtype.itemsize, device, aligned, fused, packed), run)
