@@ -122,6 +122,20 @@ def quantized(weight: Tensor) -> Packed | None:
     return weight.packed if isinstance(weight, QuantizedTensor) and not weight.turned else None
 
 
+def parts(weight: Tensor) -> tuple[list[Tensor], str, list[int], torch.dtype]:
+    """A weight ``[..., out, in]`` for an operator that takes both kinds: as :func:`describe` has it, or by itself.
+
+    Of a dense one the format's name is empty.
+    """
+    packed = quantized(weight)
+    return ([weight], "", [], weight.dtype) if packed is None else describe(packed)
+
+
+def whole(tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The dense weight of which these are the :func:`parts`; of a stack ``[experts * out, in]``."""
+    return dense(tensors, name, layout, dtype) if name else tensors[0]
+
+
 def _rebuild(packed: Packed, turned: bool, is_parameter: bool) -> Tensor:
     made = QuantizedTensor(packed, turned)
     return nn.Parameter(made, requires_grad=False) if is_parameter else made

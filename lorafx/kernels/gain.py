@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorafx.bases.tensor import whole
 from lorafx.ops import LIBRARY
 
 
@@ -30,12 +31,12 @@ def _grad_gain(
     gain: Tensor,
     dy: Tensor,
     x: Tensor,
-    weight: Tensor,
+    *weight: Any,
 ) -> Tensor:
     """``sum_M dy * (x W^T)``, without that product where the output tells it: ``gain * x W^T = y - s left^T - b``.
 
     For rows whose gain is small, or 0, by the product of those rows instead. ``dot`` and ``total`` are the sums of
-    ``dy * y`` and ``dy``.
+    ``dy * y`` and ``dy``, and ``weight`` its :func:`~lorafx.bases.tensor.parts`.
     """
     rest = dot
     for dleft, left in zip(dlefts, lefts, strict=True):
@@ -45,7 +46,7 @@ def _grad_gain(
     small = gain.abs() < smallest_gain(dy.dtype)
     found = rest / torch.where(small, 1.0, gain)
     if bool(small.any()):
-        found[small] = (dy[:, small] * F.linear(x, weight[small])).sum(0, dtype=found.dtype)
+        found[small] = (dy[:, small] * F.linear(x, whole(*weight)[small])).sum(0, dtype=found.dtype)
     return found.to(gain.dtype)
 
 
@@ -56,9 +57,9 @@ def _fake(*given: Any) -> Tensor:
 
 #: An operator, since which gains are small is known only when it runs; ops.cpp has it for CPUs.
 LIBRARY.define(
-    "grad_gain(Tensor dot, Tensor total, Tensor[] dlefts, Tensor[] lefts, Tensor? bias, Tensor gain, Tensor dy, "
-    "Tensor x, Tensor weight) -> Tensor"
+    "gain_gradient(Tensor dot, Tensor total, Tensor[] dlefts, Tensor[] lefts, Tensor? bias, Tensor gain, Tensor dy, "
+    "Tensor x, Tensor[] weight, str format, int[] layout, ScalarType dtype) -> Tensor"
 )
-LIBRARY.impl("grad_gain", _grad_gain, "CompositeExplicitAutograd")
-LIBRARY.impl("grad_gain", _fake, "Meta")
-grad_gain: Callable[..., Tensor] = torch.ops.lorafx.grad_gain.default
+LIBRARY.impl("gain_gradient", _grad_gain, "CompositeExplicitAutograd")
+LIBRARY.impl("gain_gradient", _fake, "Meta")
+grad_gain: Callable[..., Tensor] = torch.ops.lorafx.gain_gradient.default

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lorafx.bases.tensor import parts
 from lorafx.kernels.base import Adapters, Gradients, Kept, Operands, Provider
 from lorafx.kernels.gain import grad_gain
 
@@ -184,7 +185,7 @@ class Stepwise(Provider):
             if any(wanted.gains[place]):
                 layer = layers[i]
                 sums = (up.dot, up.total, up.dlefts, layer.lefts, bias, layer.gain)
-                dgain = grad_gain(*sums, flat[i], rows, layer.weight)
+                dgain = grad_gain(*sums, flat[i], rows, *parts(layer.weight))
             for j, dl in zip(range(place.start, place.stop), up.dlefts, strict=True):
                 gain, left = operands.gains[j], operands.lefts[j]
                 lefts[j] = dl if gain is None else (gain.unsqueeze(-1) * dl).to(left.dtype)

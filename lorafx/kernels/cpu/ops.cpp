@@ -419,10 +419,11 @@ Tensor factored_norm(const Tensor &squares, const Tensor &weight, const Tensor &
   return squares.add(terms.mul_(left).sum(-1)).clamp_min_(0).sqrt_().to(dtype);
 }
 
-Tensor grad_gain_of_dense(const Tensor &dot, const Tensor &total, at::TensorList dlefts, at::TensorList lefts,
-                          const Maybe &bias, const Tensor &gain, const Tensor &dy, const Tensor &x,
-                          const Tensor &weight) {
-  return grad_gain(dot, total, dlefts, lefts, bias, gain, dy, x, Weight(weight));
+Tensor gain_gradient(const Tensor &dot, const Tensor &total, at::TensorList dlefts, at::TensorList lefts,
+                     const Maybe &bias, const Tensor &gain, const Tensor &dy, const Tensor &x, at::TensorList tensors,
+                     c10::string_view format, at::IntArrayRef layout, at::ScalarType dtype) {
+  const Weight weight = format.empty() ? Weight(tensors[0]) : Weight(tensors, format, layout, dtype);
+  return grad_gain(dot, total, dlefts, lefts, bias, gain, dy, x, weight);
 }
 
 // The operators of lorafx/bases/ops.py.
@@ -447,7 +448,7 @@ TORCH_LIBRARY_IMPL(lorafx, CPU, m) {
   m.impl("cpu_group", forward);
   m.impl("cpu_group_backward", backward);
   m.impl("factored_norm", factored_norm);
-  m.impl("grad_gain", grad_gain_of_dense);
+  m.impl("gain_gradient", gain_gradient);
   m.impl("packed_rows", packed_rows);
   m.impl("packed_linear", packed_linear);
   m.impl("packed_mm", packed_mm);

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lorafx.bases.ops import describe
-from lorafx.bases.tensor import quantized
+from lorafx.bases.tensor import parts
 from lorafx.ops import LIBRARY
 
 #: Elements that share one word of a mask.
@@ -49,14 +48,12 @@ class Weights(NamedTuple):
         """What is packed and read in another dtype is handed over dense."""
         found = cls([], [], [])
         for weight in weights:
-            packed = quantized(weight)
-            if packed is None or packed.dtype is not dtype:
-                found.tensors.append(weight)
-                found.formats.append("")
-            else:
-                tensors, name, layout, _ = describe(packed)
-                found.tensors.extend(tensors)
-                found.formats.append(name)
+            tensors, name, layout, own = parts(weight)
+            if name and own is not dtype:
+                tensors, name = [weight], ""
+            found.tensors.extend(tensors)
+            found.formats.append(name)
+            if name:
                 found.layouts.extend((len(tensors), *layout))
         return found
 
