@@ -83,10 +83,10 @@ def bert() -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def llama() -> tuple[nn.Module, dict[str, Tensor]]:
-    """4 layers of width 1024; a batch of 4 x 256."""
+    """4 layers of width 1024, a key for each four queries; a batch of 4 x 256."""
     config = transformers.LlamaConfig(
         vocab_size=1000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers(), num_attention_heads=16,
-        num_key_value_heads=16, use_cache=False,
+        num_key_value_heads=4, use_cache=False,
     )  # fmt: skip
     return transformers.LlamaModel(config), text(4, 256, 1024)
 
