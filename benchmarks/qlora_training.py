@@ -5,8 +5,8 @@
 Three parts, of which --part picks some; each prints a table. Three seeds set adapters' first values and the batches.
 
 - demo: MiniLM on the demo's task, with its splits, recipe and head (benchmarks/variants.py).
-- text: a Llama over characters, trained in full on the docstrings of the standard library, then frozen; adapters learn the
-  language reference (pydoc's topics), of which every tenth topic is held out.
+- text: a Llama over characters, trained in full on the docstrings of the standard library, then frozen; adapters learn
+  the language reference (pydoc's topics), of which every tenth topic is held out.
 - start: how far MiniLM's weights and embeddings are off before the first step, by rank.
 
 One line of JSON a run goes to --log, and runs that are in it are not repeated.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import json
 import statistics
 import sys
@@ -33,7 +34,9 @@ from variants import Task, load_task, logits_of, spec
 
 import lorafx
 from lorafx import LoraSpec
-from lorafx.demo.data import AREAS, DOCUMENTED, MODULES
+from lorafx.demo.batches import Texts
+from lorafx.demo.data import AREAS, DOCUMENTED, MODULES, load_corpus
+from lorafx.demo.model import load_model, load_tokenizer
 from lorafx.demo.train import accuracy, compute, fine_tune
 
 #: What is compared: the spec's fields.
@@ -62,8 +65,8 @@ def on_demo(task: Task, way: str, seed: int, steps: int) -> Run:
 # Text
 
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
-LENGTH, BATCH = 128, 16
-WINDOWS = 256  # that are held out
+LENGTH, BATCH = 64, 16
+WINDOWS = 448  # that are held out
 
 
 def encode(texts: list[str]) -> Tensor:
@@ -113,7 +116,7 @@ class Text:
     def __init__(self, steps: int) -> None:
         torch.manual_seed(0)
         config = transformers.LlamaConfig(
-            vocab_size=len(ALPHABET), hidden_size=128, intermediate_size=352, num_hidden_layers=4,
+            vocab_size=len(ALPHABET), hidden_size=128, intermediate_size=352, num_hidden_layers=2,
             num_attention_heads=4, max_position_embeddings=LENGTH, use_cache=False,
         )  # fmt: skip
         self.model = transformers.LlamaForCausalLM(config)
@@ -142,28 +145,26 @@ def on_text(task: Text, way: str, seed: int, steps: int) -> Run:
 # The start
 
 
-def start_table(task: Task) -> str:
-    """The relative error of weights (the mean over layers) and of the embeddings of some sentences."""
-    batch = task.test.batch(range(32)).inputs
-    with torch.no_grad():
-        exact = task.model(**batch)["logits"]
+def start_table() -> str:
+    """The relative error of weights (the mean over layers) and of the embeddings of 64 sentences, without training."""
+    model = load_model(len(AREAS))
+    batch = Texts(load_corpus().test[:64], load_tokenizer()).batch(range(64)).inputs
+    started = copy.deepcopy(model)
 
     def off(found: Tensor, wanted: Tensor) -> float:
-        return float((found - wanted).detach().norm() / wanted.norm())
+        return float(((found - wanted).norm() / wanted.norm()).detach())
 
-    lines = ["| start | r | weights off | outputs off |", "| --- | ---: | ---: | ---: |"]
+    lines = ["| start | r | weights off | embeddings off |", "| --- | ---: | ---: | ---: |"]
     for init, ranks in (("kaiming", (8,)), ("loftq", (8, 16, 64)), ("loftq_5", (8, 16, 64))):
         for r in ranks:
-            gm = lorafx.apply(task.model, LoraSpec(r=r, base="nf4", init=init, exclude_modules=["head"]), batch).eval()
-            merged = lorafx.merge(gm)
-            errors = [
-                off(merged.get_parameter(s.weight), task.model.get_parameter(s.weight).detach())
-                for s in lorafx.sites(gm)
-            ]
+            gm = lorafx.apply(model, LoraSpec(r=r, base="nf4", init=init, exclude_modules=["head"]), batch).eval()
+            started.load_state_dict(lorafx.merged_state_dict(gm))
+            names = [site.weight for site in lorafx.sites(gm)]
+            weights = statistics.fmean(off(started.get_parameter(n), model.get_parameter(n)) for n in names)
             with torch.no_grad():
-                outputs = off(gm(**batch)["logits"], exact)
+                embeddings = off(started.embed(**batch), model.embed(**batch))
             name, rank = ("nf4 alone", "") if init == "kaiming" else (init, str(r))
-            lines.append(f"| {name} | {rank} | {statistics.fmean(errors):.4f} | {outputs:.4f} |")
+            lines.append(f"| {name} | {rank} | {weights:.4f} | {embeddings:.4f} |")
     return "\n".join(lines)
 
 
@@ -182,7 +183,8 @@ def table(runs: list[Run]) -> str:
         over = [r["loss"] - dense[r["seed"]] for r in own if r["seed"] in dense]
         losses, shares = [r["loss"] for r in own], [100 * r["accuracy"] for r in own if "accuracy" in r]
         columns = [
-            way, f"{own[0]['start']:.3f}" if "start" in own[0] else "", spread(losses, 3), ", ".join(f"{loss:.3f}" for loss in losses),
+            way, f"{own[0]['start']:.3f}" if "start" in own[0] else "", spread(losses, 3),
+            ", ".join(f"{loss:.3f}" for loss in losses),
             f"{statistics.fmean(over):+.3f}" if over else "", spread(shares, 1) if shares else "",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(columns)} |")
@@ -193,20 +195,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", choices=["demo", "text", "start"], default=["demo", "text", "start"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--base-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--base-steps", type=int, default=400)
     parser.add_argument("--log", type=Path, default=Path("qlora_training.jsonl"))
     options = parser.parse_args()
     done = [json.loads(line) for line in options.log.read_text().splitlines()] if options.log.exists() else []
-    demo = load_task() if {"demo", "start"} & set(options.part) else None
     for part in options.part:
         if part == "start":
-            print(f"\nThe start\n\n{start_table(demo)}", flush=True)
+            print(f"\nThe start\n\n{start_table()}", flush=True)
             continue
         keys = {"part": part, "steps": options.steps, "base_steps": options.base_steps if part == "text" else 0}
         runs = [r for r in done if all(r[k] == v for k, v in keys.items())]
         wanted = [(w, s) for s in options.seeds for w in WAYS if (w, s) not in {(r["way"], r["seed"]) for r in runs}]
-        task = Text(options.base_steps) if part == "text" and wanted else demo
+        task: Any = (Text(options.base_steps) if part == "text" else load_task()) if wanted else None
         for way, seed in wanted:
             found = (on_text if part == "text" else on_demo)(task, way, seed, options.steps)
             runs.append({**keys, "way": way, "seed": seed, **found})

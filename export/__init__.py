@@ -3,6 +3,7 @@
 In the order in which data goes through: :mod:`~lorafx.export.export` (the calls users make),
 :mod:`~lorafx.export.cast` (another precision),
 :mod:`~lorafx.export.translate` and :mod:`~lorafx.export.weights` (a graph becomes an ONNX model, its weights last),
+:mod:`~lorafx.export.pack` (those that stay packed),
 :mod:`~lorafx.export.write` with :mod:`~lorafx.export.pipe` (the file),
 :mod:`~lorafx.export.verify` with :mod:`~lorafx.export.compare`,
 :mod:`~lorafx.export.parity` and :mod:`~lorafx.export.widen` (the checks), :mod:`~lorafx.export.report`,

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from lorafx.errors import ExportError
+from lorafx.export.pack import AROUND
 from lorafx.export.repeat import CALL, number_calls
 from lorafx.export.translate import Translation
 from lorafx.export.weights import fill
@@ -43,7 +44,7 @@ Naming = Callable[[str, str], str]
 
 A, B, GAIN, SHIFT = "lora_A", "lora_B", "lora_gain", "lora_shift"
 
-_PRODUCTS = frozenset({"MatMul", "Gemm", "Gather", "Conv"})
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Gather", "Conv", "MatMulBnb4"})
 _THROUGH = frozenset({"Transpose", "Cast", "Identity"})
 #: The decoder layers that onnxruntime-genai's model builder has names for: the basenames of ``make_attention`` and
 #: ``make_mlp_proj``, to which ``make_matmul_lora`` adds ``lora_A`` and ``lora_B`` before the last part, and
@@ -195,13 +196,14 @@ def insert_inputs(translation: Translation, graph: CapturedModule, inputs: Input
         if (number := node.meta.get(CALL)) is not None:
             by_call.setdefault(number, []).append(node)
     known = {id(get_path(graph, name)): value for name, value in translation.weights.items()}
+    known |= {id(get_path(graph, name)): weight.values[0] for name, weight in translation.packed.items()}
     taken = {*model.initializers, *(str(v.name) for v in model.inputs)}
     for branch in inputs.branches.values():
         if both := taken.intersection(branch.inputs.values()):
             raise ExportError(f"site '{branch.site.name}': the model has a tensor '{both.pop()}' already")
         weight = known.get(id(get_path(graph, branch.site.weight)))
         products = [_product(branch, by_call.get(number, []), weight, translation) for number in branch.calls]
-        values = _optional(model, branch, products[0].outputs[0].dtype)
+        values = _optional(model, branch, _around(products[0])[1].dtype)
         for index, product in enumerate(products):
             suffix = f"_{index}" if index else ""
             _insert(branch, product, values, suffix, model)
@@ -224,6 +226,14 @@ def _product(branch: Branch, nodes: Sequence[ir.Node], weight: ir.Value | None, 
 
 def _weight_at(product: ir.Node) -> int:
     return 0 if product.op_type == "Gather" else 1
+
+
+def _around(product: ir.Node) -> tuple[ir.Value | None, ir.Value]:
+    """What a product multiplies the weight by, and its result; of a packed one, as the dense graph has them."""
+    if AROUND in product.meta:
+        found: tuple[ir.Value | None, ir.Value] = product.meta[AROUND]
+        return found
+    return product.inputs[1 if product.op_type == "Gather" else 0], product.outputs[0]
 
 
 def _source(value: ir.Value | None) -> ir.Value | None:
@@ -251,9 +261,11 @@ def _optional(model: ir.Graph, branch: Branch, dtype: ir.DataType | None) -> dic
 
 def _insert(branch: Branch, product: ir.Node, values: Mapping[str, ir.Value], suffix: str, model: ir.Graph) -> None:
     """Add the branch to one call of the layer."""
-    where = product
     name = branch.site.name
-    (raw,) = product.outputs
+    x, raw = _around(product)
+    made = raw.producer()
+    assert made is not None
+    where = made
 
     def add(op: str, label: str, inputs: Sequence[ir.Value | None], *, kept: bool = False) -> ir.Value:
         nonlocal where
@@ -265,10 +277,9 @@ def _insert(branch: Branch, product: ir.Node, values: Mapping[str, ir.Value], su
         where = node
         return made
 
-    x = product.inputs[1 if product.op_type == "Gather" else 0]
     conv, gather = product.op_type == "Conv", product.op_type == "Gather"
     bias = None
-    if GAIN in values and len(product.inputs) > 2:  # else it may stay in the product
+    if GAIN in values and not product.domain and len(product.inputs) > 2:  # else it may stay in the product
         bias = product.inputs[2]
         product.resize_inputs(2)
     readers = list(raw.uses())

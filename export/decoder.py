@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorafx.errors import ExportError, ParityError
 from lorafx.export.names import all_values
+from lorafx.export.pack import DENSE, Plan
 from lorafx.export.parity import Session, Tolerance, difference, random_like, run_torch
 from lorafx.export.report import OutputParity, Parity
 from lorafx.export.translate import Translation, output_names, translate
@@ -43,9 +44,10 @@ def translate_step(
     example: Mapping[str, Tensor],
     dims: Mapping[str, Mapping[int, str]],
     opset: int | None = None,
+    packing: Plan = DENSE,
 ) -> Translation:
     """:func:`~lorafx.export.translate.translate` a step, its past called ``past_key_values.{i}.key`` and ``.value``."""
-    translation = translate(step, example, dims, opset)
+    translation = translate(step, example, dims, opset, packing)
     names = _input_names(step.signature)
     for value in translation.model.graph.inputs:
         value.name = names[str(value.name)]
@@ -110,13 +112,14 @@ def check_generation(
     prompts: Sequence[Prompts],
     tolerance: Tolerance,
     progress: Callable[[float], None],
+    name: str = "unmerged",
 ) -> tuple[tuple[Parity, ...], str, str | None]:
     """Continue prompts with a file that has a cache, greedily, and hold the logits of every token to those of torch.
 
     Args:
         path: the file.
-        graph: the unmerged torch graph without a cache, for inference.
-        dtype, tolerance, progress: as for :func:`~lorafx.export.verify.check_numbers`.
+        graph: the torch graph without a cache, for inference.
+        dtype, tolerance, progress, name: as for :func:`~lorafx.export.verify.check_numbers`.
         prompts: what to continue.
 
     Returns:
@@ -130,7 +133,7 @@ def check_generation(
     same = count = 0
     index = output_names(graph).index("logits")
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        runtime = open_runtime(path, graph, dtype, Path(scratch))
+        runtime = open_runtime(path, graph, dtype, Path(scratch), name)
         for done, batch in enumerate(prompts):
             worst: OutputParity | None = None
             for row, (logits, tokens) in zip(batch.rows, generate(runtime.session, batch), strict=True):

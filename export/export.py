@@ -7,11 +7,13 @@ gm --inference--> torch ------------------------------ same numbers in ONNX Runt
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -21,6 +23,18 @@ from torch import Tensor
 from lorafx.errors import ExportError
 from lorafx.export.cast import cast_graph, file_dtype
 from lorafx.export.decoder import check_generation, make_prompts, translate_step
+from lorafx.export.pack import (
+    WeightFormat,
+    check_format,
+    dense_notes,
+    dequantized,
+    describe_errors,
+    describe_packing,
+    fill_packed,
+    plan_packing,
+    read_as,
+    refuse_none,
+)
 from lorafx.export.parity import TOLERANCES, Tolerance, make_cases, precision
 from lorafx.export.provenance import digest, provenance
 from lorafx.export.report import ExportReport, Parity, TensorRounding
@@ -29,13 +43,15 @@ from lorafx.export.verify import check_graph, check_numbers, check_weights
 from lorafx.export.weights import fill
 from lorafx.export.widen import widen_graph, widen_tensor
 from lorafx.export.write import draft, parse_size
-from lorafx.graph import CapturedModule, get_path
+from lorafx.graph import CapturedModule, get_path, rebind
 from lorafx.ir import Stage, sites, stage
 from lorafx.passes.decoder import capture_decoder, longest_sequence, with_tensors
+from lorafx.passes.deviation import merge_deviation
 from lorafx.passes.example import ExampleInputs, make_example
 from lorafx.passes.fold import Fold, Rounding
 from lorafx.passes.inference import inference
-from lorafx.passes.merge import merge_lazily, unadapted
+from lorafx.passes.merge import compute_folds, merge_lazily, unadapted
+from lorafx.passes.merge_base import Original, choose_base
 from lorafx.signature import Signature
 
 Progress = Callable[[str, float], None]
@@ -53,6 +69,7 @@ def merge_and_export(
     example_inputs: ExampleInputs = None,
     opset: int | None = None,
     dtype: torch.dtype | str | None = None,
+    weight_format: WeightFormat = "dense",
     external_data: bool | None = None,
     data_name: str | None = None,
     max_shard_size: int | str | None = None,
@@ -60,6 +77,9 @@ def merge_and_export(
     kv_cache: bool = False,
     atol: float | None = None,
     rtol: float | None = None,
+    base: str = "dequantized",
+    original: Original | None = None,
+    requantize: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Fold the adapters into the weights and write the model as ONNX, checked before it gets its name.
@@ -81,6 +101,11 @@ def merge_and_export(
         opset: version of ONNX's operators; None: torch's default, or :data:`BFLOAT16_OPSET`.
         dtype: the floating weights' in the file (``"fp32"``, ``"fp16"``, ``"bf16"``, or torch's), to which the exact
             sums are rounded once; the graph is then that of the model converted to it. None: the model's.
+        weight_format: how the file holds linear layers' weights that the graph holds quantized. ``"dense"``: in
+            ``dtype``. ``"bnb4"``: those in nf4 as ONNX Runtime's MatMulBnb4 reads them, their bytes as they are; what
+            is merged only with ``requantize=True``. ``"nbits"``: all of them, merged ones too, quantized once
+            more, to int4 for MatMulNBits, for which checking takes a dense copy of each. The report lists which are
+            dense all the same, and why (:mod:`lorafx.export.pack`).
         external_data: keep weights in a file beside; None: if they exceed 1.5 GiB.
         data_name: what to call that file, which then exists always; None: by its content. Weights of another
             graph are not overwritten.
@@ -92,6 +117,10 @@ def merge_and_export(
             greedy tokens.
         atol, rtol: other tolerances than the table's (:data:`lorafx.export.parity.TOLERANCES`); the report
             shows those that were used.
+        base, original, requantize: what adapters on a quantized base are folded into, and whether that is quantized
+            again, as in :func:`lorafx.merge`. The result is not what was trained, so that (c) is then beside the
+            *merged* torch graph, which is made for it, and the report says how far that one is from the unmerged one
+            (``report.deviation``).
         progress: called with the phase (``"merge"``, ``"translate"``, ``"write"``, ``"compare"``, ``"sync"``) and the
             share of it that is done, of ``"write"`` by bytes.
 
@@ -100,10 +129,12 @@ def merge_and_export(
     ONNX Runtime gives the outputs of the *unmerged* torch graph, on the example and at several other sizes.
 
     Raises:
-        MergeError: an adapter holds NaN or Inf, or a merged weight does not fit in the dtype.
+        MergeError: an adapter holds NaN or Inf, or a merged weight does not fit in the dtype; or ``base``, ``original``
+            and ``requantize`` do not fit, as :func:`lorafx.merge` says (and CheckpointError, QuantizationError).
         ParityError: (b) or (c) failed; says where and by how much.
         ExportError: the graph cannot be expressed in ONNX, or not in this dtype, or the file cannot be written.
     """
+    check_format(weight_format)
     run = Run(progress)
     options = Options(
         verify,
@@ -117,10 +148,19 @@ def merge_and_export(
         atol,
         rtol,
         step=_capture_step(gm, keep_loss, run) if kv_cache else None,
+        weight_format=weight_format,
     )
     with run.phase("merge"):
-        merged, folds = merge_lazily(gm)
-    return export_graph(gm, merged, folds, path, run, options)
+        chosen = choose_base(gm, base, original, requantize)
+        merged, folds = merge_lazily(gm, chosen)
+    if chosen.is_trained:
+        return export_graph(gm, merged, folds, path, run, options)
+    deviation = None
+    if verify:
+        with run.phase("compare"):
+            deviation = merge_deviation(gm, compute_folds(merged, folds), example_inputs)
+    report = export_graph(gm, merged, folds, path, run, replace(options, to_merged=True))
+    return replace(report, base=f"{base}{', requantized' * requantize}", deviation=deviation)
 
 
 def export_base(
@@ -131,6 +171,7 @@ def export_base(
     example_inputs: ExampleInputs = None,
     opset: int | None = None,
     dtype: torch.dtype | str | None = None,
+    weight_format: WeightFormat = "dense",
     external_data: bool | None = None,
     data_name: str | None = None,
     max_shard_size: int | str | None = None,
@@ -143,6 +184,7 @@ def export_base(
     Raises:
         ParityError, ExportError: as :func:`merge_and_export`.
     """
+    check_format(weight_format)
     run = Run(progress)
     options = Options(
         verify,
@@ -154,6 +196,7 @@ def export_base(
         parse_size(max_shard_size),
         keep_loss,
         step=_capture_step(gm, keep_loss, run) if kv_cache else None,
+        weight_format=weight_format,
     )
     with run.phase("merge"):
         base = unadapted(gm) if stage(gm) is Stage.INSERTED else gm
@@ -165,7 +208,8 @@ class Options:
     """See :func:`merge_and_export`.
 
     ``no_numbers`` is why (c) is not to be run, if it is not; ``twin`` the graph captured in ``dtype``, if there is one;
-    ``step`` the graph of the model with a cache, if that is to be written.
+    ``step`` the graph of the model with a cache, if that is to be written; ``to_merged`` says that (c) is beside the
+    merged graph.
     """
 
     verify: bool
@@ -181,6 +225,8 @@ class Options:
     no_numbers: str | None = None
     twin: CapturedModule | None = None
     step: CapturedModule | None = None
+    to_merged: bool = False
+    weight_format: WeightFormat = "dense"
 
 
 @dataclass
@@ -244,7 +290,9 @@ def export_graph(
     dims = plain.signature.dims if trained.meta.get("example") is not None else usual_dims(example)
     dtype = precision(graph)
     opset = BFLOAT16_OPSET if options.opset is None and dtype is torch.bfloat16 else options.opset
-    default = TOLERANCES[dtype]
+    packing = plan_packing(plain, source, options.weight_format)
+    refuse_none(options.weight_format, packing.layouts, packing.dense)
+    default = TOLERANCES[read_as(packing, dtype)]
     tolerance = Tolerance(
         default.atol if options.atol is None else options.atol,
         default.rtol if options.rtol is None else options.rtol,
@@ -254,46 +302,69 @@ def export_graph(
     origin = provenance(trained)
     with draft(path, options.data_name) as file:
         with run.phase("translate"):
-            translation = express(graph, example, dims, opset)
+            translation = express(graph, example, dims, opset, packing)
             model = translation.model
+            refuse_none(options.weight_format, translation.packed, translation.dense)
         warnings = [f"{place} came out fixed: the file takes this size only" for place in translation.fixed]
         warnings += [
             f"dimension {dim} of '{name}' is fixed at {size}: the model's code was traced for that size only"
             for name, sizes in graph.signature.fixed.items()
             for dim, size in sizes.items()
         ]
+        warnings += dense_notes(translation.dense)
         with run.phase("write") as done:
             fill(translation.weights, translation.folded, source)
-            weights = {*translation.weights.values(), *(f.value for f in translation.folded)}
-            file.write(model, options.external_data, done, weights, options.limit)
+            requantized = fill_packed(translation.packed, source)
+            file.write(model, options.external_data, done, translation.values, options.limit)
             file.check()
         bytes_changed, rounding = _changes(translation, folds, source)
+        if translation.packed:
+            checks["packed"] = describe_packing(translation.packed)
+        if requantized:
+            checks["requantized"] = describe_errors(requantized)
         checks["onnx.checker"] = "passed, with shape inference"
         if options.verify:
             with run.phase("compare") as done:
                 base = callable_as_file(unadapted(trained) if stage(trained) is Stage.INSERTED else trained)
+                base_packing = plan_packing(base, partial(get_path, base), options.weight_format).only(packing.layouts)
                 # A translation does not depend on weights, so that of an equal graph need not be repeated.
-                twin = structure(base) == structure(plain)
-                reference = model if twin else express(converted(base), example, dims, opset).model
+                twin = structure(base) == structure(plain) and base_packing.layouts == packing.layouts
+                reference = model if twin else express(converted(base), example, dims, opset, base_packing).model
                 loaded = ir.load(file.path)
                 apart = [site.name for site in sites(trained) if site.apart]
                 difference = check_graph(loaded, reference, apart)
                 count = check_weights(loaded, model)
                 origin["base_sha256"] = digest(
-                    (name, t) for name, t in base.state_dict().items() if name in translation.weights
+                    (name, t) for name, t in base.state_dict().items() if name in translation.names
                 )
                 if options.no_numbers is None:
                     unmerged = inference(trained, keep_loss=options.keep_loss)
+                    exact, name = unmerged, "unmerged"
+                    wide = None if graph is plain else torch.float32
+                    if options.to_merged:
+                        beside = compute_folds(written, folds, wide)
+                        exact, name = inference(beside, keep_loss=options.keep_loss), "merged"
+                    if requantized:  # the file is held to its own values; how far they lead away is measured
+                        beside = compute_folds(written, folds, wide)
+                        for packed, value in dequantized(translation.packed, source):
+                            stored = get_path(beside, packed)
+                            rebind(beside, stored, value.to(stored.device, wide or stored.dtype))
+                        exact, name = inference(beside, keep_loss=options.keep_loss), "requantized"
                     if graph is not plain:  # the torch graph in float32 or better, whatever the file is in
-                        unmerged, inputs = widen_graph(unmerged), {n: widen_tensor(t) for n, t in inputs.items()}
+                        exact, unmerged = widen_graph(exact), widen_graph(unmerged)
+                        inputs = {n: widen_tensor(t) for n, t in inputs.items()}
                     if step is None:
                         cases = make_cases(inputs, translation.dims, plain.signature.ranges)
-                        parity, note = check_numbers(file.path, unmerged, dtype, cases, tolerance, done)
+                        parity, note = check_numbers(file.path, exact, dtype, cases, tolerance, done, name)
                         checks["same numbers"] = f"{sum(p.refused is None for p in parity)} runs agree with torch"
+                        if requantized:
+                            checks["same numbers"] += " on the requantized weights"
+                            anything = Tolerance(math.inf, 0.0)
+                            parity += check_numbers(file.path, unmerged, dtype, cases, anything, done)[0]
                     else:
                         given = flat_example(unmerged.signature, trained.meta.get("example"), options.example_inputs)
                         prompts = make_prompts(given, longest_sequence(trained))
-                        parity, agreed, note = check_generation(file.path, unmerged, dtype, prompts, tolerance, done)
+                        parity, agreed, note = check_generation(file.path, exact, dtype, prompts, tolerance, done, name)
                         checks["same tokens"] = agreed
                     if note is not None:
                         checks["not run"] = note
@@ -331,6 +402,7 @@ def export_graph(
         bytes_changed=bytes_changed,
         rounding=rounding,
         provenance=origin,
+        requantized=requantized,
     )
 
 
@@ -347,6 +419,7 @@ def _changes(
     """How many bytes of the file adapters changed, and what rounding did to each weight that was folded."""
     new = {id(value) for value in folds.values()}
     changed = {value for name, value in translation.weights.items() if id(source(name)) in new}
+    changed |= {v for name, weight in translation.packed.items() if id(source(name)) in new for v in weight.values}
     rows = []
     for name, value in translation.weights.items():
         if isinstance(found := source(name), Fold) and value in changed and found.rounding is not None:

@@ -47,6 +47,16 @@ from lorafx.export.adapter_inputs import (
 )
 from lorafx.export.cast import cast_graph
 from lorafx.export.export import BFLOAT16_OPSET, Run, flat_example, usual_dims
+from lorafx.export.pack import (
+    WeightFormat,
+    check_format,
+    dense_notes,
+    describe_packing,
+    fill_packed,
+    plan_packing,
+    read_as,
+    refuse_none,
+)
 from lorafx.export.parity import TOLERANCES, Tolerance, make_cases, precision, run_case
 from lorafx.export.provenance import provenance
 from lorafx.export.report import Parity, parity_lines
@@ -159,6 +169,7 @@ def export_tasks(
     example_inputs: ExampleInputs = None,
     opset: int | None = None,
     dtype: torch.dtype | None = None,
+    weight_format: WeightFormat = "dense",
     external_data: bool | None = None,
     limit: int | None = None,
     progress: Callable[[str, float], None] | None = None,
@@ -170,6 +181,12 @@ def export_tasks(
     """
     run = Run(progress)
     _refuse(gm, tasks, naming)
+    check_format(weight_format)
+    if weight_format == "nbits":
+        raise ExportError(
+            "weight_format='nbits' quantizes the base once more, to other values than those that adapters were trained "
+            "on: 'bnb4' keeps an nf4 base as it is; or merge an adapter first (merge_and_export)"
+        )
     target = Path(os.path.realpath(path))
     with run.phase("merge"):
         plain = inference(unadapted(gm) if adapters(gm) else gm)
@@ -183,22 +200,28 @@ def export_tasks(
     dims = plain.signature.dims if gm.meta.get("example") is not None else usual_dims(example)
     kind = precision(graph)
     opset = BFLOAT16_OPSET if opset is None and kind is torch.bfloat16 else opset
-    tolerance = TOLERANCES[kind]
 
     def source(name: str) -> Tensor:
         tensor: Tensor = get_path(plain, name)
         return tensor
 
+    packing = plan_packing(plain, source, weight_format)
+    own = {id(get_path(graph, name)) for name in inputs.whole}
+    own_names = {name for name in packing.layouts if id(get_path(graph, name)) in own}
+    packing = packing.without(own_names, "an adapter has a version of its own, which is an input")
+    refuse_none(weight_format, packing.layouts, packing.dense)
+    tolerance = TOLERANCES[read_as(packing, kind)]
     with draft(path) as file:
         with run.phase("translate"):
-            translation = translate(graph, example, dims, opset)
+            translation = translate(graph, example, dims, opset, packing)
+            refuse_none(weight_format, translation.packed, translation.dense)
             model = translation.model
             required = {str(v.name): str(v.shape) for v in model.graph.inputs}
             whole = insert_inputs(translation, graph, inputs)
         with run.phase("write") as done:
             fill(translation.weights, translation.folded, source)
-            weights = {*translation.weights.values(), *(f.value for f in translation.folded)}
-            file.write(model, external_data, done, weights, limit)
+            fill_packed(translation.packed, source)
+            file.write(model, external_data, done, translation.values, limit)
             file.check()
             sha256 = hashlib.sha256(file.path.read_bytes()).hexdigest()
             values = {
@@ -211,6 +234,8 @@ def export_tasks(
             }
         stale = _stale(target, files, sha256)
         checks = {"onnx.checker": "passed, with shape inference"}
+        if translation.packed:
+            checks["packed"] = describe_packing(translation.packed)
         parity: dict[str | None, tuple[Parity, ...]] = {}
         if verify:
             with run.phase("compare") as done:
@@ -243,6 +268,7 @@ def export_tasks(
         with run.phase("sync"):
             placed = _commit(file, files, stale)
     warnings = [f"{place} came out fixed: the file takes this size only" for place in translation.fixed]
+    warnings += dense_notes(translation.dense)
     warnings += [_missing(name) for name in _orphans(target, placed, sha256)]
     return MultiReport(
         path=os.fspath(path),

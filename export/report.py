@@ -11,6 +11,7 @@ from typing import Any
 
 from lorafx.checks import format_bytes
 from lorafx.export.write import write_text
+from lorafx.passes.deviation import Deviation
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ class ExportReport:
     comes from, so that the graphs of a base and of all that is merged into it can be the same to the byte;
     ``provenance`` has: lorafx's version, the settings of each adapter, and SHA-256 digests of adapters and (where they
     were checked) of the base's weights (:func:`lorafx.export.provenance.digest`). It names no paths, users or machines.
-    ``bytes_changed`` is the size of those weights in the file that adapters changed.
+    ``bytes_changed`` is the size of those weights in the file that adapters changed. ``requantized`` has for weights
+    that the file holds in int4 how far that is from what it was made of, as norms over its norm.
+    ``base`` is what adapters were folded into. Where that is not what was trained, ``parity`` is beside the merged
+    torch graph, and ``deviation`` tells how far that one is from the unmerged one (None: not checked).
     """
 
     path: str
@@ -106,6 +110,9 @@ class ExportReport:
     bytes_changed: int = 0
     rounding: tuple[TensorRounding, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    requantized: Mapping[str, float] = field(default_factory=dict)
+    base: str = "dequantized"
+    deviation: Deviation | None = None
 
     @property
     def data_path(self) -> str | None:
@@ -114,7 +121,7 @@ class ExportReport:
 
     @property
     def max_abs(self) -> float:
-        """The largest absolute difference seen between torch's unmerged graph and ONNX Runtime."""
+        """The largest absolute difference seen between torch's graph and ONNX Runtime."""
         return max((o.max_abs for p in self.parity for o in p.outputs), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,6 +149,7 @@ class ExportReport:
             f"inputs       {', '.join(f'{name} {shape}' for name, shape in self.inputs.items())}",
             f"outputs      {', '.join(self.outputs)}",
             *self._changes(),
+            *self._base(),
             *(f"{name:<12} {result}" for name, result in self.checks.items()),
         ]
         if self.parity:
@@ -162,6 +170,12 @@ class ExportReport:
             f"{min(r.survived for r in self.rounding):.2%} of each change survived. Worst: {worst.weight}, off by "
             f"{worst.largest:.2g} at most, {worst.relative:.2g} of the change's norm"
         ]
+
+    def _base(self) -> list[str]:
+        if self.base == "dequantized":
+            return []
+        found = "not compared (verify=False)" if self.deviation is None else str(self.deviation)
+        return [f"merged into  {self.base}; by design, beside the unmerged graph: {found}"]
 
     def _tolerance(self) -> str:
         return (

@@ -17,7 +17,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -29,6 +29,7 @@ from torch.fx import Graph, GraphModule
 
 from lorafx.errors import ExportError
 from lorafx.export.names import all_values, call_as_module, name_dimensions, name_values, read_call
+from lorafx.export.pack import DENSE, PackedWeight, Plan, pack_weights
 from lorafx.export.program import make_program
 from lorafx.export.repeat import CALL, drop_repeats, find_repeats, number_calls, unroll
 from lorafx.export.weights import Folded, fold_weights
@@ -43,7 +44,8 @@ class Translation:
 
     ``weights`` maps the names in the state dict to the values that stand for them, ``folded`` are
     the initializers that are made from weights. ``dims`` names each input's dynamic
-    dimensions. ``fixed`` lists the dimensions that the graph has dynamic and the model has not.
+    dimensions. ``fixed`` lists the dimensions that the graph has dynamic and the model has not. ``packed`` are the
+    weights that the model holds packed, which ``weights`` has not; ``dense`` is why other quantized ones are not.
     """
 
     model: ir.Model
@@ -51,6 +53,19 @@ class Translation:
     folded: tuple[Folded, ...]
     dims: Mapping[str, Mapping[int, str]]
     fixed: tuple[str, ...]
+    packed: Mapping[str, PackedWeight] = field(default_factory=dict)
+    dense: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names in the state dict of all weights that the model holds, in whatever form."""
+        return frozenset((*self.weights, *self.packed))
+
+    @property
+    def values(self) -> frozenset[ir.Value]:
+        """What stands for weights, or is made from them; initializers are among these."""
+        operands = (value for weight in self.packed.values() for value in weight.values)
+        return frozenset((*self.weights.values(), *(f.value for f in self.folded), *operands))
 
 
 def translate(
@@ -58,6 +73,7 @@ def translate(
     example: Mapping[str, Tensor],
     dims: Mapping[str, Mapping[int, str]],
     opset: int | None = None,
+    packing: Plan = DENSE,
 ) -> Translation:
     """Translate a graph that :func:`lorafx.passes.inference.inference` returned.
 
@@ -66,6 +82,7 @@ def translate(
         example: a tensor for each placeholder. Sizes of 1 are traced as 2.
         dims: the name of each dimension that should be dynamic, by placeholder.
         opset: the version of ONNX's operators; None: torch's default.
+        packing: which weights to hold packed.
 
     Raises:
         ExportError: torch cannot express the graph in ONNX (names the operator), or not in this opset.
@@ -75,23 +92,26 @@ def translate(
     with _quiet():
         model = _shortened(gm, flat, example, dims, opset) or _optimized(gm, flat, example, dims, opset)
     folded = fold_weights(model, [v for v in model.graph.initializers.values() if v.name in weights])
-    name_values(model, gm.signature.placeholders, output_names(gm), _tensor_names(gm, folded), _modules(gm, flat))
+    packed, folded, dense = pack_weights(model, folded, packing)
+    operands = {v for p in packed.values() for v in p.values}
+    named = _tensor_names(gm, folded) | {str(v.name) for v in operands}
+    name_values(model, gm.signature.placeholders, output_names(gm), named, _modules(gm, flat))
     symbols: dict[str, str] = {}
     for value in model.graph.inputs:
         roles = dims.get(str(value.name), {})
         symbols |= {symbol: roles[dim] for dim, symbol in _dynamic(value).items() if dim in roles}
     name_dimensions(model, symbols)
     _clean(model)
-    named = {str(v.name): _dynamic(v) for v in model.graph.inputs}
+    dynamic = {str(v.name): _dynamic(v) for v in model.graph.inputs}
     fixed = tuple(
         f"dimension {dim} of '{name}' ({role})"
         for name, roles in dims.items()
         for dim, role in roles.items()
-        if dim not in named.get(name, {})
+        if dim not in dynamic.get(name, {})
     )
     values = (*(v for f in folded for v in f.inputs), *model.graph.initializers.values())
-    held = {str(v.name): v for v in values if v.name in weights}
-    return Translation(model, held, folded, named, fixed)
+    held = {str(v.name): v for v in values if v.name in weights and v not in operands}
+    return Translation(model, held, folded, dynamic, fixed, packed, dense)
 
 
 def structure(gm: CapturedModule) -> str:

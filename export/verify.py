@@ -70,7 +70,9 @@ class Runtime:
     note: str | None = None
 
 
-def open_runtime(path: Path, graph: CapturedModule, dtype: torch.dtype, scratch: Path) -> Runtime:
+def open_runtime(
+    path: Path, graph: CapturedModule, dtype: torch.dtype, scratch: Path, name: str = "unmerged"
+) -> Runtime:
     """Load a file; if there are no kernels for its half precision, its float32 twin.
 
     Args:
@@ -78,25 +80,27 @@ def open_runtime(path: Path, graph: CapturedModule, dtype: torch.dtype, scratch:
         graph: the torch graph, for inference.
         dtype: the precision of the file's weights.
         scratch: where a twin may be written.
+        name: what to call the torch graph.
 
     Raises:
         ExportError: ONNX Runtime cannot run the file, and not for want of half-precision kernels.
     """
     try:
         if dtype is not torch.bfloat16:
-            return Runtime(Session(path, "the file"), graph, "unmerged", lambda tensor: tensor)
+            return Runtime(Session(path, "the file"), graph, name, lambda tensor: tensor)
     except NoKernelError:
         if dtype is not torch.float16:
             raise
     twin = ir.load(path)
     widen_model(twin)
-    write_model(twin, scratch / "twin.onnx", external_data=True)
+    outside = [v for v in twin.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)]
+    write_model(twin, scratch / "twin.onnx", external_data=True, weights=outside)
     note = (
         f"the file itself: ONNX Runtime's CPU provider has no {str(dtype).removeprefix('torch.')}; its "
         "float32 twin ran, with the same nodes and exactly the same weights, beside torch in float32"
     )
     session = Session(scratch / "twin.onnx", "its float32 twin")
-    return Runtime(session, widen_graph(graph), "unmerged, in float32", widen_tensor, note)
+    return Runtime(session, widen_graph(graph), f"{name}, in float32", widen_tensor, note)
 
 
 def check_numbers(
@@ -106,8 +110,11 @@ def check_numbers(
     cases: Sequence[Case],
     tolerance: Tolerance,
     progress: Callable[[float], None],
+    name: str = "unmerged",
 ) -> tuple[tuple[Parity, ...], str | None]:
     """Run ONNX Runtime and torch on each case; returns the runs, and a note where a twin was run.
+
+    ``name`` is what to call the torch graph.
 
     Raises:
         ParityError: an output is further off than the tolerance allows.
@@ -115,7 +122,7 @@ def check_numbers(
     names = output_names(graph)
     rows: list[Parity] = []
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        runtime = open_runtime(path, graph, dtype, Path(scratch))
+        runtime = open_runtime(path, graph, dtype, Path(scratch), name)
         for index, case in enumerate(cases):
             row = run_case(case, names, runtime.session, runtime.graph, runtime.reference, tolerance, runtime.prepare)
             if not row.passed:

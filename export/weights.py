@@ -23,6 +23,7 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
+from lorafx.bases.tensor import QuantizedTensor
 from lorafx.passes.fold import Fold, one_thread, round_once
 
 #: Above this many elements, an operator other than Transpose is left to the runtime, and so is a
@@ -104,7 +105,7 @@ class Stored:
 
     def panels(self, order: Sequence[int] | None = None) -> Iterator[Tensor]:
         """The tensor with its dimensions in this order, in contiguous pieces in the order in which memory holds it."""
-        tensor = self.tensor
+        tensor = self.tensor.dequantize() if isinstance(self.tensor, QuantizedTensor) else self.tensor
         if order is None and tensor.is_contiguous():
             flat, step = tensor.reshape(-1), max(1, PIECE // tensor.itemsize)
             for start in range(0, flat.numel(), step):

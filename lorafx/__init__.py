@@ -56,6 +56,7 @@ from lorafx.inspection.report import Inspection
 from lorafx.ir import Site, sites
 from lorafx.multi import export_multi
 from lorafx.passes.allocate import Allocation, allocate_ranks, with_ranks
+from lorafx.passes.deviation import Deviation, merge_deviation
 from lorafx.passes.explain import Explanation, explain
 from lorafx.passes.initialize import initialize
 from lorafx.passes.lower import lower
@@ -76,6 +77,7 @@ __all__ = [
     "Allocation",
     "CaptureError",
     "CheckpointError",
+    "Deviation",
     "Explanation",
     "ExportError",
     "ExportReport",
@@ -125,6 +127,7 @@ __all__ = [
     "lower",
     "merge",
     "merge_and_export",
+    "merge_deviation",
     "merge_onnx",
     "merged_state_dict",
     "plan",

@@ -56,8 +56,9 @@ def adapter_config(
     spec = _targeting(spec, adapted, base_modules(gm), trained_modules(gm, adapter))
     rows = {t.name: list(t.sites[0].rows or ()) for t in found if t.form == "tokens"}
     started = find_init(spec.init)
-    if started is not None and (started.changes_base or started.by_data):
-        # What changed the base is written as a plain adapter of the original; and nobody needs the data again.
+    if started is not None and (started.changes_base or started.by_data) and not started.rounds:
+        # What changed the base is written as a plain adapter of the original; and nobody needs the data again. LoftQ's
+        # is relative to the base that it has stored, which the config says how to make.
         spec = replace(spec, init=VARIANTS[spec.variant].inits[0])
     if any(t.form == "parameter" for t in found) and not any(s.dropout for s in adapter.sites):
         spec = replace(spec, dropout=0.0)  # which PEFT refuses for parameters, even if it could not do anything
@@ -92,7 +93,9 @@ def _common(specs: Sequence[LoraSpec], metadata: Mapping[str, Any]) -> LoraSpec:
     first, *others = specs
     if not others:
         return first
-    differing = [f for f in _COMMON_FIELDS if any(getattr(o, f) != getattr(first, f) for o in others)]
+    started = find_init(first.init)
+    fields = (*_COMMON_FIELDS, "base") if started is not None and started.rounds else _COMMON_FIELDS
+    differing = [f for f in fields if any(getattr(o, f) != getattr(first, f) for o in others)]
     noted: dict[str, Any] = {}
     for spec in specs:
         for key, value in spec.metadata.items():

@@ -37,6 +37,7 @@ from lorafx.passes.insert import Insert, copy_called_modules, train_only
 from lorafx.passes.match import match
 from lorafx.passes.merge import folded_tensors, forget_folded, remove_adapter
 from lorafx.passes.merge import merge as merged
+from lorafx.passes.merge_base import Original, choose_base
 from lorafx.spec import SpecLike, as_specs
 
 T = TypeVar("T")
@@ -239,7 +240,15 @@ def rename_adapter(gm: CapturedModule, name: str, new: str) -> None:
     switch(gm, tuple(new if n == name else n for n in running), rows)
 
 
-def merge(gm: CapturedModule, adapters: str | Sequence[str] | None = None, *, inplace: bool = False) -> CapturedModule:
+def merge(
+    gm: CapturedModule,
+    adapters: str | Sequence[str] | None = None,
+    *,
+    inplace: bool = False,
+    base: str = "dequantized",
+    original: Original | None = None,
+    requantize: bool = False,
+) -> CapturedModule:
     """Fold adapters (None: the active ones) into the weights.
 
     Each weight is computed in float32 or better (float64 over a float32 base) and rounded once to its dtype.
@@ -251,18 +260,40 @@ def merge(gm: CapturedModule, adapters: str | Sequence[str] | None = None, *, in
             ``gm`` as it is. True lets ``gm`` itself compute with the merged weights. The base's own weights, which
             the user's model shares, are kept: :func:`unmerge` goes back to them, bit for bit. Active adapters
             that are not merged stay active on top.
+        base: of a quantized base, ``"dequantized"``: fold into the values that it reads as, on which the adapters were
+            trained; the result is dense. ``"original"``: fold into the weights that it was quantized from, in the
+            dtype that the graph has. The adapters never saw these, which may be better or worse for them. What the
+            graph has dense stays the graph's; weights without adapters become the original's too, in its memory.
+            DoRA's gain stays the trained one, ``m / ||W_quantized + s B A||``, so that an adapter that has learned
+            nothing gives the original back; what a start took from the quantized weight (PiSSA) is not taken from it.
+        original: those weights, by the graph's names: the folder of a checkpoint in safetensors, which is mapped into
+            memory; tensors by name; or the module that ``gm`` was made from. Other tensors in it are ignored.
+        requantize: store what was folded into quantized weights in their format again, with its settings: the merged
+            graph is as small as the base. The weight is rounded to the graph's dtype first, and one is dense at a time.
+
+        :func:`lorafx.merge_deviation` tells for each choice how far the merged graph is from the unmerged one.
 
     Returns:
         The merged graph; with ``inplace``, ``gm``.
 
     Raises:
         MergeError: an adapter is merged in place already, holds NaN or Inf (the site is named), or with ``inplace``
-            has a weight to be kept apart from another use.
+            has a weight to be kept apart from another use; a result overflows its dtype; ``original`` is missing,
+            given without ``base="original"`` or does not fit (what does not is listed); nothing is quantized where
+            ``base`` or ``requantize`` say what to do with it; or they are given with ``inplace``.
+        CheckpointError: the original's files are missing or damaged.
+        QuantizationError: a weight that is to be quantized again holds NaN or Inf, which the original has.
         AdapterError: there is no such adapter, or they cannot be active together.
         PassError: the graph has no adapters (any more). Nothing is changed.
     """
     if not inplace:
-        return merged(gm, None if adapters is None else _names(adapters))
+        names = None if adapters is None else _names(adapters)
+        return merged(gm, names, choose_base(gm, base, original, requantize))
+    if (base, original, requantize) != ("dequantized", None, False):
+        raise MergeError(
+            "inplace=True keeps the base, which unmerge(gm) goes back to and other adapters build on: base, original "
+            "and requantize are for merge(gm), which makes a graph of its own"
+        )
     _refuse_disabled(gm)
     chosen = tuple(gm.meta.get("active", ())) if adapters is None else _names(adapters)
     if not chosen:

@@ -14,6 +14,7 @@ from lorafx.ir import Stage, format_graph, stage
 from lorafx.passes.capture import capture
 from lorafx.passes.example import ExampleInputs
 from lorafx.passes.insert import Insert, trained_base
+from lorafx.passes.loftq import loftq
 from lorafx.passes.lower import check_backend, lower
 from lorafx.passes.match import match, warn_of_frozen_heads
 from lorafx.passes.plan import Plan, make_plan
@@ -45,7 +46,7 @@ def apply(
 
     Returns:
         A ``torch.fx.GraphModule`` whose outputs equal the model's bit for bit (with a quantized base, those of the
-        model with the weights that the format keeps), in which only adapter
+        model with the weights that the format keeps; by ``init="loftq"`` nearer to the model's), in which only adapter
         parameters (and ``modules_to_save``, ``bias``) require gradients.
 
     Raises:
@@ -61,8 +62,9 @@ def apply(
     choices = match(gm, specs)
     warn_of_frozen_heads(gm, choices)
     with torch.inference_mode(False):
+        factors = loftq(gm, choices)
         quantize_sites(gm, choices)
-        Insert(choices, specs, generator)(gm)
+        Insert(choices, specs, generator, factors=factors)(gm)
     lower(gm, backend)
     return gm
 

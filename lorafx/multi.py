@@ -16,6 +16,7 @@ from lorafx.adapters import add_adapter
 from lorafx.errors import AdapterError
 from lorafx.export.cast import file_dtype
 from lorafx.export.multi import MultiReport, Naming, export_tasks
+from lorafx.export.pack import WeightFormat
 from lorafx.export.write import parse_size
 from lorafx.graph import CapturedModule, share
 from lorafx.ir import adapters as adapters_of
@@ -34,6 +35,7 @@ def export_multi(
     example_inputs: ExampleInputs = None,
     opset: int | None = None,
     dtype: torch.dtype | str | None = None,
+    weight_format: WeightFormat = "dense",
     external_data: bool | None = None,
     max_shard_size: int | str | None = None,
     progress: Callable[[str, float], None] | None = None,
@@ -59,6 +61,8 @@ def export_multi(
         naming: ``"genai"`` names the inputs as onnxruntime-genai's model builder does; it has no names for gains.
         verify: hold ONNX Runtime's outputs to torch's, without an adapter and with each, at several sizes.
         dtype: the floating weights' in the files, adapters' included, each rounded once; None: the model's.
+        weight_format: ``"bnb4"`` keeps an nf4 base in 4 bits, as in :func:`lorafx.merge_and_export`; layers that an
+            adapter has a version of its own of are dense. (``"nbits"`` would be another base than the adapters'.)
         example_inputs, opset, external_data, max_shard_size, progress: as for :func:`lorafx.merge_and_export`.
 
     Raises:
@@ -101,6 +105,7 @@ def export_multi(
         example_inputs=example_inputs,
         opset=opset,
         dtype=wanted,
+        weight_format=weight_format,
         external_data=external_data,
         limit=limit,
         progress=progress,

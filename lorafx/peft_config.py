@@ -96,17 +96,64 @@ class Method:
 _INITS = ("gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga")
 _FAST_PISSA = re.compile(r"pissa_niter_\d+")
 
+#: LoftQ's ``loftq_bits``, by the base format that has them, and what PEFT's ``LoftQConfig`` has by default.
+_LOFTQ_BITS: Mapping[str, int] = {"nf4": 4, "int8": 8}
+_LOFTQ_DEFAULTS: Values = {"loftq_bits": 4, "loftq_iter": 1}
+
+
+def _loftq(config: Values) -> Values | None:
+    """The ``loftq_config`` of a config, with PEFT's defaults; None: it asks for another start, and PEFT ignores it."""
+    if str(config.get("init_lora_weights")).lower() != "loftq":
+        return None
+    given = config.get("loftq_config") or {}
+    refuse_unknown("PEFT config: loftq_config", given, _LOFTQ_DEFAULTS)
+    found = {**_LOFTQ_DEFAULTS, **given}
+    allowed = {"loftq_bits": found["loftq_bits"] in _LOFTQ_BITS.values(), "loftq_iter": _is_count(found["loftq_iter"])}
+    for key, expected in {"loftq_bits": "4 or 8", "loftq_iter": "an integer of at least 1"}.items():
+        if not allowed[key]:
+            raise SpecError(
+                f"PEFT config: loftq_config[{key!r}]={found[key]!r} is not supported; supported is {expected}."
+            )
+    return found
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _read_base(value: Any, config: Values) -> str | None:
+    found = _loftq(config)
+    return None if found is None else next(name for name, bits in _LOFTQ_BITS.items() if bits == found["loftq_bits"])
+
+
+def _write_loftq(value: Any, fields: Values) -> Values:
+    name, _, rounds = fields["init"].partition("_")
+    if name != "loftq":
+        return {}
+    if value not in _LOFTQ_BITS:
+        raise SpecError(
+            f"LoraSpec.base={value!r} cannot be written as a PEFT config beside init={fields['init']!r}: PEFT's "
+            f"loftq_bits are those of {' and '.join(map(repr, _LOFTQ_BITS))}."
+        )
+    return {"loftq_bits": _LOFTQ_BITS[value], "loftq_iter": int(rounds or 1)}
+
 
 def _read_init(value: Any, config: Values) -> str:
     name = value.lower() if isinstance(value, str) else value  # PEFT ignores the case too
+    if (quantized := _loftq(config)) is not None:
+        return "loftq" if quantized["loftq_iter"] == 1 else f"loftq_{quantized['loftq_iter']}"
     if name is True:
         return "kaiming"
     if name in _INITS or (isinstance(name, str) and _FAST_PISSA.fullmatch(name)):
         return str(name)
-    allowed = ", ".join(map(repr, (True, *_INITS)))
+    allowed = ", ".join(map(repr, (True, *_INITS, "loftq")))
     raise SpecError(
         f"PEFT config: init_lora_weights={value!r} is not supported; supported are {allowed} and 'pissa_niter_<n>'."
     )
+
+
+def _write_init(value: Any, fields: Values) -> Any:
+    return {"kaiming": True}.get(value, "loftq" if value.startswith("loftq") else value)
 
 
 def _default_init(key: str, name: str) -> Translated:
@@ -188,9 +235,7 @@ _LORA: Mapping[str, Translated] = {
     "exclude_modules": Translated("exclude_modules", None),
     "lora_dropout": Translated("dropout", 0.0),
     "use_rslora": Translated("rslora", False),
-    "init_lora_weights": Translated(
-        "init", True, _read_init, lambda value, fields: True if value == "kaiming" else value
-    ),
+    "init_lora_weights": Translated("init", True, _read_init, _write_init),
     "rank_pattern": _pattern("rank_pattern"),
     "alpha_pattern": _pattern("alpha_pattern"),
     "bias": Translated("bias", "none"),
@@ -204,7 +249,6 @@ _LORA: Mapping[str, Translated] = {
 _LORA_UNSUPPORTED: Values = {
     "megatron_config": None,
     "megatron_core": "megatron.core",
-    "loftq_config": {},
     "corda_config": None,
     "velora_config": None,
     "alora_invocation_tokens": None,
@@ -228,7 +272,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "LORA": Method(
             variants={"lora": {}, "dora": {"use_dora": True}, "lora_bias": {"lora_bias": True}},
             choosing={"use_dora": False, "lora_bias": False},
-            translated=_LORA,
+            translated={**_LORA, "loftq_config": Translated("base", {}, _read_base, _write_loftq)},
             starts=_STARTS,
             # The last two were written by PEFT before 0.3 and are gone since; adapters with them are still in use.
             unsupported={**_LORA_UNSUPPORTED, "enable_lora": None, "merge_weights": False},
@@ -253,7 +297,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             },
             starts=_STARTS,
             ignored={"r": 8, "use_rslora": False, "alpha_pattern": {}},
-            unsupported={**_LORA_UNSUPPORTED, "use_dora": False, "lora_bias": False, "ensure_weight_tying": False},
+            unsupported={
+                **_LORA_UNSUPPORTED,
+                "loftq_config": {},
+                "use_dora": False,
+                "lora_bias": False,
+                "ensure_weight_tying": False,
+            },
         ),
         "VERA": Method(
             variants={"vera": {}},

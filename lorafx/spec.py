@@ -24,6 +24,7 @@ from lorafx.bases import FORMATS
 from lorafx.errors import SpecError
 from lorafx.peft_config import HEADS_OF_TASK, METADATA, fields_from_peft, peft_from_fields
 from lorafx.variants import SELECTABLE, VARIANTS
+from lorafx.variants.inits import find_init
 
 ALL_LINEAR = "all-linear"
 PEFT_CONFIG_NAME = "adapter_config.json"
@@ -70,7 +71,8 @@ class LoraSpec:
         rslora: scale by alpha / sqrt(r) instead of alpha / r.
         variant: name of the adapter kind, one of :data:`lorafx.variants.SELECTABLE`.
         init: how the adapter starts (:mod:`lorafx.variants.inits`); None: the variant's default, for LoRA
-            ``"kaiming"``. The model always starts out unchanged.
+            ``"kaiming"``. The model always starts out unchanged, but by ``"loftq"`` and ``"loftq_<rounds>"``
+            (arXiv 2310.08659), which need a ``base`` and make up for a part of what it loses.
         options: what only this variant has, such as VeRA's ``projection_prng_key``.
         rank_pattern: pattern to r, where it differs. For AdaLoRA, what is left of r there (0: nothing); as in PEFT,
             the scaling stays that of r.
@@ -217,7 +219,8 @@ class LoraSpec:
 
         That is ``LoraConfig``, ``AdaLoraConfig`` or ``VeraConfig``; the key ``peft_type`` says which.
 
-        ``adapter_dtype``, ``tied="untie"`` and ``base`` with its settings have no key there and are left out. Raises
+        ``adapter_dtype``, ``tied="untie"`` and ``base`` with its settings have no key there and are left out; but by
+        ``init="loftq"`` the ``loftq_config`` says which base (4 bits: nf4; 8: int8) and how many rounds. Raises
         :class:`SpecError` for a variant that PEFT does not have, and for other fields that its config has no key for.
         """
         return peft_from_fields(self.to_dict(), LoraSpec(r=self.r, variant=self.variant).to_dict())
@@ -326,6 +329,10 @@ def _check_together(spec: LoraSpec) -> None:
         raise checks.refusal("LoraSpec.layers_pattern", spec.layers_pattern, expected)
     if spec.base is not None:  # a row's width is not known yet
         FORMATS[spec.base].settings(spec.block_size or 0, spec.block_size, spec.double_quant)
+    start = find_init(spec.init)
+    if spec.base is None and start is not None and start.rounds:
+        expected = f"it makes up for what a base format loses; give one (base={' or '.join(map(repr, FORMATS))})"
+        raise checks.refusal("LoraSpec.init", spec.init, expected)
     for setting in ("block_size", "double_quant"):
         if spec.base is None and getattr(spec, setting) is not None:
             expected = f"it is a setting of a base format; give one (base={' or '.join(map(repr, FORMATS))})"

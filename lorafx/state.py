@@ -66,6 +66,13 @@ def save_adapter(
     depends on, and ``tied="untie"``. An adapter of a weight with another use is therefore read back by
     ``apply(model, replace(LoraSpec.from_json(directory), tied="untie"))`` and :func:`load_adapter`.
 
+    Nor is the base that it was trained on there, quantized or not: say ``base`` (and ``block_size``, ``double_quant``)
+    in the same way. By ``init="loftq"`` A and B are relative to the base that it has stored, and the config says
+    ``init_lora_weights="loftq"``, of how many bits and rounds, as PEFT's own files do: ``apply(model, directory)`` on
+    the dense model makes that base again, and a graph with another start refuses the adapter. PEFT, given a model that
+    holds that base already (after one round: the weights quantized as they are), reads it by
+    ``init_lora_weights=True``.
+
     Args:
         gm: a graph from :func:`lorafx.apply`.
         directory: made if it does not exist.
@@ -224,9 +231,15 @@ def _difference(adapter: Adapter, target: Target, spec: LoraSpec) -> str | None:
 
 def _relative_to(site: Site, specs: Sequence[LoraSpec], taken: bool = True) -> str:
     """What a site's update is added to, for people: an initialisation may have taken a part of the weight."""
-    starts = {spec.init: find_init(spec.init) for spec in specs if spec.variant == site.variant}
-    names = [name for name, start in starts.items() if start is not None and start.changes_base and taken]
-    return f"what init={names[0]!r} leaves of it" if names else "the weight itself"
+    for spec in specs:
+        start = find_init(spec.init)
+        if spec.variant != site.variant or start is None:
+            continue
+        if start.rounds:
+            return f"the base that init={spec.init!r} stores as {spec.base}"
+        if start.changes_base and taken:
+            return f"what init={spec.init!r} leaves of it"
+    return "the weight itself"
 
 
 def _other_seed(adapter: Adapter, spec: LoraSpec) -> list[str]:

@@ -22,6 +22,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from lorafx.bases import FORMATS
+from lorafx.bases.ops import describe, packed_rows
+from lorafx.bases.tensor import QuantizedTensor, quantized
 from lorafx.errors import MergeError
 from lorafx.graph import CapturedModule
 from lorafx.ir import Site
@@ -87,8 +90,10 @@ class Rounding:
 class Fold:
     """One weight with the updates of ``sites`` (of one layer, or bare parameter) folded in; computed when asked for.
 
-    ``weight`` is the base's, as it is stored, and is not read before; ``tensors`` are the sites', in the order in which
-    operators take them; ``dtype`` is the result's. While there is a ``rounding``, panels are counted in it.
+    ``weight`` is the base's, as it is stored, and is not read before; of one in a base format some rows at a time are
+    dequantised. ``tensors`` are the sites', in the order in which operators take them; ``dtype`` is the result's. While
+    there is a ``rounding``, panels are counted in it. ``trained`` is the weight that the sites were trained on, where
+    it is another one, on the device of their tensors: DoRA's gain ``m / ||W + s B A||`` is worked out from it.
     """
 
     sites: tuple[Site, ...]
@@ -96,6 +101,7 @@ class Fold:
     tensors: tuple[tuple[Tensor, ...], ...]
     dtype: torch.dtype
     rounding: Rounding | None = field(default=None)
+    trained: Tensor | None = None
 
     @classmethod
     def of(cls, gm: CapturedModule, found: Sequence[Site], weight: Tensor, dtype: torch.dtype | None = None) -> Fold:
@@ -120,18 +126,40 @@ class Fold:
         """The stored weight's."""
         return self.weight.shape
 
-    def compute(self) -> Tensor:
-        """The whole weight, in the layout of the base's.
+    @property
+    def device(self) -> torch.device:
+        """The result's."""
+        return (self.weight if self.trained is None else self.trained).device
+
+    def compute(self, order: Sequence[int] | None = None) -> Tensor:
+        """The whole weight, in the layout of the base's, with its dimensions in this order (None: as they are).
 
         Raises:
             MergeError: it overflows its dtype.
         """
-        result = torch.empty(self.shape, dtype=self.dtype, device=self.weight.device)
+        shape = self.shape if order is None else [self.shape[dim] for dim in order]
+        result = torch.empty(shape, dtype=self.dtype, device=self.device)
         flat, start = result.view(-1), 0
-        for panel in self.panels():
+        for panel in self.panels(order):
             flat[start : start + panel.numel()].copy_(panel.reshape(-1))
             start += panel.numel()
         return result
+
+    def requantize(self, like: QuantizedTensor) -> QuantizedTensor:
+        """The weight, rounded to its dtype, in the format of ``like`` with its settings. Meanwhile it is held dense.
+
+        Raises:
+            MergeError: as :meth:`compute`.
+            QuantizationError: it has NaN or Inf, which come from ``weight``.
+        """
+        packed, dims = like.packed, range(len(self.shape))
+        again = FORMATS[packed.format].quantize(
+            self.compute((*dims[:-2], dims[-1], dims[-2]) if like.turned else None),
+            block_size=packed.block_size,
+            double_quant=packed.double_quant,
+            where=f"'{self.sites[0].weight}' with its adapters merged",
+        )
+        return QuantizedTensor(again, like.turned)
 
     def panels(self, order: Sequence[int] | None = None) -> Iterator[Tensor]:
         """The weight in pieces, contiguous and in the order in which memory holds it.
@@ -176,26 +204,28 @@ class Fold:
         """``TILE`` rows of a matrix of the stack, or columns, transposed; from the one with this number on."""
         height, width = matrix.shape[-2:]
         long, short = (height, width) if turned else (width, height)
-        panel = matrix.new_empty((min(TILE, short - first), long), dtype=self.dtype)
+        panel = torch.empty((min(TILE, short - first), long), dtype=self.dtype, device=self.device)
         mine = slice(first, min(first + TILE, short))
+        strip = None if turned else _rows(matrix, index, mine)
         for start in range(0, long, TILE):
             other = slice(start, min(start + TILE, long))
-            if turned:
-                panel[:, other] = self._tile(matrix, changes, index, other, mine, counted).t()
+            if strip is None:
+                base = _rows(matrix, index, other)[:, mine]
+                panel[:, other] = self._tile(base, changes, index, other, mine, counted).t()
             else:
-                panel[:, other] = self._tile(matrix, changes, index, mine, other, counted)
+                panel[:, other] = self._tile(strip[:, other], changes, index, mine, other, counted)
         return panel
 
     def _tile(
         self,
-        matrix: Tensor,
+        stored_base: Tensor,
         changes: list[tuple[Update, Tensor | None]],
         index: tuple[int, ...],
         rows: slice,
         columns: slice,
         counted: Rounding,
     ) -> Tensor:
-        base = matrix[index][rows, columns].to(self._wide)
+        base = stored_base.to(self.device, self._wide)
         parts = [_part(update, where, index, rows, columns) for update, where in changes]
         exact = add_updates(base, [part for part in parts if part is not None])
         stored = round_once(exact, self.dtype)
@@ -224,7 +254,8 @@ class Fold:
             part = matrix if rows is None else matrix.index_select(-2, rows)
             if VARIANTS[site.variant].scales_rows:
                 if site.rows is None:
-                    changes.append((scaled_rows(site, part, tensors, self._wide), rows))
+                    trained = part if self.trained is None else STORAGE[site.kind].matrix(self.trained)
+                    changes.append((scaled_rows(site, trained, tensors, self._wide), rows))
                     continue
                 part = part.to(self._wide)  # single rows of an embedding, trained whole
             wide = [t.to(self._wide) for t in tensors]
@@ -245,11 +276,25 @@ def scaled_rows(site: Site, matrix: Tensor, tensors: Sequence[Tensor], wide: tor
     for first in range(0, max(1, matrix.shape[-2]), TILE):
         count = min(TILE, matrix.shape[-2] - first)
         mine = {n: t.narrow(along[n], first, count) if n in along else t for n, t in given.items()}
-        rows = matrix.narrow(-2, first, count).double().contiguous()  # what a sum rounds to depends on the layout
+        rows = _rows(matrix, (), slice(first, first + count))
+        rows = rows.double().contiguous()  # what a sum rounds to depends on the layout
         parts.append(variant.update(rows, mine, site.scaling))
     gains = [part.gain for part in parts if part.gain is not None]
     left = torch.cat([part.unscaled for part in parts], -2)
     return Update(left.to(wide), parts[0].right.to(wide), torch.cat(gains, -1).to(wide), scaling=site.scaling)
+
+
+def _rows(matrix: Tensor, index: tuple[int, ...], rows: slice) -> Tensor:
+    """Some rows of a matrix of the stack, or with an empty index of each; of a packed one only they are dequantised."""
+    packed = quantized(matrix)
+    if packed is None or len(index) != matrix.dim() - 2:
+        return matrix[index][..., rows, :]
+    first = 0
+    for i, size in zip(index, matrix.shape, strict=False):
+        first = first * size + i
+    first *= matrix.shape[-2]
+    found: Tensor = packed_rows(*describe(packed), first + rows.start, first + rows.stop)
+    return found
 
 
 def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:

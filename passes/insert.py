@@ -7,8 +7,8 @@ What trains beside them is a copy: of ``modules_to_save`` and of the biases aske
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -26,6 +26,7 @@ from lorafx.passes.samples import refuse_changed, sample
 from lorafx.spec import LoraSpec, matches
 from lorafx.variants import VARIANTS
 from lorafx.variants.base import Start, StartRequest
+from lorafx.variants.inits import find_init
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Insert(Pass):
     """Add an adapter to the chosen layers of a graph, in place.
 
     Options: ``choices`` from :func:`~lorafx.passes.match.match`; ``specs`` they were made with;
-    ``generator`` for the initial values (None: torch's global one); ``adapter``, its name. With ``alone`` it is the
+    ``generator`` for the initial values (None: torch's global one); ``adapter``, its name; ``factors``, A and B of the
+    sites, by name, that :func:`~lorafx.passes.loftq.loftq` has told. With ``alone`` it is the
     active one afterwards, and nothing else requires gradients; otherwise what is active and what trains stays.
     """
 
@@ -42,6 +44,7 @@ class Insert(Pass):
     generator: torch.Generator | None = None
     adapter: str = "default"
     alone: bool = True
+    factors: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     name: ClassVar[str] = "insert"
     requires: ClassVar[frozenset[Stage]] = frozenset(Stage)
@@ -53,7 +56,8 @@ class Insert(Pass):
         adapter = Adapter(self.adapter, self.specs, tuple(site for _, site, _ in chosen), trained)
         for site in adapter.sites:
             refuse_changed(gm, site)
-        starts = [start_values(gm, site, spec, self.generator) for _, site, spec in chosen]
+        _refuse_untold((site, spec) for _, site, spec in chosen if site.name not in self.factors)
+        starts = [start_values(gm, site, spec, self.generator, self.factors.get(site.name)) for _, site, spec in chosen]
         shared = _shared(gm, [(site, spec) for _, site, spec in chosen], adapter)
         active, by_row = gm.meta.get("active", ()), gm.meta.get("by_row", False)
         deactivate(gm)  # from here on nothing raises
@@ -79,6 +83,16 @@ class Insert(Pass):
             activate(gm, active, by_row)
         skipped = tuple((c.candidate.name, c.reason) for c in self.choices if c.site is None)
         return PassResult(gm, len(chosen), skipped)
+
+
+def _refuse_untold(chosen: Iterable[tuple[Site, LoraSpec]]) -> None:
+    for site, spec in chosen:
+        init = find_init(spec.init)
+        if init is not None and init.rounds:
+            raise MatchError(
+                f"site '{site.name}': init={spec.init!r} stores the dense weight anew, as only lorafx.apply does, "
+                "before there are adapters. Start this one otherwise, or apply the spec to the model"
+            )
 
 
 def put_adapter(gm: CapturedModule, adapter: Adapter, tensors: Mapping[str, Tensor]) -> None:

@@ -9,14 +9,15 @@ and everything else is shared with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from lorafx.bases.tensor import QuantizedTensor
 from lorafx.errors import MergeError, PassError
 from lorafx.graph import (
     CapturedModule,
@@ -41,6 +42,7 @@ from lorafx.ir import (
     active_adapters,
     active_layers,
     adapters,
+    find_adapter,
     format_graph,
     layer_nodes,
     sites,
@@ -50,7 +52,10 @@ from lorafx.passes.activate import activate, deactivate
 from lorafx.passes.base import Pass, PassResult
 from lorafx.passes.fold import Fold, round_once
 from lorafx.passes.layers import find_operands, readers
+from lorafx.passes.merge_base import MergeBase
+from lorafx.passes.residual import FACTORS, plain_factors
 from lorafx.variants import VARIANTS
+from lorafx.variants.inits import find_init
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,14 @@ class Merge(Pass):
     """Take all adapters away from a copy of the graph, which no further training of this one changes.
 
     ``fold=True`` writes into the weights those of ``adapters`` (None: the active ones, and what is merged in
-    place); ``fold=False`` gives the base back. ``lazily`` leaves the base's weights where they are, and in
-    ``meta["folds"]`` what is to take their place, by name.
+    place) as ``base`` says; ``fold=False`` gives the base back. ``lazily`` leaves the base's weights where they are,
+    and in ``meta["folds"]`` what is to take their place, by name; but weights that are quantised again are so at once.
     """
 
     fold: bool = True
     adapters: tuple[str, ...] | None = None
     lazily: bool = False
+    base: MergeBase = field(default_factory=MergeBase)
 
     name: ClassVar[str] = "merge"
     requires: ClassVar[frozenset[Stage]] = frozenset({Stage.INSERTED})
@@ -77,11 +83,16 @@ class Merge(Pass):
                 "for all rows: name the adapters to merge, or call set_adapter first"
             )
         result = share(gm)
-        if self.adapters is not None:
+        names = self.adapters
+        if names is None and not self.base.is_trained:  # what is merged in place is so into another base
+            names = (*gm.meta.get("merged", ()), *gm.meta.get("active", ()))
+        if names is not None:
             forget_folded(result)
-            activate(result, self.adapters)
+            activate(result, names)
         layers = active_layers(result) if self.fold else {}
-        values = changed_tensors(result) if self.fold else {}
+        values = changed_tensors(result, self.base) if self.fold else {}
+        apart = {first.name for first, *_ in layers.values() if first.apart}
+        rest = self.base.rest(result, values.keys() - apart) if self.fold else {}
         deactivate(result)
         nodes = layer_nodes(result)
         later: dict[str, Fold | Tensor] = {}
@@ -91,12 +102,23 @@ class Merge(Pass):
                 weight = _blank(value) if self.lazily else _computed(result, first.name, value)
                 name = _write_apart(result, first, nodes[layer], weight)
                 later[name] = value
+        for name, value in values.items():
+            held = get_path(result, name)
+            if isinstance(value, Fold) and self.base.requantize and isinstance(held, QuantizedTensor):
+                made: Tensor = value.requantize(held)
+                later[name] = made
+            elif self.lazily:
+                later[name] = value
+                continue
+            else:
+                made = _computed(result, name, value)
+            rebind(result, held, made)  # under every name: ties stay
         if self.lazily:
-            later |= values
-            result.meta["folds"] = later
+            result.meta["folds"] = later | rest
         else:
-            for name, value in values.items():
-                rebind(result, get_path(result, name), _computed(result, name, value))  # under every name: ties stay
+            for name, value in rest.items():
+                held = get_path(result, name)
+                rebind(result, held, round_once(value.to(held.device), held.dtype))
         forget_folded(result)
         for adapter in adapters(gm).values():
             remove_adapter(result, adapter)
@@ -107,10 +129,13 @@ class Merge(Pass):
         return PassResult(result, len(layers))
 
 
-def merge(gm: CapturedModule, adapters: str | Sequence[str] | None = None) -> CapturedModule:
+def merge(
+    gm: CapturedModule, adapters: str | Sequence[str] | None = None, base: MergeBase | None = None
+) -> CapturedModule:
     """A base-shaped graph whose weights hold the active adapters, or the ones named. ``gm`` is left as it is.
 
-    Each weight is computed in float32 or better (float64 over a float32 base) and rounded once to its
+    ``base`` is what they are folded into (:func:`lorafx.passes.merge_base.choose_base`; None: what was trained). Each
+    weight is computed in float32 or better (float64 over a float32 base) and rounded once to its
     dtype. The merged graph prints as the captured one. (:func:`lorafx.merge` does this and merges in place too.)
 
     Raises:
@@ -119,7 +144,7 @@ def merge(gm: CapturedModule, adapters: str | Sequence[str] | None = None) -> Ca
         PassError: the graph has no adapters (any more).
     """
     names = (adapters,) if isinstance(adapters, str) else adapters
-    return Merge(adapters=None if names is None else tuple(names))(gm).gm
+    return Merge(adapters=None if names is None else tuple(names), base=base or MergeBase())(gm).gm
 
 
 def unadapted(gm: CapturedModule) -> CapturedModule:
@@ -127,22 +152,42 @@ def unadapted(gm: CapturedModule) -> CapturedModule:
     return Merge(fold=False)(gm).gm
 
 
-def merge_lazily(gm: CapturedModule) -> tuple[CapturedModule, dict[str, Fold | Tensor]]:
+def merge_lazily(gm: CapturedModule, base: MergeBase | None = None) -> tuple[CapturedModule, dict[str, Fold | Tensor]]:
     """What :func:`merge` returns, with the weights that adapters change yet to be computed.
 
     Returns:
         A graph that is the merged one but for these weights, which are the base's still (or, of a layer that is kept
-        apart, not filled in); and what stands for them, by their names in it.
+        apart, not filled in); and what stands for them, by their names in it. Those that are quantised again are
+        computed, one at a time, and in the graph.
 
     Raises:
         MergeError, PassError: as :func:`merge`; that a result overflows, only when it is computed.
     """
-    graph = Merge(lazily=True)(gm).gm
+    graph = Merge(lazily=True, base=base or MergeBase())(gm).gm
     folds: dict[str, Fold | Tensor] = graph.meta.pop("folds")
     return graph, folds
 
 
-def changed_tensors(gm: CapturedModule) -> dict[str, Fold | Tensor]:
+def compute_folds(
+    graph: CapturedModule, folds: Mapping[str, Fold | Tensor], dtype: torch.dtype | None = None
+) -> CapturedModule:
+    """The merged graph, from what :func:`merge_lazily` returned; what adapters change in ``dtype`` (None: its own).
+
+    Raises:
+        MergeError: a result overflows its dtype.
+    """
+    result = share(graph)
+    for name, value in folds.items():
+        held = get_path(result, name)
+        if isinstance(value, Fold):
+            made = replace(value, dtype=dtype or value.dtype, rounding=None).compute()
+        else:
+            made = round_once(value.to(held.device), dtype or held.dtype)
+        rebind(result, held, made)
+    return result
+
+
+def changed_tensors(gm: CapturedModule, base: MergeBase | None = None) -> dict[str, Fold | Tensor]:
     """The tensors of the base that the active adapters change, as they make them, by name; weights yet to be computed.
 
     A bias with shifts is the exact sum, in float64, and yet to be rounded.
@@ -160,10 +205,36 @@ def changed_tensors(gm: CapturedModule) -> dict[str, Fold | Tensor]:
             values[name] = get_path(gm, adapter.own_name(name)).detach()
     for found in active_layers(gm).values():
         first = found[0]
-        values[first.name if first.apart else first.weight] = Fold.of(gm, found, _own_or_base(gm, first.weight))
+        fold = Fold.of(gm, found, _own_or_base(gm, first.weight))
+        if base is not None and (original := base.original.get(first.weight)) is not None:
+            fold = _into_original(gm, fold, original)
+        values[first.name if first.apart else first.weight] = fold
         if first.bias is not None and (bias := merged_bias(gm, found)) is not None:
             values[first.bias] = bias
     return values
+
+
+def _into_original(gm: CapturedModule, fold: Fold, original: Tensor) -> Fold:
+    """The same updates on another weight, and as it: what an adapter took from its own at the start is not added.
+
+    What scales rows does so by the factors that were trained.
+    """
+    tensors = []
+    for site, own in zip(fold.sites, fold.tensors, strict=True):
+        adapter = find_adapter(gm, site.adapter)
+        inits = [(spec.init, find_init(spec.init)) for spec in adapter.specs if spec.variant == site.variant]
+        if by_loss := [name for name, init in inits if init is not None and init.rounds]:
+            raise MergeError(
+                f"site '{site.name}': init={by_loss[0]!r} put into the adapter what quantizing the weight lost, and "
+                "the original has not lost it: it would be added twice. Merge with base='dequantized', which is as near"
+            )
+        if site.weight in adapter.residual:
+            given = dict(zip(site.tensors(gm), own, strict=True))
+            given |= zip(FACTORS, plain_factors(gm, adapter, site), strict=True)
+            own = tuple(given.values())
+        tensors.append(own)
+    trained: Tensor = get_path(gm, fold.sites[0].weight)
+    return replace(fold, weight=original, tensors=tuple(tensors), trained=trained.detach())
 
 
 def folded_tensors(gm: CapturedModule) -> dict[str, Tensor]:
@@ -182,8 +253,7 @@ def _computed(gm: CapturedModule, name: str, value: Fold | Tensor) -> Tensor:
 
 def _blank(value: Fold | Tensor) -> Tensor:
     """A tensor in the stead of one yet to be computed. Nobody reads or writes it, so that its pages stay untouched."""
-    dtype, device = (value.dtype, value.weight.device) if isinstance(value, Fold) else (value.dtype, value.device)
-    return torch.empty(value.shape, dtype=dtype, device=device)
+    return torch.empty(value.shape, dtype=value.dtype, device=value.device)
 
 
 def forget_folded(gm: CapturedModule) -> None:

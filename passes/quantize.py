@@ -38,6 +38,11 @@ class Wanted:
     block_size: int | None
     double_quant: bool | None
 
+    @classmethod
+    def by(cls, choice: Choice, spec: LoraSpec) -> Wanted:
+        """What a spec with a ``base`` asks for at a site."""
+        return cls(choice.candidate.kind, str(spec.base), spec.block_size, spec.double_quant)
+
     def store(self, name: str, weight: Tensor) -> Tensor | None:
         """The weight of this name in the format; None if it is that already.
 
@@ -61,6 +66,11 @@ class Wanted:
         )
 
 
+def can_store(choice: Choice) -> bool:
+    """Whether the weight of a choice is of a kind that is quantised, and has no other use."""
+    return choice.candidate.kind in KINDS and not choice.candidate.elsewhere
+
+
 def quantize_sites(gm: CapturedModule, choices: Sequence[Choice]) -> tuple[str, ...]:
     """Store the weights of chosen sites, before an adapter starts there, as their specs ask (``LoraSpec.base``).
 
@@ -76,15 +86,13 @@ def quantize_sites(gm: CapturedModule, choices: Sequence[Choice]) -> tuple[str, 
     wanted: dict[str, Wanted] = {}
     for spec in {id(c.spec): c.spec for c in choices if c.spec is not None and c.spec.base is not None}.values():
         mine = [c for c in choices if c.spec is spec and c.site is not None]
-        fit = [c for c in mine if c.candidate.kind in KINDS and not c.candidate.elsewhere]
+        fit = [c for c in mine if can_store(c)]
         if not fit:
             raise MatchError(
                 f"LoraSpec.base={spec.base!r} is for linear layers and stacks of experts whose weight has no other "
                 f"use, and this spec adapts none: {', '.join(c.candidate.name for c in mine[:4])}. Leave base out"
             )
-        for choice in fit:
-            kept = Wanted(choice.candidate.kind, str(spec.base), spec.block_size, spec.double_quant)
-            wanted[choice.candidate.weight] = kept
+        wanted |= {c.candidate.weight: Wanted.by(c, spec) for c in fit}
     return quantize_weights(gm, wanted)
 
 
@@ -99,11 +107,16 @@ def quantize_weights(gm: CapturedModule, wanted: Mapping[str, Wanted]) -> tuple[
     """
     stored = {name: how.store(name, get_path(gm, name).detach()) for name, how in wanted.items()}
     new = {name: value for name, value in stored.items() if value is not None}
+    put_weights(gm, new)
+    return tuple(new)
+
+
+def put_weights(gm: CapturedModule, new: Mapping[str, Tensor]) -> None:
+    """Let the graph have these weights, by name, instead of those that it has."""
     for name, value in new.items():
         rebind(gm, get_path(gm, name), value)
     known = gm.meta.get("samples", {})
     gm.meta["samples"] = {n: sample(get_path(gm, n)) if n in new else kept for n, kept in known.items()}
-    return tuple(new)
 
 
 def quantize(

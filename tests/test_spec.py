@@ -388,7 +388,7 @@ def test_options_have_pefts_names_and_defaults() -> None:
 
 def test_every_field_is_written_to_peft_or_has_no_key_there() -> None:
     written = {t.field for t in peft_config.METHODS["LORA"].translated.values()} | {"variant", "metadata", "options"}
-    unwritten = {"adapter_dtype", "base", "block_size", "double_quant"}
+    unwritten = {"adapter_dtype", "block_size", "double_quant"}
     assert {f.name for f in dataclasses.fields(LoraSpec)} - written == unwritten
 
 
@@ -559,7 +559,7 @@ def test_ranks_that_adalora_has_kept() -> None:
             {"init_lora_weights": False},
             "init_lora_weights=False is not supported; supported are True, 'gaussian', 'orthogonal', 'pissa',",
         ),
-        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq' is not supported"),
+        ({"init_lora_weights": "corda"}, "init_lora_weights='corda' is not supported"),
         ({"peft_type": "VERA", "init_weights": False}, "init_weights=False is not supported; supported is True"),
         ({"target_modules": None}, "target_modules=None leaves the choice to PEFT"),
         ({"peft_type": "LOHA"}, "peft_type='LOHA' is not supported; supported are 'LORA', 'ADALORA', 'VERA'"),

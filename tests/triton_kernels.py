@@ -10,7 +10,6 @@ from __future__ import annotations
 import runpy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,14 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn import functional as F
 
 import lorafx
-from lorafx.bases import FORMATS
 from lorafx.bases.ops import describe
-from lorafx.bases.tensor import QuantizedTensor, quantized
-from lorafx.kernels.base import Adapters, quantised
-from lorafx.kernels.steps import GradUp, Layer, Upstream
+from lorafx.bases.tensor import quantized
+from lorafx.kernels.base import Adapters
 from lorafx.kernels.triton.device import Device, pretend
 from lorafx.kernels.triton.dropout import Plan, mask, plan
 from lorafx.kernels.triton.grad_down import grad_x
 from lorafx.kernels.triton.launches import Launch
 from lorafx.kernels.triton.ops import arguments, packed_linear
-from lorafx.kernels.triton.provider import TritonProvider
 from lorafx.kernels.triton.row_norm import row_norm
 from lorafx.kernels.triton.tiles import interpreted, recorded
 from lorafx.kernels.triton.traffic import traffic
@@ -40,144 +36,7 @@ from lorafx.kernels.triton.up import up
 from lorafx.kernels.triton.weights import dequantize, stored
 from lorafx.variants.row_norm import compute_norm, compute_squares
 from tolerances import assert_close
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PROVIDER = TritonProvider()
-SCALES = (0.5, -1.3, 2.0, 0.9)
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-
-
-@dataclass(frozen=True)
-class Case:
-    """A group: M rows of k features, siblings with their widths, ranks and dropouts."""
-
-    m: int
-    k: int
-    widths: tuple[int, ...]
-    ranks: tuple[int, ...]
-    p: tuple[float, ...]
-    dtype: torch.dtype
-    adapters: torch.dtype = F32
-    gain: bool = False
-    bias: bool = True
-    transposed: bool = False  # weights stored [k, n], x with a gap between its rows
-    seed: int = 2**40 + 7
-    block_sizes: tuple[int, ...] = ()  # of each weight in NF4, 0 of a dense one; all are dense if there are none
-    double_quant: bool = True
-
-    @property
-    def id(self) -> str:
-        """For the test's name."""
-        base = f"-nf4_{'_'.join(map(str, self.block_sizes))}" if self.block_sizes else ""
-        return f"{self.m}x{self.k}-r{'_'.join(map(str, self.ranks))}-{str(self.dtype)[6:]}{base}"
-
-
-@dataclass
-class Run:
-    """The operands of a case, and what the provider makes of them."""
-
-    case: Case
-    x: Tensor
-    rights: Sequence[Tensor]
-    layers: Sequence[Layer]
-    dys: list[Tensor]
-    adapters: Adapters
-    seed: Tensor
-    s: Tensor = field(init=False)
-    ys: list[Tensor] = field(init=False)
-    ds: Tensor = field(init=False)
-    ups: list[GradUp] = field(init=False)
-    dx: Tensor = field(init=False)
-    drights: list[Tensor] = field(init=False)
-
-    def run(self) -> Run:
-        """Forward and backward, as the autograd function does it."""
-        layers, adapters = self.layers, self.adapters
-        self.s, kept = PROVIDER.down(self.x, self.rights, adapters, self.seed)
-        self.ys = PROVIDER.up(self.x, self.s, layers, adapters)
-        given = zip(self.dys, self.ys, layers, strict=True)
-        upstream = [Upstream(dy, None if la.gain is None else y, la.bias is not None) for dy, y, la in given]
-        self.ds, ups = PROVIDER.grad_up(upstream, self.s, layers, adapters)
-        self.ups = [up for up in ups if up is not None]
-        bases = [up.base for up in self.ups]
-        self.dx = PROVIDER.grad_x(bases, self.weights, self.ds, self.rights, adapters, kept)
-        self.drights = PROVIDER.grad_right(self.x, self.ds, self.rights, adapters, kept)
-        return self
-
-    @property
-    def weights(self) -> list[Tensor]:
-        """Of all layers."""
-        return [layer.weight for layer in self.layers]
-
-    @property
-    def lefts(self) -> list[Tensor]:
-        """Of all adapters: one a layer."""
-        return [left for layer in self.layers for left in layer.lefts]
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        """Everything that was computed."""
-        parts = [t for up in self.ups for t in (*up.dlefts, up.base, up.total, up.dot) if t is not None]
-        return [self.s, *self.ys, self.ds, *parts, self.dx, *self.drights]
-
-
-def make(case: Case) -> Run:
-    """Operands of a case, of size 1 in the sums."""
-    generator = torch.Generator().manual_seed(sum(case.ranks) + case.m)
-
-    def normal(*shape: int, of: torch.dtype = case.dtype, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator) * scale).to(DEVICE, of)
-
-    def weight(i: int, n: int) -> Tensor:
-        shape = (case.k, n) if case.transposed else (n, case.k)
-        held = normal(*shape, scale=case.k**-0.5)
-        block_size = case.block_sizes[i] if case.block_sizes else 0
-        if block_size:
-            packed = FORMATS["nf4"].quantize(held, block_size=block_size, double_quant=case.double_quant)
-            return QuantizedTensor(packed)
-        return held.mT if case.transposed else held
-
-    layers = [
-        Layer(
-            weight(i, n),
-            normal(n) if case.bias else None,
-            1 + normal(n, of=case.adapters, scale=0.1) if case.gain else None,
-            [normal(n, r, of=case.adapters, scale=r**-0.5)],
-            slice(i, i + 1),
-        )
-        for i, (n, r) in enumerate(zip(case.widths, case.ranks, strict=True))
-    ]
-    return Run(
-        case,
-        normal(case.m, case.k + 3)[:, : case.k] if case.transposed else normal(case.m, case.k),
-        [normal(r, case.k, of=case.adapters, scale=case.k**-0.5) for r in case.ranks],
-        layers,
-        [normal(case.m, n) for n in case.widths],
-        Adapters((1,) * len(case.ranks), case.ranks, case.p, SCALES[: len(case.ranks)]),
-        torch.tensor([case.seed], device=DEVICE),
-    )
-
-
-def dense(weight: Tensor) -> Tensor:
-    """Its values, in float64."""
-    return (weight.dequantize() if isinstance(weight, QuantizedTensor) else weight).double()
-
-
-def masks(run: Run) -> list[Tensor]:
-    """``[M, k]`` for each sibling: 0 where dropped, otherwise what an element is multiplied with."""
-    shape = (run.case.m, run.case.k)
-    found = []
-    for branch, p in enumerate(run.case.p):
-        kept = mask(run.seed, branch, p, shape).double() if p else torch.ones(shape, device=DEVICE).double()
-        found.append(kept / (1 - quantised(p)))
-    return found
-
-
-def check(actual: Tensor | None, expected: Tensor, dtype: torch.dtype) -> None:
-    """Within the table's tolerance of one layer in this dtype."""
-    assert actual is not None
-    assert_close("layer", actual.to(dtype), expected.to(dtype))
-
+from triton_cases import BF16, DEVICE, F16, F32, PROVIDER, Case, Run, check, dense, make, masks
 
 CASES = [
     Case(1, 1, (1,), (1,), (0.0,), F32),
@@ -265,15 +124,20 @@ def test_everything_dropped() -> None:
 def test_both_ways_to_multiply(case: Case) -> None:
     """The library's product with the rest added to it, and one kernel for both: equal to rounding."""
     run = make(case).run()
-    for layer, y in zip(run.layers, run.ys, strict=True):
-        own = (run.s[:, layer.columns(run.adapters)], layer.left(run.adapters), layer.gain)
-        (weight,) = stored(*arguments([layer.weight], case.dtype))
-        for fused in (True, False):
-            check(up(run.x, weight, layer.bias, *own, fused=fused), y.double(), case.dtype)
-    weights, bases = stored(*arguments(run.weights, case.dtype)), [u.base for u in run.ups]
-    pieces, right = plan(case.ranks, case.p), torch.cat(list(run.rights))
     for fused in (True, False):
-        check(grad_x(bases, weights, run.ds, right, pieces, run.seed, fused), run.dx.double(), case.dtype)
+        for actual, expected in zip(multiplied(run, fused), (*run.ys, run.dx), strict=True):
+            check(actual, expected.double(), case.dtype)
+
+
+def multiplied(run: Run, fused: bool) -> list[Tensor]:
+    """What has large products: y of each layer, and dx."""
+    weights = stored(*arguments(run.weights, run.case.dtype))
+    found = []
+    for layer, weight in zip(run.layers, weights, strict=True):
+        own = (run.s[:, layer.columns(run.adapters)], layer.left(run.adapters), layer.gain)
+        found.append(up(run.x, weight, layer.bias, *own, fused=fused))
+    bases, right = [u.base for u in run.ups], torch.cat(list(run.rights))
+    return [*found, grad_x(bases, weights, run.ds, right, plan(run.case.ranks, run.case.p), run.seed, fused)]
 
 
 @pytest.mark.parametrize("case", [CASES[3], CASES[4], CASES[10], NF4[3]], ids=lambda case: case.id)
@@ -525,9 +389,11 @@ def _count(counts: dict[str, int], what: str, ptrs: Any, mask: Any) -> None:
     ids=lambda case: case.id,
 )
 def test_model_of_traffic(case: Case) -> None:
+    """Of both ways to multiply: after the library's product, and fused with it, as docs/kernels.md's figures are."""
     run = make(case)
     with counted() as launches:
         run.run()
+        multiplied(run, fused=True)
         weight = dense(run.weights[0]).to(case.dtype)
         if case.block_sizes:
             dequantize(stored(*arguments(run.weights, case.dtype))[0], case.dtype)
@@ -535,6 +401,8 @@ def test_model_of_traffic(case: Case) -> None:
     names = {launch.name for launch, _ in launches}
     assert names >= {"down", "up", "grad_up", "dx", "dright", "row_norm"}
     assert ("dequantize" in names) == bool(case.block_sizes)
+    flags = [launch.args[launch.kernel.arg_names.index("BASE_GIVEN")] for launch, _ in launches if launch.name == "up"]
+    assert flags.count(False) >= len(case.widths)
     assert "reduce" in names or case.m < 100  # small sums are not split
     for launch, counts in launches:
         model = traffic(launch)

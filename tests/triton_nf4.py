@@ -22,7 +22,8 @@ from lorafx.bases.tensor import QuantizedTensor
 from lorafx.kernels.triton.ops import arguments, packed_linear, packed_mm, packed_rows
 from lorafx.kernels.triton.tiles import interpreted, recorded
 from lorafx.kernels.triton.weights import stored
-from triton_kernels import BF16, DEVICE, F16, F32, INPUT, PROVIDER, Block, Case, check, dense, make, step_of
+from triton_cases import BF16, DEVICE, F16, F32, PROVIDER, Case, check, dense, make
+from triton_kernels import INPUT, Block, step_of
 
 #: Rows, columns, block size, double quantisation: blocks that start with rows or run over their ends, one short block,
 #: an odd number of values, and more scales than share one of their own.

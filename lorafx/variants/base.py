@@ -78,7 +78,8 @@ class StartRequest:
 
     ``weight`` is ``[out, in]``. ``sparse`` says that the input picks single columns (an embedding's
     one-hot rows): then the side that the input meets starts at zero, so that only what is seen changes.
-    ``factors`` are A and B where data has told them (:func:`lorafx.initialize`), in float32 or better.
+    ``factors`` are A and B where they are known: data has told them (:func:`lorafx.initialize`), or what a base format
+    loses (:mod:`lorafx.passes.loftq`).
     """
 
     weight: Tensor

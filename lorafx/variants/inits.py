@@ -2,7 +2,8 @@
 
 Random ones leave ``B A = 0``. Those that take their factors from the weight itself, or from gradients, start at
 ``B A != 0``; the adapter then keeps a base of its own, ``W - s B A`` (:func:`less`), so that the layer's output is
-unchanged but for one rounding of the weight. Random numbers are drawn on the CPU in float32: a seed means the
+unchanged but for one rounding of the weight. LoftQ starts from what a base format loses of the weight, with the base
+that is stored then (:mod:`lorafx.passes.loftq`). Random numbers are drawn on the CPU in float32: a seed means the
 same on every device.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -28,13 +29,16 @@ class Init:
     """A way to start, and where it can.
 
     ``changes_base`` says that ``B A`` is not zero, so that the base becomes ``W - s B A``. One that goes
-    ``by_data`` starts as kaiming does until :func:`lorafx.initialize` has seen some. ``largest_rank(out, in)`` and
-    ``kinds`` limit the ranks and the kinds of layers (None: any); ``even`` asks for an even rank.
+    ``by_data`` starts as kaiming does until :func:`lorafx.initialize` has seen some. One of ``rounds`` needs a base
+    format: so many times the base is stored and factors are taken from what that lost, before the adapter is there;
+    they are handed to the start, and the base is not the adapter's own. ``largest_rank(out, in)`` and ``kinds`` limit
+    the ranks and the kinds of layers (None: any); ``even`` asks for an even rank.
     """
 
     factors: Callable[[StartRequest], Factors]
     changes_base: bool = False
     by_data: bool = False
+    rounds: int = 0
     largest_rank: Callable[[int, int], int] | None = None
     kinds: tuple[str, ...] | None = None
     even: bool = False
@@ -123,13 +127,22 @@ def pissa(request: StartRequest, iterations: int | None = None) -> Factors:
     With ``iterations`` the decomposition is :func:`leading_singular`'s, which is faster and a little off; the base
     that is left makes up for it.
     """
-    weight = _wide(request.weight)
     if iterations is None:
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    else:
-        u, s, vh = leading_singular(weight, request.r, iterations, request.generator)
-    root = (s[: request.r] / request.scaling).sqrt()
-    return root.unsqueeze(1) * vh[: request.r], u[:, : request.r] * root
+        return nearest(request.weight, request.r, request.scaling)
+    triplets = leading_singular(_wide(request.weight), request.r, iterations, request.generator)
+    return _factors(*triplets, request.r, request.scaling)
+
+
+def nearest(matrix: Tensor, r: int, scaling: float) -> Factors:
+    """A and B for which ``s B A`` is the nearest of rank ``r`` to a matrix (or to each of a stack) in norm."""
+    u, s, vh = torch.linalg.svd(_wide(matrix), full_matrices=False)
+    return _factors(u, s, vh, r, scaling)
+
+
+def _factors(u: Tensor, s: Tensor, vh: Tensor, r: int, scaling: float) -> Factors:
+    """The first ``r`` of singular triplets, the value's root on both sides and the scaling divided out."""
+    root = (s[..., :r] / scaling).sqrt()
+    return root.unsqueeze(-1) * vh[..., :r, :], u[..., :r] * root.unsqueeze(-2)
 
 
 def olora(request: StartRequest) -> Factors:
@@ -175,11 +188,12 @@ INITS: Mapping[str, Init] = MappingProxyType(
         "olora": Init(olora, changes_base=True, largest_rank=min),
         "eva": Init(kaiming, by_data=True, largest_rank=lambda m, n: n, kinds=("linear", "addmm")),
         "lora_ga": Init(kaiming, by_data=True, changes_base=True, largest_rank=lambda m, n: min(m, n) // 2),
+        "loftq": Init(kaiming, rounds=1, changes_base=True, largest_rank=min),
     }
 )
 
-#: The names above, and one of the family ``pissa_niter_<number of iterations>``.
-NAMES = (*INITS, "pissa_niter_16")
+#: The names above, and one of each of the families ``pissa_niter_<number of iterations>`` and ``loftq_<rounds>``.
+NAMES = (*INITS, "pissa_niter_16", "loftq_5")
 
 
 def find_init(name: str) -> Init | None:
@@ -187,4 +201,6 @@ def find_init(name: str) -> Init | None:
     if found := re.fullmatch(r"pissa_niter_(\d+)", name):
         iterations = int(found[1])
         return Init(lambda request: pissa(request, iterations), changes_base=True, largest_rank=min)
+    if found := re.fullmatch(r"loftq_([2-9]|[1-9]\d+)", name):  # each number has one name
+        return replace(INITS["loftq"], rounds=int(found[1]))
     return INITS.get(name)

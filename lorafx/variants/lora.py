@@ -20,7 +20,7 @@ class Lora(Variant):
     inits = NAMES
 
     def has_init(self, name: str) -> bool:
-        """Whether it is one of ``inits``, or another number of iterations of the fast PiSSA."""
+        """Whether it is one of ``inits``, or another number of iterations of the fast PiSSA or of LoftQ's rounds."""
         return find_init(name) is not None
 
     def misfit(self, init: str, kind: str, shape: tuple[int, ...], r: int, shared: bool) -> str | None:
@@ -38,7 +38,7 @@ class Lora(Variant):
         assert init is not None
         factors = init.factors(request) if request.factors is None else request.factors
         a, b = (t.to(device=request.weight.device, dtype=request.dtype) for t in factors)
-        taken = init.changes_base and (request.factors is not None or not init.by_data)
+        taken = init.changes_base and not init.rounds and (request.factors is not None or not init.by_data)
         base = less(request.weight, a, b, request.scaling) if taken else None
         return Start({"lora_A": a, "lora_B": b}, base)
 

@@ -139,13 +139,15 @@ def unique(launches: Sequence[Launch]) -> Iterator[Launch]:
     """The first launch of each kernel that would be compiled anew (siblings mostly share theirs)."""
     seen = set()
     for launch in launches:
-        what = (launch.name, str([_kind(a) for a in launch.args]), str(launch.options))
+        given = zip(launch.kernel.params, launch.args, strict=True)
+        what = (launch.name, str([a if p.is_constexpr else _kind(a) for p, a in given]), str(launch.options))
         if what not in seen:
             seen.add(what)
             yield launch
 
 
 def _kind(argument: Any) -> Any:
+    """What Triton specialises on, of an argument that is not a compile-time constant."""
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
     if isinstance(argument, tuple):

@@ -18,7 +18,7 @@ import triton
 from triton.runtime.errors import OutOfResources
 
 from lorafx.kernels.triton.device import Device
-from lorafx.kernels.triton.tiles import MAX_ADDED_RANKS, interpreted, rank_block
+from lorafx.kernels.triton.tiles import MAX_ADDED_RANKS, MIN_RANKS, interpreted, rank_block
 
 T = TypeVar("T")
 
@@ -78,27 +78,37 @@ def gemm_configs(
 
 def skinny_configs(rows: int, itemsize: int, ranks: int, device: Device, aligned: bool) -> list[Config]:
     """For :mod:`down`: many rows, few columns, a long sum."""
-    warps = 4 if ranks <= 64 else 8
-    if not aligned:  # as above, and an accumulator for each piece of the ranks
-        depth = 32 if ranks * itemsize <= 128 else 16
+    warps = 4 if ranks <= 64 or device.amd else 8
+    if not aligned:  # as above, and an accumulator for each piece of the ranks; on AMD a mask is two scalar registers
+        depth = 32 if ranks * itemsize <= (32 if device.amd else 128) else 16
         return [Config(h, ranks, depth, warps, 2) for h in ((32, 16) if ranks <= 32 else (16,))]
-    depth = 128 // itemsize if ranks <= 64 else 16 if device.amd else 32
+    depth = 128 // itemsize if ranks <= 64 else 32
+    if device.amd and ranks > 32:  # the masks again
+        depth = min(depth, 32) if ranks <= 64 else 16
     heights = [16, 32] if rows <= 256 else [64, 32] if ranks <= 64 or itemsize == 2 else [32, 16]
     if ranks > 64 and device.amd:
         heights = [32]
     return [Config(h, ranks, depth, warps, _stages(depth * (h + ranks) * itemsize, device)) for h in heights]
 
 
-def stream_configs(columns: int, itemsize: int, ranks: int, device: Device, aligned: bool) -> list[Config]:
-    """For sums over M of a large matrix times ``ranks`` columns: blocks of ``depth`` rows of it are streamed."""
+def stream_configs(
+    columns: int, itemsize: int, ranks: int, device: Device, aligned: bool, even: bool = True
+) -> list[Config]:
+    """For sums over M of a large matrix times ``ranks`` columns: blocks of ``depth`` rows of it are streamed.
+
+    ``aligned`` is said of the large matrix, ``even`` of what has the ranks: its elements are else loaded one by one.
+    """
+    if device.amd and not even:  # each has a mask, of two scalar registers
+        ranks = MIN_RANKS
     if not aligned:
         return [Config(ranks, 32, 16, 4, 2)]
+    narrow = 16 if device.amd else 32  # as many ranks leave registers for wide tiles
     if itemsize == 4:
-        tiles = [(128, 16, 8)] if ranks <= 32 and columns > 64 else []
+        tiles = [(128, 16, 8)] if ranks <= narrow and columns > 64 and (even or device.amd) else []
         tiles += [(64, 16, 8)] if ranks <= 128 else []
         tiles += [(32, 16, 8 if ranks > 128 else 4)]
-    elif columns > 128 and ranks <= 32:
-        tiles = [(256, 32, 8), (128, 32, 4), (256, 64, 8)]
+    elif columns > 128 and ranks <= narrow:
+        tiles = [(256, 32, 8), (128, 32, 4), (256, 64, 8)] if even or not device.amd else [(256, 16, 8), (128, 16, 4)]
     elif ranks <= 128:
         tiles = [(min(128, max(64, power_class(columns))), 16, 4 if ranks <= 64 else 8), (64, 16, 4), (64, 32, 4)]
     else:

@@ -42,12 +42,14 @@ def grad_up_kernel(
     rows = begin + tl.arange(0, BLOCK_M)
     at_dy = dy + rows[:, None].to(tl.int64) * stride_dm + far[None, :] * stride_dn
     at_s = s + rows[:, None].to(tl.int64) * stride_sm + ranks[None, :] * stride_sr
-    at_ds = ds + (strip * M + rows[:, None]).to(tl.int64) * R + ranks[None, :]
+    at_ds = ds + (strip * M + begin).to(tl.int64) * R
+    of_ds = tl.arange(0, BLOCK_M)[:, None] * R + ranks[None, :]
     if y is not None:
         at_y = y + rows[:, None].to(tl.int64) * stride_ym + far[None, :] * stride_yn
         dots = tl.zeros([BLOCK_N], tl.float32)
     if gain is not None:
-        at_base = base + rows[:, None].to(tl.int64) * N + columns[None, :]
+        at_base = base + begin.to(tl.int64) * N + strip * BLOCK_N
+        of_base = tl.arange(0, BLOCK_M)[:, None] * N + tl.arange(0, BLOCK_N)[None, :]
         factors = tl.load(gain + columns, mask=columns < N, other=0.0).to(tl.float32)
     if total is not None:
         sums = tl.zeros([BLOCK_N], tl.float32)
@@ -60,14 +62,15 @@ def grad_up_kernel(
         low = tl.load(at_s, mask=inside & (ranks[None, :] < R), other=0.0)
         acc = tl.dot(tl.trans(tile).to(DOT), low.to(DOT), acc, input_precision=PRECISION)
         grad = tl.dot(tile.to(DOT), factor, input_precision=PRECISION)
-        tl.store(at_ds, grad.to(ds.dtype.element_ty), mask=inside & (ranks[None, :] < R))
+        tl.store(at_ds + of_ds, grad.to(ds.dtype.element_ty), mask=inside & (ranks[None, :] < R))
         if block == 0:
             if total is not None:
                 sums += tl.sum(tile.to(tl.float32), axis=0)
             if y is not None:
                 dots += tl.sum(tile.to(tl.float32) * tl.load(at_y, mask=whole, other=0.0).to(tl.float32), axis=0)
             if gain is not None:
-                tl.store(at_base, (tile.to(tl.float32) * factors[None, :]).to(base.dtype.element_ty), mask=whole)
+                scaled = tile.to(tl.float32) * factors[None, :]
+                tl.store(at_base + of_base, scaled.to(base.dtype.element_ty), mask=whole)
         at_dy += BLOCK_M * stride_dm
         at_s += BLOCK_M * stride_sm
         at_ds += BLOCK_M * R
@@ -76,7 +79,10 @@ def grad_up_kernel(
         if gain is not None:
             at_base += BLOCK_M * N
     at_dleft = dleft + (part * N + far[:, None]) * R + ranks[None, :]
-    tl.store(at_dleft, acc.to(dleft.dtype.element_ty), mask=(columns[:, None] < N) & (ranks[None, :] < R))
+    # The bounds of ``factor``, in another form: those, kept, would fill registers during the loop.
+    n_left, r_left = N - strip * BLOCK_N, R - block * BLOCK_R
+    valid = (tl.arange(0, BLOCK_N)[:, None] < n_left) & (tl.arange(0, BLOCK_R)[None, :] < r_left)
+    tl.store(at_dleft, acc.to(dleft.dtype.element_ty), mask=valid)
     if block == 0:
         if total is not None:
             tl.store(total + part * N + columns, sums, mask=columns < N)
@@ -101,7 +107,7 @@ def grad_up(dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor 
     ``ds [M, R]`` is in dy's dtype, ``dleft [n, R]`` in left's, the sums in float32; ``base`` is dy itself without gain.
     """
     (m, n), r = dy.shape, s.shape[1]
-    device, aligned = device_of(dy.device), is_aligned(dy)
+    device, aligned, even = device_of(dy.device), is_aligned(dy), is_aligned(s, left)
     ds = torch.empty(m, r, dtype=dy.dtype, device=dy.device)
     dleft = torch.empty(n, r, dtype=left.dtype, device=dy.device)
     base = dy if gain is None else torch.empty(m, n, dtype=dy.dtype, device=dy.device)
@@ -128,6 +134,7 @@ def grad_up(dy: Tensor, s: Tensor, left: Tensor, gain: Tensor | None, y: Tensor 
         sums.finish()
         return found
 
-    key = ("grad_up", device, dy.dtype, left.dtype, power_class(m), n, r, gain is None, y is None, needs_total, aligned)
+    operands = (dy.dtype, left.dtype, power_class(m), n, r, aligned, even)
+    key = ("grad_up", device, *operands, gain is None, y is None, needs_total)
     with on_device(dy):
-        return choose(key, stream_configs(n, dy.dtype.itemsize, rank_block(r), device, aligned), run)
+        return choose(key, stream_configs(n, dy.dtype.itemsize, rank_block(r), device, aligned, even), run)

@@ -104,7 +104,8 @@ def up(
     bias, gain = (None if v is None else v.contiguous() for v in (bias, gain))
 
     aligned = is_aligned(rows) and weight.aligned
-    block_r = rank_block(r, MAX_ADDED_RANKS if aligned else MIN_ADDED_RANKS)
+    even = s is None or left is None or is_aligned(s, left)  # otherwise an address in a register for each element
+    block_r = rank_block(r, MAX_ADDED_RANKS if aligned and even else MIN_ADDED_RANKS)
 
     def run(config: Config) -> Tensor:
         if config.library:
