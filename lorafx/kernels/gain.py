@@ -13,7 +13,6 @@ from lorafx.bases.tensor import whole
 from lorafx.ops import LIBRARY
 
 
-
 def smallest_gain(dtype: torch.dtype) -> float:
     """Below this, the gradient is not taken from the layer's output, of which the frozen layer's share is too small.
 
