@@ -38,6 +38,7 @@ from lorafx.passes.match import match
 from lorafx.passes.merge import folded_tensors, forget_folded, remove_adapter
 from lorafx.passes.merge import merge as merged
 from lorafx.passes.merge_base import Original, choose_base
+from lorafx.passes.quantize import refuse_other_bases
 from lorafx.spec import SpecLike, as_specs
 
 T = TypeVar("T")
@@ -102,6 +103,7 @@ def add_adapter(
     Raises:
         AdapterError: the name is taken, or none that a module can have.
         MergeError: the base was overwritten since it was first adapted.
+        QuantizationError: the spec has a ``base``, and the graph's weights are stored in another way.
         SpecError, MatchError: as :func:`lorafx.apply`. Nothing is changed.
     """
     _refuse_disabled(gm)
@@ -114,6 +116,7 @@ def add_adapter(
     bare = share(gm)
     deactivate(bare)
     choices = match(bare, specs, name)
+    refuse_other_bases(gm, choices)
     with torch.inference_mode(False):
         Insert(choices, specs, generator, name, alone=False)(gm)
 

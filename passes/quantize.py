@@ -65,6 +65,19 @@ class Wanted:
             f"double_quant={there.double_quant}: ask for that, or quantize the model that it was made from"
         )
 
+    def refuse_other(self, name: str, weight: Tensor) -> None:
+        """Refuse a weight that is not stored so already.
+
+        Raises:
+            QuantizationError: it is dense, or in another format.
+        """
+        if not isinstance(weight, QuantizedTensor):
+            raise QuantizationError(
+                f"the spec asks for base={self.base!r}, and '{name}' is dense in this graph: store it first, with "
+                f"lorafx.quantize(gm, {self.base!r}), or leave base out"
+            )
+        self.store(name, weight)
+
 
 def can_store(choice: Choice) -> bool:
     """Whether the weight of a choice is of a kind that is quantised, and has no other use."""
@@ -94,6 +107,17 @@ def quantize_sites(gm: CapturedModule, choices: Sequence[Choice]) -> tuple[str, 
             )
         wanted |= {c.candidate.weight: Wanted.by(c, spec) for c in fit}
     return quantize_weights(gm, wanted)
+
+
+def refuse_other_bases(gm: CapturedModule, choices: Sequence[Choice]) -> None:
+    """Refuse specs that ask for another base than a graph has, whose other adapters are on it.
+
+    Raises:
+        QuantizationError: names the weight.
+    """
+    for choice in choices:
+        if choice.site is not None and choice.spec is not None and choice.spec.base is not None and can_store(choice):
+            Wanted.by(choice, choice.spec).refuse_other(choice.site.weight, get_path(gm, choice.site.weight))
 
 
 def quantize_weights(gm: CapturedModule, wanted: Mapping[str, Wanted]) -> tuple[str, ...]:

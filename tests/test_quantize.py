@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_the_graph_and_the_users_model_stay_as_they_are() -> None:
     assert set(plain.state_dict()) == set(packed.state_dict())
 
 
-def kept(call: nn.Module, x: Tensor) -> list[Tensor]:
+def kept(call: Callable[[Tensor], object], x: Tensor) -> list[Tensor]:
     found: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -144,6 +144,47 @@ def test_under_autocast() -> None:
         assert not [t for t in kept(gm, X) if tuple(t.shape) in shapes and not isinstance(t, QuantizedTensor)]
     assert found.dtype == wanted.dtype
     assert_close("autocast", found.float(), wanted.float())
+
+
+def test_a_dtype_of_its_own_under_autocast() -> None:
+    """float16 values are cast to bfloat16 for each product, and nothing dense is kept."""
+    weight = QuantizedTensor(packed("nf4", (40, 66), torch.float16))
+    x = torch.randn(3, 66, dtype=torch.float16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(F.linear(x, weight), F.linear(x, weight.dequantize()))
+        tensors = kept(lambda given: F.linear(given, weight), x)
+    assert [type(t) for t in tensors if t.shape in (weight.shape, weight.T.shape)] == [QuantizedTensor]
+
+
+@pytest.mark.parametrize("product", [lambda x, w: x @ w.T, lambda x, w: x @ w.mT, F.linear], ids=["T", "mT", "linear"])
+def test_products_keep_the_packed_weight(product: Callable[[Tensor, Tensor], Tensor]) -> None:
+    weight = QuantizedTensor(packed("nf4", (40, 66), torch.float32))
+    x = torch.randn(3, 66, requires_grad=True)
+    assert_close("layer", product(x, weight), F.linear(x, weight.dequantize()))
+    assert [type(t) for t in kept(lambda given: product(given, weight), x)] == [QuantizedTensor]
+
+
+def test_a_module_that_is_cast() -> None:
+    """Values that were rounded to half precision stay these in float32."""
+    layer = nn.Linear(66, 40).bfloat16()
+    layer.weight = nn.Parameter(QuantizedTensor(packed("nf4", (40, 66), torch.bfloat16)), requires_grad=False)
+    before = layer.weight.dequantize()
+    layer.float()
+    x = torch.randn(3, 66)
+    assert torch.equal(layer.weight.dequantize(), before.float())
+    assert torch.equal(layer(x), F.linear(x, before.float(), layer.bias))
+    assert torch.equal(layer.bfloat16().weight.dequantize(), before)
+
+
+def test_in_inference_mode() -> None:
+    gm = adapted("nf4", "auto")
+    randomize(gm)
+    expected = gm(X)
+    with torch.inference_mode():
+        assert_close("model", lorafx.merge(gm)(X), expected)
+        weight = gm.get_parameter("layers.0.down.weight")
+        assert torch.equal(weight.detach().t().dequantize(), weight.dequantize().t())
+    assert run(gm)
 
 
 # The operators
@@ -251,8 +292,27 @@ def test_a_stack_of_experts() -> None:
 
 def test_a_frozen_weight_cannot_be_written_to() -> None:
     weight = QuantizedTensor(packed("nf4", (4, 64), torch.float32))
-    with pytest.raises(QuantizationError, match="would write to a weight that is stored as nf4"):
-        weight.add_(1.0)
+    for write in (lambda: weight.add_(1.0), lambda: torch.add(torch.ones(4, 64), 1.0, out=weight)):
+        with pytest.raises(QuantizationError, match="would write to a weight that is stored as nf4"):
+            write()
+
+
+def test_sizes_that_do_not_fit() -> None:
+    """The compiled kernels trust in sizes, so these are checked first."""
+    weight = packed("nf4", (40, 66), torch.float32)
+    tensors, name, layout, dtype = describe(weight)
+    x = torch.randn(3, 66)
+    for rows in ((30, 80), (-5, 3), (10**8, 10**8 + 1)):
+        with pytest.raises(RuntimeError, match=f"rows {rows[0]} to {rows[1]} of 40"):
+            packed_rows(tensors, name, layout, dtype, *rows)
+    for wrong in ([10**7, 66, 64, 1], [40, 66, 0, 1], [40, 66, 64]):
+        with pytest.raises(RuntimeError, match="layout"):
+            packed_linear(x, None, tensors, name, wrong, dtype)
+    with pytest.raises(RuntimeError, match="layout"):
+        packed_linear(x, None, tensors[:2], name, layout, dtype)
+    with pytest.raises(RuntimeError):
+        F.linear(x, QuantizedTensor(weight), torch.randn(44))
+    assert F.linear(x, QuantizedTensor(weight), torch.ones(1)).shape == (3, 40)  # as over a dense weight
 
 
 @pytest.mark.parametrize(
@@ -269,6 +329,17 @@ def test_a_frozen_weight_cannot_be_written_to() -> None:
 def test_settings_that_are_not_allowed(fields: dict[str, object], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         LoraSpec(**fields)  # type: ignore[arg-type]
+
+
+def test_another_adapter_is_on_the_base_that_is_there() -> None:
+    dense_one, packed_one = (adapted(base, "auto", target_modules=["q"]) for base in (None, "nf4"))
+    second = LoraSpec(base="nf4", target_modules=["q"])
+    with pytest.raises(QuantizationError, match=r"'layers\.0\.q\.weight' is dense in this graph: store it first"):
+        lorafx.add_adapter(dense_one, second, "second")
+    lorafx.add_adapter(packed_one, second, "second")
+    with pytest.raises(QuantizationError, match="is stored as nf4 already"):
+        lorafx.add_adapter(packed_one, LoraSpec(base="int8", target_modules=["q"]), "third")
+    assert [a.name for a in lorafx.list_adapters(packed_one)] == ["default", "second"]
 
 
 def test_a_weight_that_cannot_be_stored_changes_nothing() -> None:

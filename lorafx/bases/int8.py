@@ -45,8 +45,9 @@ class Int8(Format):
         absmax = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
         by_row, scales = codes.view(-1, block_size), absmax.view(-1)
         step = max(1, PANEL_BYTES // 4 // block_size)
+        rows = weight.reshape(-1, block_size)
         for start in range(0, len(by_row), step):
-            values = weight.reshape(-1, block_size)[start : start + step].float()
+            values = rows[start : start + step].float()
             scale = values.abs().amax(1)
             factor = LARGEST / scale.where(scale >= _SMALLEST, torch.inf)
             scales[start : start + step] = scale

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lorafx.bases import FORMATS
-from lorafx.bases.base import Packed
+from lorafx.bases.base import DTYPES, Packed, damaged
 from lorafx.bases.ops import dense, describe, packed_linear, packed_mm
 from lorafx.errors import QuantizationError
 
@@ -27,20 +27,30 @@ aten = torch.ops.aten
 
 
 class QuantizedTensor(Tensor):
-    """``packed`` as a tensor of its shape and dtype; ``turned``: with the last two dimensions swapped."""
+    """``packed`` as a tensor of its shape and dtype; ``turned``: with the last two dimensions swapped.
+
+    With another ``dtype`` its values are cast to that after they were rounded to their own.
+    """
 
     packed: Packed
     turned: bool
 
     @staticmethod
-    def __new__(cls, packed: Packed, turned: bool = False) -> QuantizedTensor:
+    def __new__(cls, packed: Packed, turned: bool = False, dtype: torch.dtype | None = None) -> QuantizedTensor:
+        if dtype is not None and packed.dtype is torch.float32 and dtype.itemsize <= 4:
+            packed = replace(packed, dtype=dtype)  # float32 is what values are computed in
         *stack, height, width = packed.shape
         shape = (*stack, width, height) if turned else packed.shape
         strides = torch.empty(packed.shape, device="meta").stride()
         if turned:
             strides = (*strides[:-2], strides[-1], strides[-2])
         made: QuantizedTensor = Tensor._make_wrapper_subclass(
-            cls, shape, strides=strides, dtype=packed.dtype, device=packed.tensors["codes"].device, requires_grad=False
+            cls,
+            shape,
+            strides=strides,
+            dtype=dtype or packed.dtype,
+            device=packed.tensors["codes"].device,
+            requires_grad=False,
         )
         made.packed, made.turned = packed, turned
         for name, tensor in packed.tensors.items():
@@ -55,8 +65,13 @@ class QuantizedTensor(Tensor):
     def dequantize(self) -> Tensor:
         """The dense weight."""
         packed, turned = self.packed, self.turned
-        found = dense(*describe(packed)).view(packed.shape)
+        found = dense(*describe(packed)).view(packed.shape).to(self.dtype)
         return found.mT if turned else found
+
+    def over(self, packed: Packed, *, turned: bool | None = None, dtype: torch.dtype | None = None) -> QuantizedTensor:
+        """The same view of other bytes; turned, or of another dtype, if given."""
+        with torch.inference_mode(False):  # a tensor made there has no versions, and this one has
+            return QuantizedTensor(packed, self.turned if turned is None else turned, dtype or self.dtype)
 
     def is_like(self, other: object) -> bool:
         """Whether ``other`` is a weight of the same shape and dtype in the same format, so that bytes can be copied."""
@@ -77,14 +92,15 @@ class QuantizedTensor(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         p = self.packed
-        return [*p.tensors], (p.format, p.shape, p.dtype, p.block_size, p.double_quant, self.turned)
+        return [*p.tensors], (p.format, p.shape, p.dtype, p.block_size, p.double_quant, self.turned, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(
         tensors: Mapping[str, Tensor], context: Any, outer_size: Any = None, outer_stride: Any = None
     ) -> QuantizedTensor:
-        name, shape, dtype, block_size, double_quant, turned = context
-        return QuantizedTensor(Packed(name, shape, dtype, block_size, double_quant, dict(tensors)), turned)
+        *what, turned, dtype = context
+        name, shape, own, block_size, double_quant = what
+        return QuantizedTensor(Packed(name, shape, own, block_size, double_quant, dict(tensors)), turned, dtype)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         tensors, context = dict(self.packed.tensors), self.__tensor_flatten__()[1]
@@ -92,7 +108,7 @@ class QuantizedTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedTensor:
         if id(self) not in memo:
-            memo[id(self)] = _rebuild(_map(self.packed, torch.clone), self.turned, isinstance(self, nn.Parameter))
+            memo[id(self)] = _as_parameter(self.over(_map(self.packed, torch.clone)), isinstance(self, nn.Parameter))
         found: QuantizedTensor = memo[id(self)]
         return found
 
@@ -108,7 +124,7 @@ class QuantizedTensor(Tensor):
             return found
         if func._can_decompose() and (found := func.decompose(*args, **kwargs)) is not NotImplemented:
             return found  # some of its parts may take the packed weight
-        if func._schema.is_mutable and isinstance(written := args[0], QuantizedTensor):
+        for written in _written(func, args, kwargs) if func._schema.is_mutable else ():
             raise QuantizationError(
                 f"{func} would write to a weight that is stored as {written.packed.format}, which is frozen: put a "
                 "tensor of its own in its place, or start from a base that is not quantized"
@@ -118,8 +134,16 @@ class QuantizedTensor(Tensor):
 
 
 def quantized(weight: Tensor) -> Packed | None:
-    """The packed weight ``[..., out, in]`` behind a tensor; None: it is dense, or turned."""
-    return weight.packed if isinstance(weight, QuantizedTensor) and not weight.turned else None
+    """The packed weight ``[..., out, in]`` behind a tensor; None: it is dense, or turned, or cast."""
+    same = isinstance(weight, QuantizedTensor) and not weight.turned and weight.dtype == weight.packed.dtype
+    return weight.packed if same else None  # type: ignore[attr-defined]  # told by the line before
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[QuantizedTensor]:
+    """The packed weights that an operator is to write to."""
+    marks = {a.name: a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments}
+    given = {**dict(zip(marks, args, strict=False)), **kwargs}
+    return [value for name, value in given.items() if marks[name] and isinstance(value, QuantizedTensor)]
 
 
 def parts(weight: Tensor) -> tuple[list[Tensor], str, list[int], torch.dtype]:
@@ -136,16 +160,25 @@ def whole(tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: to
     return dense(tensors, name, layout, dtype) if name else tensors[0]
 
 
-def _rebuild(packed: Packed, turned: bool, is_parameter: bool) -> Tensor:
-    made = QuantizedTensor(packed, turned)
-    return nn.Parameter(made, requires_grad=False) if is_parameter else made
+def _as_parameter(weight: QuantizedTensor, is_parameter: bool) -> Tensor:
+    return nn.Parameter(weight, requires_grad=False) if is_parameter else weight
 
 
 def _load(tensors: Mapping[str, Tensor], context: Any, is_parameter: bool) -> Tensor:
-    """What a pickle holds, checked: kernels trust in its sizes."""
-    made = QuantizedTensor.__tensor_unflatten__(tensors, context)
-    FORMATS[made.packed.format].validate(made.packed, "a weight in the file")
-    return _rebuild(made.packed, made.turned, is_parameter)
+    """What a pickle holds, checked: kernels trust in its sizes.
+
+    Raises:
+        QuantizationError: it does not fit together.
+    """
+    name, shape, dtype, block_size, double_quant, turned, read_as = context
+    known = name in FORMATS and all(type(flag) is bool for flag in (double_quant, turned, is_parameter))
+    sizes = isinstance(shape, tuple) and len(shape) > 1 and all(type(n) is int and n > 0 for n in (*shape, block_size))
+    floats = dtype in DTYPES.values() and isinstance(read_as, torch.dtype) and read_as.is_floating_point
+    if not (known and sizes and floats and all(isinstance(t, Tensor) for t in tensors.values())):
+        raise damaged(str(name), "a weight in the file", "its description is none that a format has")
+    packed = Packed(name, shape, dtype, block_size, double_quant, {n: t.contiguous() for n, t in tensors.items()})
+    FORMATS[name].validate(packed, "a weight in the file")
+    return _as_parameter(QuantizedTensor(packed, turned, read_as), is_parameter)
 
 
 torch.serialization.add_safe_globals([_load])  # for torch.load as it is: it runs no other code from a file
@@ -159,38 +192,44 @@ def _map(packed: Packed, f: Callable[[Tensor], Tensor]) -> Packed:
 
 
 def _same(self: QuantizedTensor) -> Any:
-    return QuantizedTensor(self.packed, self.turned)
+    return self.over(self.packed)
 
 
 def _clone(self: QuantizedTensor, **kwargs: Any) -> Any:
-    return QuantizedTensor(_map(self.packed, torch.clone), self.turned)
+    return self.over(_map(self.packed, torch.clone))
 
 
 def _to_copy(self: QuantizedTensor, *, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any) -> Any:
-    """Values are rounded once, so that one that was already rounded must be read before it is cast."""
-    packed = self.packed
-    if dtype not in (None, packed.dtype) and packed.dtype is not torch.float32:
+    if dtype is not None and not dtype.is_floating_point:
         return NotImplemented
-    moved = packed if device is None else _map(packed, lambda t: t.to(device))
-    return QuantizedTensor(replace(moved, dtype=dtype or packed.dtype), self.turned)
+    return self.over(self.packed if device is None else _map(self.packed, lambda t: t.to(device)), dtype=dtype)
 
 
-def _turn(self: QuantizedTensor, *dims: int) -> Any:
-    if dims and {dim % self.dim() for dim in dims} != {self.dim() - 2, self.dim() - 1}:
-        return NotImplemented
-    return QuantizedTensor(self.packed, not self.turned)
+def _turn(self: QuantizedTensor, *dims: Any) -> Any:
+    """Of ``t``, ``transpose`` and ``permute``: the last two dimensions are swapped, and no others."""
+    last = self.dim() - 2, self.dim() - 1
+    if dims and isinstance(dims[0], (list, tuple)):
+        swaps = [dim % self.dim() for dim in dims[0]] == [*range(self.dim() - 2), last[1], last[0]]
+    else:
+        swaps = not dims or {dim % self.dim() for dim in dims} == set(last)
+    return self.over(self.packed, turned=not self.turned) if swaps else NotImplemented
 
 
-def _mm(x: Tensor, weight: Tensor) -> Any:
-    if isinstance(x, QuantizedTensor) or not isinstance(weight, QuantizedTensor) or x.dtype != weight.dtype:
+def _reads(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product of these is one with a packed weight as its format reads it."""
+    ours = isinstance(weight, QuantizedTensor) and weight.dtype == weight.packed.dtype
+    return ours and not isinstance(x, QuantizedTensor) and x.dtype == weight.dtype
+
+
+def _mm(x: Tensor, weight: Any) -> Any:
+    if not _reads(x, weight):
         return NotImplemented
     what = describe(weight.packed)
     return packed_linear(x, None, *what) if weight.turned else packed_mm(x, *what)
 
 
-def _addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    plain = beta == alpha == 1 and bias.dim() == 1 and not isinstance(x, QuantizedTensor) and x.dtype == weight.dtype
-    if not plain or not isinstance(weight, QuantizedTensor) or not weight.turned:
+def _addmm(bias: Tensor, x: Tensor, weight: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    if not _reads(x, weight) or not weight.turned or not beta == alpha == 1 or bias.shape != weight.shape[1:]:
         return NotImplemented
     return packed_linear(x, bias, *describe(weight.packed))
 
@@ -217,6 +256,7 @@ _OWN: Mapping[Any, Callable[..., Any]] = {
     aten._to_copy.default: _to_copy,
     aten.t.default: _turn,
     aten.transpose.int: _turn,
+    aten.permute.default: _turn,
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,
     aten.equal.default: _equal,

@@ -120,8 +120,12 @@ Tensor grad_gain(const Tensor &dot, const Tensor &total, at::TensorList dlefts, 
   found = found.div(gain.masked_fill(small, 1.0));
   if (small.any().item<bool>()) {
     const Tensor at = small.nonzero().flatten();
-    const Tensor y = at::linear(x, weight.dense().index_select(0, at));
-    found.index_copy_(0, at, dy.index_select(1, at).mul(y).sum(0, false, found.scalar_type()));
+    const int64_t step = std::max<int64_t>(1, TILE_BYTES / (weight.in() * x.element_size()));
+    for (int64_t from = 0; from < at.numel(); from += step) {
+      const Tensor part = at.slice(0, from, from + step);
+      const Tensor y = at::linear(x, weight.select(part));
+      found.index_copy_(0, part, dy.index_select(1, part).mul(y).sum(0, false, found.scalar_type()));
+    }
   }
   return found.to(gain.scalar_type());
 }

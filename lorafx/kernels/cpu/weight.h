@@ -30,7 +30,9 @@ class Weight {
   Weight(at::TensorList given, c10::string_view name, at::IntArrayRef described, at::ScalarType type)
       : format(name), dtype(type) {
     for (const Tensor &t : given) tensors.push_back(t.contiguous());
+    TORCH_CHECK(described.size() == 4, "a packed weight's layout has four numbers, not ", described.size());
     std::copy_n(described.begin(), 4, layout.begin());
+    if (known()) TORCH_CHECK(fits(), "the tensors do not hold a ", format, " weight of layout ", described);
   }
 
   int64_t out() const { return layout[0]; }
@@ -42,6 +44,7 @@ class Weight {
   }
 
   Tensor rows(int64_t start, int64_t stop) const {
+    TORCH_CHECK(0 <= start && start <= stop && stop <= out(), "rows ", start, " to ", stop, " of ", out());
     if (known()) return tile(start, stop, 0, in());
     static const auto reference =
         c10::Dispatcher::singleton()
@@ -50,10 +53,20 @@ class Weight {
     return reference.call(tensors, format, layout, dtype, start, stop);
   }
 
+  // These rows, some of them.
+  Tensor select(const Tensor &at) const {
+    if (format.empty()) return tensors[0].index_select(0, at);
+    Tensor found = at::empty({at.numel(), in()}, tensors[0].options().dtype(dtype));
+    const int64_t *const row = at.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < at.numel(); ++i) found.select(0, i).copy_(rows(row[i], row[i] + 1).select(0, 0));
+    return found;
+  }
+
   // x W^T + bias
   Tensor linear(const Tensor &x, const Maybe &bias) const {
     if (format.empty() || !known()) return at::linear(x, dense(), bias);
     check(x);
+    TORCH_CHECK(!bias || bias->sizes().equals({out()}), "a bias has ", out(), " values");
     const Tensor flat = x.reshape({-1, x.size(-1)});
     Tensor y = x.new_empty({flat.size(0), out()});
     for (int64_t top = 0; top < out(); top += TILE) {
@@ -97,6 +110,19 @@ class Weight {
 
   bool known() const {
     return (format == "nf4" || format == "int8") && (dtype == at::kFloat || dtype == at::kBFloat16);
+  }
+  // Whether there are as many codes and scales, of their dtypes, as reading takes.
+  bool fits() const {
+    const auto holds = [&](size_t i, at::ScalarType type, int64_t count) {
+      return i < tensors.size() && tensors[i].scalar_type() == type && tensors[i].numel() >= count;
+    };
+    if (layout[0] < 1 || layout[1] < 1 || layout[2] < 1) return false;
+    const int64_t count = layout[0] * layout[1], blocks = (count + layout[2] - 1) / layout[2];
+    if (format == "int8") return holds(0, at::kChar, count) && holds(1, at::kFloat, layout[0]);
+    if (!holds(0, at::kByte, (count + 1) / 2)) return false;
+    if (!layout[3]) return holds(1, at::kFloat, blocks);
+    return holds(1, at::kByte, blocks) && holds(2, at::kFloat, (blocks + Nf4::NESTED - 1) / Nf4::NESTED) &&
+           holds(3, at::kFloat, 1);
   }
   void check(const Tensor &x) const {
     TORCH_CHECK(x.scalar_type() == dtype, "the weight is read as ", dtype, ", and the input is ", x.scalar_type());
