@@ -24,6 +24,7 @@ from lorafx.passes.match import Choice, match
 from lorafx.passes.samples import sample
 from lorafx.spec import ALL_LINEAR, LoraSpec
 from lorafx.variants import VARIANTS
+from lorafx.variants.inits import find_init
 
 #: The kinds whose weights are quantised. Embeddings are looked up in, and convolutions are small: theirs stay.
 KINDS = tuple(kind for kind, storage in STORAGE.items() if storage in (PLAIN, SWAPPED) and kind != "embedding")
@@ -116,8 +117,12 @@ def refuse_other_bases(gm: CapturedModule, choices: Sequence[Choice]) -> None:
         QuantizationError: names the weight.
     """
     for choice in choices:
-        if choice.site is not None and choice.spec is not None and choice.spec.base is not None and can_store(choice):
-            Wanted.by(choice, choice.spec).refuse_other(choice.site.weight, get_path(gm, choice.site.weight))
+        site, spec = choice.site, choice.spec
+        if site is None or spec is None or spec.base is None or not can_store(choice):
+            continue
+        init = find_init(spec.init)
+        if init is None or not init.rounds:  # others store the weight themselves, and say so where they cannot
+            Wanted.by(choice, spec).refuse_other(site.weight, get_path(gm, site.weight))
 
 
 def quantize_weights(gm: CapturedModule, wanted: Mapping[str, Wanted]) -> tuple[str, ...]:
