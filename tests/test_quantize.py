@@ -216,6 +216,30 @@ def test_the_compiled_operators_read_what_the_format_says(
     assert_close("layer", packed_mm(dy, *describe(weight)), linear(dy, values.t()))
 
 
+def allocations(call: Callable[[], object]) -> list[int]:
+    """The bytes of each tensor that a call makes, those of the kernels' own too."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_panel_is_at_most_a_mebibyte(dtype: torch.dtype) -> None:
+    """Of a weight of 8 or 16: also for DoRA's norm, and for the gradient of small gains."""
+    assert provider("cpu").unavailable() is None
+    weight = packed("nf4", (1024, 4096), dtype)
+    x, dy = torch.randn(2, 4096).to(dtype), torch.randn(2, 1024).to(dtype)
+    for call in (lambda: packed_linear(x, None, *describe(weight)), lambda: packed_mm(dy, *describe(weight))):
+        found = allocations(call)
+        assert 2**18 < max(found) <= 2**20
+    layer = nn.Linear(4096, 1024, bias=False).to(dtype)
+    gm = lorafx.apply(nn.Sequential(layer), LoraSpec(r=2, base="nf4", variant="dora", target_modules=["0"]), (x,))
+    with torch.no_grad():
+        gm.get_parameter("0.lora_magnitude_vector.default")[::2] *= 0.01
+    assert max(allocations(lambda: gm(x.requires_grad_()).sum().backward())) <= 2**20
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x.double(), weight.double(), None if bias is None else bias.double()).to(x.dtype)
 
