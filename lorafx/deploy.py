@@ -23,6 +23,7 @@ from lorafx.api import apply, captured
 from lorafx.errors import CheckpointError
 from lorafx.export.cast import file_dtype
 from lorafx.export.export import Options, Progress, Run, export_graph
+from lorafx.export.pack import WeightFormat, check_format
 from lorafx.export.report import ExportReport
 from lorafx.export.write import parse_size
 from lorafx.graph import CapturedModule
@@ -54,6 +55,7 @@ def export_checkpoint(
     data_name: str | None = None,
     max_shard_size: int | str | None = None,
     kv_cache: bool = False,
+    weight_format: WeightFormat = "dense",
     atol: float | None = None,
     rtol: float | None = None,
     progress: Progress | None = None,
@@ -82,6 +84,7 @@ def export_checkpoint(
     """
     wanted = file_dtype(dtype)
     limit = parse_size(max_shard_size)
+    check_format(weight_format)
     spec = None if adapter_dir is None else read_spec(Path(adapter_dir))
     tensors = with_packed_weights(read_shards(Path(weights_dir)), Path(weights_dir))
     with reading_ahead(Path(weights_dir), _available_memory() // 2):  # the capture leaves the disk idle
@@ -115,6 +118,7 @@ def export_checkpoint(
             no_numbers=_too_large(gm),
             twin=twin,
             step=step,
+            weight_format=weight_format,
         )
         with run.phase("merge"):
             folds: Mapping[str, Fold | Tensor] = {}

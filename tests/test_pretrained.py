@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -147,6 +148,15 @@ def test_an_adapter_is_folded_into_its_dequantised_weights(tmp_path: Path) -> No
     inputs = LLAMA.other_inputs()
     (found,) = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
     assert_close("model", torch.from_numpy(found), gm.eval()(**inputs).logits.detach())
+
+
+def test_the_file_may_stay_at_4_bits(tmp_path: Path) -> None:
+    folder, path = tmp_path / "base", tmp_path / "model.onnx"
+    folder.mkdir()
+    model = write(LLAMA.build(), folder, "nf4")
+    lorafx.export_checkpoint(folder, folder, None, path, example_inputs=LLAMA.inputs(), weight_format="bnb4")
+    kinds = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
+    assert kinds.count("MatMulBnb4") == sum(isinstance(m, nn.Linear) for m in model.modules()) - 1  # the head is dense
 
 
 # What is refused. Nothing of bitsandbytes' own is needed to damage a file.
