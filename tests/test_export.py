@@ -374,8 +374,8 @@ def test_weights_in_a_file_of_their_own(tmp_path: Path) -> None:
 # What must not get a name.
 
 
-def wrong_weights(gm: CapturedModule) -> tuple[CapturedModule, dict[str, Fold | Tensor]]:
-    graph, folds = merge_lazily(gm)
+def wrong_weights(gm: CapturedModule, *choice: Any) -> tuple[CapturedModule, dict[str, Fold | Tensor]]:
+    graph, folds = merge_lazily(gm, *choice)
     wrong = folds["up.weight"]
     assert isinstance(wrong, Fold)
     return graph, {**folds, "up.weight": wrong.compute() * 1.01}
