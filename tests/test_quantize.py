@@ -334,8 +334,10 @@ def test_sizes_that_do_not_fit() -> None:
             packed_linear(x, None, tensors, name, wrong, dtype)
     with pytest.raises(RuntimeError, match="layout"):
         packed_linear(x, None, tensors[:2], name, layout, dtype)
-    with pytest.raises(RuntimeError):
-        F.linear(x, QuantizedTensor(weight), torch.randn(44))
+    long = QuantizedTensor(packed("nf4", (40, 2100), torch.float32))  # more than a tile
+    for given, by, bias in ((x, weight, torch.randn(44)), (torch.randn(3, 2200), long.packed, None)):
+        with pytest.raises(RuntimeError):
+            F.linear(given, QuantizedTensor(by), bias)
     assert F.linear(x, QuantizedTensor(weight), torch.ones(1)).shape == (3, 40)  # as over a dense weight
 
 

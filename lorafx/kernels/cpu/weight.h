@@ -65,7 +65,7 @@ class Weight {
   // x W^T + bias
   Tensor linear(const Tensor &x, const Maybe &bias) const {
     if (format.empty() || !known()) return at::linear(x, dense(), bias);
-    check(x);
+    check(x, in());
     TORCH_CHECK(!bias || bias->sizes().equals({out()}), "a bias has ", out(), " values");
     const Tensor flat = x.reshape({-1, x.size(-1)});
     Tensor y = x.new_empty({flat.size(0), out()});
@@ -124,8 +124,10 @@ class Weight {
     return holds(1, at::kByte, blocks) && holds(2, at::kFloat, (blocks + Nf4::NESTED - 1) / Nf4::NESTED) &&
            holds(3, at::kFloat, 1);
   }
-  void check(const Tensor &x) const {
+  // A product of tiles would not notice that x is wider than the weight.
+  void check(const Tensor &x, int64_t width) const {
     TORCH_CHECK(x.scalar_type() == dtype, "the weight is read as ", dtype, ", and the input is ", x.scalar_type());
+    TORCH_CHECK(x.size(-1) == width, "the input has ", x.size(-1), " columns, and the weight takes ", width);
   }
   Tensor tile(int64_t top, int64_t bottom, int64_t left, int64_t right) const {
     const Tensor found = at::empty({bottom - top, right - left}, tensors[0].options().dtype(dtype));
@@ -150,7 +152,7 @@ class Weight {
 
   // The gain is multiplied into what is read.
   Tensor packed_mm(const Tensor &x, const Maybe &gain) const {
-    check(x);
+    check(x, out());
     Tensor y = x.new_empty({x.size(0), in()});
     for (int64_t left = 0; left < in(); left += TILE) {
       const int64_t columns = std::min(TILE, in() - left);

@@ -173,7 +173,7 @@ def packed_linear(
 
 
 def packed_mm(x: Tensor, tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """``x W``."""
+    """``x [M, out] W``, for the gradient of a frozen layer's input: of NF4 as the frozen share of :func:`_grad_x`."""
     if name != "nf4":
         weight: Tensor = packed_reference(tensors, name, layout, dtype, 0, layout[0])
         return x @ weight
