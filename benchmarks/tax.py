@@ -2,10 +2,11 @@
 
     python benchmarks/tax.py --quick                # at most three minutes: one layer, few rounds
     python benchmarks/tax.py --all                  # some hours
-    python benchmarks/tax.py --model bert --dtype fp32 --r 16 --method lora --way lorafx peft --memory
+    python benchmarks/tax.py --model bert --dtype fp32 --r 16 --method lora --way lorafx peft --mode eager memory
 
 The first two also time `apply`, `set_adapter` and `merge` (calls.py), and write a table, its numbers and a picture
-to docs/ (`--out` elsewhere).
+to docs/ (`--out` elsewhere). One line of JSON a measurement goes to `--log`, and what is in it is not measured again:
+the hours may be cut in parts.
 
 A step is a forward and a backward pass of the model without its embeddings or head, which would only dilute the ratio:
 the gradient goes to the embedded inputs, so that the frozen model's step has a backward pass as well. A batch has
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import shlex
@@ -368,13 +370,12 @@ def main() -> None:
     parser.add_argument("--r", nargs="+", type=int, default=[16])
     parser.add_argument("--method", nargs="+", choices=SPECS, default=["lora"])
     parser.add_argument("--way", nargs="+", choices=WAYS, default=["frozen, again", "captured", "lorafx"])
-    parser.add_argument("--mode", nargs="+", choices=["eager", "compiled"], default=["eager"])
+    parser.add_argument("--mode", nargs="+", choices=["eager", "compiled", "memory"], default=["eager"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--quick", action="store_true", help="BERT and Llama, one layer, beside PEFT")
     parser.add_argument("--all", action="store_true", help="everything that docs/tax.md shows")
+    parser.add_argument("--log", type=Path, help="what is measured, and what needs no measuring again")
     parser.add_argument("--out", type=Path, help="folder for the table, the numbers and the picture")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -389,16 +390,22 @@ def main() -> None:
         given.method = ["lora"] if given.quick else list(SPECS)
         given.way = ["frozen, again", "captured", "lorafx", "lorafx, torch provider", "peft"]
         given.way += [] if given.quick else ["full"]
-        given.mode, given.memory = ["eager"] if given.quick else ["eager", "compiled"], given.all
+        given.mode = ["eager"] if given.quick else ["eager", "compiled", "memory"]
         given.rounds, given.out = 5 if given.quick else 15, given.out or Path(__file__).parent.parent / "docs"
     if given.quick:
         os.environ["TAX_LAYERS"] = "1"
-    rows: list[dict[str, Any]] = []
-    called: list[dict[str, Any]] = []
+    rows, called, known = list[dict[str, Any]](), list[dict[str, Any]](), logged(given.log)
     if given.quick or given.all:
         called = calls.measure(calls.QUICK_ROUNDS if given.quick else calls.ROUNDS)
-    for case in cases_of(given):
-        rows.append(row_of(case, given))
+    for case, mode in itertools.product(cases_of(given), given.mode):
+        asked = {"case": asdict(case), "layers": layers(), "mode": mode}
+        row = next((r for r in known if asked.items() <= r.items() and {*ways_of(mode, given)} <= {*r["ways"]}), None)
+        if row is None:
+            row = row_of(case, mode, given)
+            if given.log:
+                with given.log.open("a") as log:
+                    log.write(json.dumps(row) + "\n")
+        rows.append(row)
         if given.out:
             command = shlex.join(["python", "benchmarks/tax.py", *without_folder(sys.argv[1:])])
             tax_report.write(rows, called, given.out, "tax-quick" if given.quick else "tax", command)
@@ -410,23 +417,30 @@ def without_folder(arguments: list[str]) -> list[str]:
     return arguments[:place] + arguments[place + 2 :]
 
 
-def row_of(case: Case, given: argparse.Namespace) -> dict[str, Any]:
-    """What is measured of one case, printed as it comes."""
-    ways = ["frozen", *given.way]
-    row: dict[str, Any] = {"case": asdict(case), "layers": layers()}
-    for mode in given.mode if not given.no_time else ():
-        row[mode] = measure(case, ways, given.rounds, mode, 2 if given.quick else RUNS)
+def row_of(case: Case, mode: str, given: argparse.Namespace) -> dict[str, Any]:
+    """What is measured of one case in one mode, printed as it comes."""
+    ways = ways_of(mode, given)
+    row: dict[str, Any] = {"case": asdict(case), "layers": layers(), "mode": mode}
+    if mode == "memory":
+        row["ways"] = memory(case, ways)
+        floor = row["ways"]["frozen"]
+        shown = "  ".join(f"{w}: {v / 2**20:.0f} MiB ({v / floor:.3f})" for w, v in row["ways"].items())
+    else:
+        row |= measure(case, ways, given.rounds, mode, 2 if given.quick else RUNS)
         shown = "  ".join(
-            f"{w}: {v['ratio']:.3f} [{v['low']:.3f}, {v['high']:.3f}] {v['ms']:.0f} ms"
-            for w, v in row[mode]["ways"].items()
+            f"{w}: {v['ratio']:.3f} [{v['low']:.3f}, {v['high']:.3f}] {v['ms']:.0f} ms" for w, v in row["ways"].items()
         )
-        print(f"{case} {mode}{tax_report.mark(row[mode])}  {shown}", flush=True)
-    if given.memory:
-        row["memory"] = memory(case, [w for w in ways if w != "frozen, again"])
-        floor = row["memory"]["frozen"]
-        shown = "  ".join(f"{w}: {v / 2**20:.0f} MiB ({v / floor:.3f})" for w, v in row["memory"].items())
-        print(f"{case} memory  {shown}", flush=True)
+    print(f"{case} {mode}{tax_report.mark(row)}  {shown}", flush=True)
     return row
+
+
+def ways_of(mode: str, given: argparse.Namespace) -> list[str]:
+    """A model's copy takes the memory that the model takes."""
+    return ["frozen", *(w for w in given.way if mode != "memory" or w != "frozen, again")]
+
+
+def logged(path: Path | None) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
 
 
 def cases_of(given: argparse.Namespace) -> list[Case]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ from matplotlib import pyplot as plt
 
 #: What a row of the table is compared by; the rest of a measurement is in the JSON.
 COLUMNS = ("frozen, again", "captured", "lorafx", "lorafx, torch provider", "lorafx, reference", "peft", "full")
-
-MODES = ("eager", "compiled")
 
 
 def write(
@@ -32,14 +30,12 @@ def write(
 
 
 def markdown(rows: Sequence[dict[str, Any]], calls: Sequence[dict[str, Any]], name: str, command: str) -> str:
-    measured = [row[mode]["ways"] for row in rows for mode in MODES if mode in row]
-    measured += [row["memory"] for row in rows if "memory" in row]
-    ways = [c for c in COLUMNS if any(c in found for found in measured)]
+    ways = [c for c in COLUMNS if any(c in row["ways"] for row in rows)]
     lines = [
         "# What adapters cost",
         "",
         f"`{command}`, with {torch.get_num_threads()} threads on {processor()}, torch {torch.__version__}.",
-        f"Models of {' or '.join(sorted({str(row['layers']) for row in rows}))} layers, without embeddings and heads. "
+        "Models of so many layers, without embeddings and heads. "
         "A step (forward and backward) over the frozen model's in the same mode: median of the rounds, and quartiles.",
         "*frozen, again* is the frozen model over a copy of itself, so what it is off 1 is noise; *captured* the graph",
         "without adapters. Where noise was above 2 %, a case was measured *again*, three times at most (quick: two);",
@@ -47,20 +43,14 @@ def markdown(rows: Sequence[dict[str, Any]], calls: Sequence[dict[str, Any]], na
         "",
         f"![the tax as bars]({name}.png)",
         "",
-        "| model | dtype | r | adapters | mode | " + " | ".join(ways) + " |",
-        "| --- | --- | ---: | --- | --- |" + " ---: |" * len(ways),
+        "| model | layers | dtype | r | adapters | mode | " + " | ".join(ways) + " |",
+        "| --- | ---: | --- | ---: | --- | --- |" + " ---: |" * len(ways),
     ]
     for row in rows:
         case = row["case"]
-        head = f"| {case['model']} | {case['dtype']} | {case['r']} | {case['method']} |"
-        for mode in MODES:
-            if mode in row:
-                cells = " | ".join(_ratio(row[mode]["ways"].get(w)) for w in ways)
-                lines.append(f"{head} {mode}{mark(row[mode])} | {cells} |")
-        if "memory" in row:
-            floor = row["memory"]["frozen"]
-            shown = (f"{row['memory'][w] / floor:.2f}" if w in row["memory"] else "" for w in ways)
-            lines.append(f"{head} memory | " + " | ".join(shown) + " |")
+        cells = (_cell(row, way) for way in ways)
+        head = f"| {case['model']} | {row['layers']} | {case['dtype']} | {case['r']} | {case['method']} |"
+        lines.append(f"{head} {row['mode']}{mark(row)} | " + " | ".join(cells) + " |")
     if calls:
         lines += [
             "",
@@ -74,27 +64,41 @@ def markdown(rows: Sequence[dict[str, Any]], calls: Sequence[dict[str, Any]], na
     return "\n".join(lines) + "\n"
 
 
-def mark(found: dict[str, Any]) -> str:
+def mark(row: Mapping[str, Any]) -> str:
     """Whether a case was measured again, or is noisy still."""
-    return ", noisy" if not found["steady"] else ", again" if found["runs"] > 1 else ""
+    if row["mode"] == "memory":
+        return ""
+    return ", noisy" if not row["steady"] else ", again" if row["runs"] > 1 else ""
 
 
-def _ratio(found: dict[str, float] | None) -> str:
-    return "" if found is None else f"{found['ratio']:.2f} ({found['low']:.2f}, {found['high']:.2f})"
+def _ratio(row: Mapping[str, Any], way: str) -> float | None:
+    """Time or memory over the frozen model's."""
+    found = row["ways"].get(way)
+    if found is None:
+        return None
+    return float(found / row["ways"]["frozen"] if row["mode"] == "memory" else found["ratio"])
+
+
+def _cell(row: Mapping[str, Any], way: str) -> str:
+    ratio = _ratio(row, way)
+    if ratio is None:
+        return ""
+    spread = "" if row["mode"] == "memory" else " ({low:.2f}, {high:.2f})".format_map(row["ways"][way])
+    return f"{ratio:.2f}{spread}"
 
 
 def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    timed = [(row["case"], mode, row[mode]["ways"]) for row in rows for mode in MODES if mode in row]
-    ways = [c for c in ("lorafx", "lorafx, torch provider", "peft", "full") if any(c in found for _, _, found in timed)]
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.1 * len(timed)), 4.0), layout="constrained")
+    shown = ("lorafx", "lorafx, torch provider", "peft", "full")
+    ways = [way for way in shown if any(way in row["ways"] for row in rows)]
+    figure, axes = plt.subplots(figsize=(max(6.0, 1.1 * len(rows)), 4.0), layout="constrained")
     width = 0.8 / max(1, len(ways))
     for i, way in enumerate(ways):
-        there = [(x, found[way]) for x, (_, _, found) in enumerate(timed) if way in found]
-        axes.bar([x + i * width for x, _ in there], [f["ratio"] for _, f in there], width, label=way)
+        there = {x + i * width: ratio for x, row in enumerate(rows) if (ratio := _ratio(row, way)) is not None}
+        axes.bar(list(there), list(there.values()), width, label=way)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(
-        [x + 0.4 - width / 2 for x in range(len(timed))],
-        [f"{c['model']} {c['dtype']}\nr={c['r']} {c['method']}\n{mode}" for c, mode, _ in timed],
+        [x + 0.4 - width / 2 for x in range(len(rows))],
+        ["{model} {dtype}\nr={r} {method}\n".format_map(row["case"]) + row["mode"] for row in rows],
         fontsize=7,
     )
     axes.set_ylabel("step over the frozen model's")

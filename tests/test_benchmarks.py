@@ -113,7 +113,7 @@ def test_a_noisy_case_is_measured_again(
     monkeypatch.setattr(tax, "times", lambda steps, rounds: {"frozen, again": {"ratio": next(given)}})
     found = tax.measure(tax.Case("bert", "fp32", 4, "lora"), ["frozen", "frozen, again"], 2, "eager")
     assert found == {"ways": {"frozen, again": {"ratio": best}}, "runs": runs, "steady": steady}
-    assert tax_report.mark(found) == mark
+    assert tax_report.mark({"mode": "eager", **found}) == mark
 
 
 def test_the_quick_version_writes_a_table_numbers_and_a_picture(
@@ -123,13 +123,12 @@ def test_the_quick_version_writes_a_table_numbers_and_a_picture(
     tax.main()
     ways = {"frozen", "frozen, again", "captured", "lorafx", TORCH, "peft"}
     found = json.loads((tmp_path / "tax-quick.json").read_text())
-    assert [set(row["eager"]["ways"]) for row in found["steps"]] == [ways, ways]
+    assert [set(row["ways"]) for row in found["steps"]] == [ways, ways]
     assert [row["case"]["model"] for row in found["steps"]] == ["bert", "llama"]
     assert [call["call"] for call in found["calls"]] == ["apply", "set_adapter", "merge"]
     text = (tmp_path / "tax-quick.md").read_text()
-    head = "| model | dtype | r | adapters | mode | frozen, again | captured | lorafx | lorafx, torch provider | peft |"
-    assert head in text
-    assert text.count("| fp32 | 16 | lora | eager") == 2
+    assert "| model | layers | dtype | r | adapters | mode | frozen, again | captured | lorafx | lorafx, torch" in text
+    assert text.count("| 1 | fp32 | 16 | lora | eager") == 2
     assert "| `set_adapter` |" in text
     assert (tmp_path / "tax-quick.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("lorafx, torch provider:") == 2
@@ -137,7 +136,33 @@ def test_the_quick_version_writes_a_table_numbers_and_a_picture(
 
 def test_memory_is_shown_over_the_frozen_models() -> None:
     case = {"model": "bert", "dtype": "fp32", "r": 4, "method": "lora"}
-    row = {"case": case, "layers": 2, "memory": {"frozen": 200, "peft": 300}}
+    row = {"case": case, "layers": 2, "mode": "memory", "ways": {"frozen": 200, "peft": 300}}
     shown = tax_report.markdown([row], [], "tax", "python tax.py")
-    assert "| bert | fp32 | 4 | lora | memory | 1.50 |" in shown
-    assert "Models of 2 layers" in shown
+    assert "| bert | 2 | fp32 | 4 | lora | memory | 1.50 |" in shown
+
+
+def test_what_the_log_holds_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, out = tmp_path / "tax.jsonl", tmp_path / "docs"
+    command = [
+        "tax.py",
+        "--way",
+        "frozen, again",
+        "lorafx",
+        "--mode",
+        "memory",
+        "--log",
+        str(log),
+        "--out",
+        str(out),
+        "--method",
+    ]
+    monkeypatch.setattr(tax, "memory", lambda case, ways: dict.fromkeys(ways, 100))
+    monkeypatch.setattr(sys, "argv", [*command, "lora"])
+    tax.main()
+    monkeypatch.setattr(tax, "memory", lambda case, ways: {"frozen": 100, "lorafx": 110})
+    monkeypatch.setattr(sys, "argv", [*command, "lora", "dora"])
+    tax.main()
+    assert len(log.read_text().splitlines()) == 2
+    table = (out / "tax.md").read_text()
+    assert "| 16 | lora | memory | 1.00 |" in table
+    assert "| 16 | dora | memory | 1.10 |" in table
