@@ -32,6 +32,7 @@ import onnx_ir as ir
 
 from lorafx.errors import ExportError
 from lorafx.export.pipe import Pipe
+from lorafx.export.uncached import open_for
 from lorafx.export.weights import Streamed, pieces_of
 
 if sys.platform != "win32":  # there exports to one target at the same time are the user's to avoid
@@ -144,7 +145,8 @@ def _write_data(places: Sequence[Place], paths: Sequence[Path], progress: Progre
     done = 0
     digests = []
     for number, path in enumerate(paths):
-        with path.open("wb") as file:
+        size = sum(place.length for place in places if place.file == number)
+        with open_for(path, size) as file:
             digest = hashlib.sha256()
 
             def write(piece: memoryview | bytes) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import itertools
 import multiprocessing
 import os
@@ -12,8 +11,6 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,9 @@ import torch
 from torch import nn
 
 import lorafx
+from disk import room_for
 from lorafx.errors import ExportError
+from lorafx.export import uncached
 from lorafx.export.write import draft
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork, POSIX signals and limits")
@@ -246,22 +245,14 @@ def test_a_session_outlives_the_file(tmp_path: Path) -> None:
     assert not np.array_equal(ort.InferenceSession(path).run(None, x)[0], before)
 
 
-@contextmanager
-def room_for(limit: int) -> Iterator[None]:
-    """No file may become larger than so many bytes."""
-    resource = importlib.import_module("resource")  # there is none on Windows
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("data_name", [None, "weights.data"], ids=["by content", "by name"])
 @pytest.mark.parametrize("limit", [700, 20_000], ids=["in the graph", "in the weights"])
-def test_a_full_disk_leaves_the_old_file(limit: int, data_name: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_full_disk_leaves_the_old_file(
+    cached: bool, limit: int, data_name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """RLIMIT_FSIZE stands in for the disk: the write that goes beyond fails, by whichever thread it is made."""
+    monkeypatch.setattr(uncached, "LIMIT", uncached.LIMIT if cached else 0)
     path = tmp_path / "model.onnx"
     export(path, 1, data_name)
     before = contents(tmp_path)
