@@ -38,7 +38,7 @@ import torch
 import transformers
 
 import lorafx
-from lorafx.deploy import parameters_on_meta
+from lorafx.pretrained import parameters_on_meta
 
 SHARD = 4 * 10**9
 MIB = 2**20

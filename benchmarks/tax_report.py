@@ -18,6 +18,13 @@ from matplotlib import pyplot as plt
 #: What a row of the table is compared by; the rest of a measurement is in the JSON.
 COLUMNS = ("frozen, again", "captured", "lorafx", "lorafx, torch provider", "lorafx, reference", "peft", "full")
 
+#: What a step of lorafx's is to cost at most, over the frozen model's: time and memory, by dtype, rank and adapters.
+GOALS = {
+    ("fp32", 16): {"lora": (1.06, 1.10), "dropout": (1.15, 1.20), "dora": (1.12, 1.20)},
+    ("bf16", 16): {"lora": (1.08, 1.10), "dropout": (1.18, 1.20), "dora": (1.15, 1.20)},
+    ("bf16", 64): {"lora": (1.12, 1.15), "dropout": (1.22, 1.25), "dora": (1.18, 1.25)},
+}
+
 
 def write(
     rows: Sequence[dict[str, Any]], calls: Sequence[dict[str, Any]], folder: Path, name: str, command: str
@@ -39,18 +46,18 @@ def markdown(rows: Sequence[dict[str, Any]], calls: Sequence[dict[str, Any]], na
         "A step (forward and backward) over the frozen model's in the same mode: median of the rounds, and quartiles.",
         "*frozen, again* is the frozen model over a copy of itself, so what it is off 1 is noise; *captured* the graph",
         "without adapters. Where noise was above 2 %, a case was measured *again*, three times at most (quick: two);",
-        "*noisy*: it stayed above. Memory is the peak of a step, of a process each.",
+        "*noisy*: it stayed above; *goal* is lorafx's. Memory is the peak of a step, of a process each.",
         "",
         f"![the tax as bars]({name}.png)",
         "",
-        "| model | layers | dtype | r | adapters | mode | " + " | ".join(ways) + " |",
-        "| --- | ---: | --- | ---: | --- | --- |" + " ---: |" * len(ways),
+        "| model | layers | dtype | r | adapters | mode | goal | " + " | ".join(ways) + " |",
+        "| --- | ---: | --- | ---: | --- | --- | ---: |" + " ---: |" * len(ways),
     ]
     for row in rows:
         case = row["case"]
         cells = (_cell(row, way) for way in ways)
         head = f"| {case['model']} | {row['layers']} | {case['dtype']} | {case['r']} | {case['method']} |"
-        lines.append(f"{head} {row['mode']}{mark(row)} | " + " | ".join(cells) + " |")
+        lines.append(f"{head} {row['mode']}{mark(row)} | {_goal(row)} | " + " | ".join(cells) + " |")
     if calls:
         lines += [
             "",
@@ -77,6 +84,12 @@ def _ratio(row: Mapping[str, Any], way: str) -> float | None:
     if found is None:
         return None
     return float(found / row["ways"]["frozen"] if row["mode"] == "memory" else found["ratio"])
+
+
+def _goal(row: Mapping[str, Any]) -> str:
+    case = row["case"]
+    found = GOALS.get((case["dtype"], case["r"]), {}).get(case["method"])
+    return "" if found is None else f"{found[row['mode'] == 'memory']:.2f}"
 
 
 def _cell(row: Mapping[str, Any], way: str) -> str:
