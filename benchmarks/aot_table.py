@@ -43,16 +43,16 @@ READERS = ("up", "dx", "dequantize")
 
 def binaries(
     part: Part, dtype: torch.dtype, aligned: bool, ranks: Sequence[int], p: float, only: Collection[str] = (),
-    block_size: int = 0,
+    block_size: int = 0, dora: bool = True,
 ) -> Iterator[Binary]:  # fmt: skip
-    """The kernels of a step of three DoRA siblings at M = 8192, k = n = 4096, or a little less where not aligned.
+    """The kernels of a step of three siblings at M = 8192, k = n = 4096, or a little less where not aligned.
 
     Both those after the library's product and those that are fused with it; ``only`` those of these names. With
     ``block_size`` those that then read weights in NF4 (with double quantisation).
     """
     off = 0 if aligned else 1
     shape = (8192 - 3 * off, 4096 - 5 * off, [4096 - 7 * off for _ in ranks])
-    options = {"dora": True, "aligned": aligned, "block_size": block_size}
+    options = {"dora": dora, "aligned": aligned, "block_size": block_size}
     ways = [step(part.device, *shape, ranks, dtype, p, fused=f, **options) for f in (False, True)]
     for launch in unique([launch for way in ways for launch in way]):
         if (not only or launch.name in only) and (not block_size or launch.name in READERS):
@@ -80,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16", "fp16"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[16, 16, 16])
+    parser.add_argument("--kernels", nargs="+", default=[], help="these alone, such as grad_up")
+    parser.add_argument("--dora", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--weights", nargs="+", choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument("--markdown", action="store_true", help="print Markdown, not a table for the terminal")
@@ -87,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows, bad = [], 0
     for name, dtype, weight, aligned in product(options.parts, options.dtypes, options.weights, (True, False)):
         ranks, block_size = options.ranks, WEIGHTS[weight]
-        for binary in binaries(PARTS[name], DTYPES[dtype], aligned, ranks, options.dropout, (), block_size):
+        settings = (options.dropout, options.kernels, block_size, options.dora)
+        for binary in binaries(PARTS[name], DTYPES[dtype], aligned, ranks, *settings):
             rows.append(row(binary, dtype, aligned, weight))
             bad += bool(binary.faults)
     if options.markdown:

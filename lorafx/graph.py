@@ -205,13 +205,17 @@ class CapturedModule(GraphModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CapturedModule:
         """What ``to``, ``cuda`` and the like do; the devices that the trace wrote into the graph move along.
 
+        Adapters may change their dtype.
+
         Raises:
-            PassError: the dtype of the base would change, which the captured casts would not follow.
+            PassError: that of the base would change, which the captured casts would not follow.
         """
         tensors = [t for _, t in named_tensors(self)]
-        for tensor in tensors:
+        adapters = self.meta.get("adapters", {}).values()
+        of_adapters = {id(get_path(self, name)) for adapter in adapters for name in adapter.parameter_names}
+        for tensor in self.parameters():
             probe = torch.empty(0, dtype=tensor.dtype, device="cpu" if tensor.is_meta else tensor.device)
-            if tensor.is_floating_point() and not is_own(tensor) and fn(probe).dtype != tensor.dtype:
+            if tensor.is_floating_point() and id(tensor) not in of_adapters and fn(probe).dtype != tensor.dtype:
                 raise PassError(
                     f"the graph was captured in {tensor.dtype} and holds casts to it: convert the model "
                     "(model.to(dtype)) and apply again, or train under torch.autocast"

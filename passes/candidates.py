@@ -23,6 +23,7 @@ from lorafx.graph import CapturedModule, get_path, notes
 from lorafx.ir import same_memory
 from lorafx.ops import PARAMETERS, STORAGE
 from lorafx.passes.layers import find_operands, readers
+from lorafx.passes.regions import autocast_regions
 
 #: Operators that move or cast values and compute nothing: a layer behind them makes the output.
 _SHAPE_ONLY_NAMES = """
@@ -102,6 +103,27 @@ def candidates(gm: CapturedModule) -> tuple[Candidate, ...]:
     uses = WeightUses(gm)
     layers = [replace(c, elsewhere=uses.beside(c.weight, c.nodes)) for c in found.values()]
     return (*_with_attention(gm, uses, layers),)
+
+
+def kept_whole(gm: CapturedModule) -> Iterator[tuple[Candidate, str]]:
+    """Linear layers in autocast regions that stayed calls (:mod:`.regions`), each with how the model's code says it."""
+    seen = {c.weight for c in candidates(gm)}
+    heads = tuple(gm.meta.get("output_layers", ()))
+    for call, said in autocast_regions(gm.graph):
+        for operand in call.all_input_nodes:
+            weight = str(operand.target)
+            name, _, leaf = weight.rpartition(".")
+            if operand.op != "get_attr" or leaf != "weight" or weight in seen:
+                continue
+            if getattr(get_path(gm, name), "kind", "") == "linear":
+                seen.add(weight)
+                value: Tensor = get_path(gm, weight)
+                head = any(name == h or name.startswith(h + ".") for h in heads)
+                shape = tuple(value.shape)
+                yield (
+                    Candidate(name, name, "linear", (), weight, None, shape, value.dtype, True, head, (), (name,)),
+                    said,
+                )
 
 
 def _with_attention(gm: CapturedModule, uses: WeightUses, layers: Sequence[Candidate]) -> Iterator[Candidate]:

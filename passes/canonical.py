@@ -1,21 +1,20 @@
 """Bring a trace into lorafx's canonical form. Every rewrite keeps values and gradients exactly.
 
 _assert_tensor_metadata(x, dtype=float32)       ->  (gone: it would refuse autocast and other devices)
-wrap_with_set_grad_enabled(False, sub, x)       ->  sub's nodes inline, outputs detached
+wrap_with_set_grad_enabled(False, sub, x)       ->  sub's nodes inline, outputs detached   # and autocast: regions.py
 sym_size(labels, 1)                             ->  sym_size(input_ids, 1)   # the same symbol
 linear(x, <embed.weight>)  # called by lm_head  ->  linear(x, <lm_head.weight>)   # its own alias
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from lorafx.graph import annotate, named_tensors, notes
-from lorafx.passes.frontends import Trace, note_scope
+from lorafx.passes.frontends import Trace
+from lorafx.passes.regions import inline_regions
 
 aten = torch.ops.aten
 
@@ -25,7 +24,7 @@ def canonicalize(trace: Trace, model: nn.Module, last_inputs: frozenset[str] = f
     graph = trace.graph
     for node in graph.find_nodes(op="call_function", target=aten._assert_tensor_metadata.default):
         graph.erase_node(node)
-    _inline_grad_regions(graph, trace.holder)
+    inline_regions(graph, trace.holder)
     _name_modules_once(graph, model)
     share_sizes(graph, last_inputs)
     _name_weights_by_use(graph, model)
@@ -41,54 +40,6 @@ def _matters(node: Node) -> bool:
         return True
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded in tags
-
-
-def _inline_grad_regions(graph: Graph, holder: nn.Module) -> None:
-    wrap = torch.ops.higher_order.wrap_with_set_grad_enabled
-    while regions := graph.find_nodes(op="call_function", target=wrap):
-        for call in regions:
-            enabled, region, *operands = call.args
-            assert isinstance(region, Node)
-            body = getattr(holder, str(region.target))
-            assert isinstance(body, GraphModule)
-            outputs = _inline(graph, call, body.graph, operands)
-            if not enabled:
-                outputs = [_detached(graph, call, o) for o in outputs]
-            for user in list(call.users):
-                # the region's results are always taken apart by getitem
-                user.replace_all_uses_with(outputs[user.args[1]])
-                graph.erase_node(user)
-            graph.erase_node(call)
-            if not region.users:
-                graph.erase_node(region)
-
-
-def _inline(graph: Graph, before: Node, body: Graph, operands: list[Any]) -> list[Any]:
-    made = dict(zip(body.find_nodes(op="placeholder"), operands, strict=True))
-    with graph.inserting_before(before):
-        for node in body.nodes:
-            if node.op == "placeholder":
-                continue
-            if node.op == "output":
-                return [made[n] if isinstance(n, Node) else n for n in node.args[0]]
-            if node.target is aten._assert_tensor_metadata.default:
-                continue
-            made[node] = graph.node_copy(node, lambda n: made[n])
-            note_scope(made[node])
-            if "scope" not in notes(node):
-                made[node].meta.setdefault("custom", before.meta.get("custom", {}))
-    raise AssertionError("a graph has an output")
-
-
-def _detached(graph: Graph, before: Node, value: Any) -> Any:
-    if not isinstance(value, Node) or not isinstance(value.meta.get("val"), Tensor):
-        return value
-    if not value.meta["val"].is_floating_point():
-        return value
-    with graph.inserting_before(before):
-        detached = graph.call_function(aten.detach.default, (value,))
-    detached.meta = dict(value.meta)
-    return detached
 
 
 def share_sizes(graph: Graph, last_inputs: frozenset[str]) -> None:

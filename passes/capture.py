@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from lorafx.errors import CaptureError, FixedDimensionWarning
 from lorafx.graph import ROOT_MODE, CapturedModule, Scope, mark_own
 from lorafx.passes import optional
-from lorafx.passes.bitsandbytes import with_packed_layers
+from lorafx.passes.bitsandbytes import settle_dtypes, with_packed_layers
 from lorafx.passes.canonical import canonicalize
 from lorafx.passes.example import Example, ExampleInputs, bind, make_example
 from lorafx.passes.frontends import Trace, export_trace, symbolic_trace
@@ -73,6 +73,7 @@ def capture(
     model = with_packed_layers(model)
     with capture_config(model), _unchanged(model):
         gm = _captured(model, example_inputs, dynamic_shapes, eval_only)
+    settle_dtypes(gm, model)
     for name, module in model.named_modules(remove_duplicate=False):
         gm.get_submodule(name).training = module.training
     gm.get_submodule(ROOT_MODE).training = model.training

@@ -82,9 +82,24 @@ def export_trace(model: nn.Module, example: Example) -> Trace:
 class _Tracer(torch.fx.Tracer):
     """Looks into parametrized layers, whose weight is computed, and not into our own linear layers."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.autocasts = _autocasts()
+
+    def create_node(self, kind: str, *arguments: Any, **options: Any) -> Node:
+        if kind.startswith("call") and _autocasts() != self.autocasts:
+            raise RuntimeError("such a graph would not keep the model's own torch.autocast")
+        return super().create_node(kind, *arguments, **options)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         leaf = isinstance(m, PackedLinear) or super().is_leaf_module(m, module_qualified_name)
         return leaf and not is_parametrized(m)
+
+
+def _autocasts() -> int:
+    """In how many contexts of autocast this is called."""
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
 
 
 def symbolic_trace(model: nn.Module, parameters: tuple[str, ...]) -> Trace:

@@ -19,6 +19,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -28,7 +29,7 @@ from lorafx.errors import LoweringError
 from lorafx.graph import CapturedModule, annotate, get_path, notes
 from lorafx.ir import stage
 from lorafx.kernels.base import Call
-from lorafx.kernels.grouped import grouped
+from lorafx.kernels.grouped import Arguments, grouped
 from lorafx.kernels.providers import PROVIDERS, provider
 from lorafx.ops import STORAGE, updates
 from lorafx.passes.activation import find_activation
@@ -183,25 +184,23 @@ def _rewrite(graph: Graph, decision: Decision, kept: Kept) -> None:
     tensors, variants, scaling, dropout = ([v for a in adapters for v in a[i]] for i in range(4))
     sources, recipe, activation = _input(members[0].x, decision.provider, kept)
     with graph.inserting_before(first):
-        group = graph.call_function(
-            grouped,
-            (
-                members[0].x,
-                [m.kind for m in members],
-                [m.weight for m in members],
-                [m.bias for m in members],
-                [0 if m.adapters is None else len(m.adapters[1]) for m in members],
-                [False if m.adapters is None else m.adapters[4] for m in members],
-                tensors,
-                variants,
-                scaling,
-                dropout,
-                decision.provider,
-                sources,
-                recipe,
-                activation,
-            ),
-        )
+        given: dict[str, Any] = {
+            "x": members[0].x,
+            "kinds": [m.kind for m in members],
+            "weights": [m.weight for m in members],
+            "biases": [m.bias for m in members],
+            "counts": [0 if m.adapters is None else len(m.adapters[1]) for m in members],
+            "training": [False if m.adapters is None else m.adapters[4] for m in members],
+            "tensors": tensors,
+            "variants": variants,
+            "scaling": scaling,
+            "dropout": dropout,
+            "provider": decision.provider,
+            "sources": sources,
+            "recipe": recipe,
+            "activation": activation,
+        }
+        group = graph.call_function(grouped, tuple(Arguments(**given)))
     if scope := notes(first).get("scope"):
         annotate(group, scope=scope)
     for index, member in enumerate(members):

@@ -16,7 +16,7 @@ from lorafx.errors import FrozenHeadWarning, MatchError
 from lorafx.graph import CapturedModule, get_path, named_tensors
 from lorafx.ir import ADAPTERS, FOLDED, Site, adapters, base_modules
 from lorafx.ops import LAYERS
-from lorafx.passes.candidates import Candidate, WeightUses, candidates, parameter, parts, tied, token_rows
+from lorafx.passes.candidates import Candidate, WeightUses, candidates, kept_whole, parameter, parts, tied, token_rows
 from lorafx.spec import ALL_LINEAR, LoraSpec, matches
 from lorafx.variants import VARIANTS
 
@@ -46,6 +46,7 @@ def match(gm: CapturedModule, specs: Sequence[LoraSpec], adapter: str = "default
     """
     layers, uses = candidates(gm), WeightUses(gm)
     choices = {c.name: Choice(c, None, None, "") for c in layers}
+    _refuse_kept_whole(gm, specs)
     for spec in specs:
         _check_entries(gm, (*layers, *(part for layer in layers for part in parts(gm, uses, layer))), spec)
         meant = [*_layers(gm, uses, layers, spec), *_parameters(gm, uses, spec), *_tokens(gm, uses, layers, spec)]
@@ -262,6 +263,19 @@ def _check_numbers(taken: Sequence[str], spec: LoraSpec) -> None:
             f"layers_to_transform names {', '.join(map(str, absent))}, and no layer that target_modules means has that "
             f"number{where}. There are: {listing}{advice}"
         )
+
+
+def _refuse_kept_whole(gm: CapturedModule, specs: Sequence[LoraSpec]) -> None:
+    """Refuse layers that are meant and that the graph calls inside an autocast region it keeps whole."""
+    for candidate, said in kept_whole(gm):
+        name = candidate.name
+        if any(_why_not(candidate, spec) is None and spec.takes_layer(name) for spec in specs):
+            raise MatchError(
+                f"'{name}' is called under {said} in the model's own forward, and the graph keeps that part whole: the "
+                "layer cannot be adapted there. Take the context manager out of forward (put torch.autocast around the "
+                f"call of the graph, and casts where forward needs them), or exclude the layer (exclude_modules="
+                f"['{name}'])"
+            )
 
 
 def _nothing_matched(meant: Sequence[Meant], spec: LoraSpec) -> str:

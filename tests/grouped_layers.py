@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorafx.kernels.base import quantised
-from lorafx.kernels.grouped import grouped
+from lorafx.kernels.grouped import Arguments, grouped
 from lorafx.ops import ADAPTED, LAYERS, STORAGE, updates
 from lorafx.variants import VARIANTS
 
@@ -157,21 +157,22 @@ class Operands:
         """The outputs as the operator of lowering gives them."""
         siblings = self.group.siblings
         adapters = [a for s in siblings for a in s.adapters]
-        outputs: list[Tensor] = grouped(
-            self.x,
-            [s.kind for s in siblings],
-            self.weights,
-            self.biases,
-            [len(s.adapters) for s in siblings],
-            [s.training for s in siblings],
-            self.tensors,
-            [a.variant for a in adapters],
-            [a.scaling for a in adapters],
-            [a.p for a in adapters],
-            provider,
-            [],
-            "",
+        given = Arguments(
+            x=self.x,
+            kinds=[s.kind for s in siblings],
+            weights=self.weights,
+            biases=self.biases,
+            counts=[len(s.adapters) for s in siblings],
+            training=[s.training for s in siblings],
+            tensors=self.tensors,
+            variants=[a.variant for a in adapters],
+            scaling=[a.scaling for a in adapters],
+            dropout=[a.p for a in adapters],
+            provider=provider,
+            sources=[],
+            recipe="",
         )
+        outputs: list[Tensor] = grouped(*given)
         return outputs
 
     def by_twins(self) -> list[Tensor]:

@@ -19,6 +19,7 @@ from lorafx import LoraSpec
 from lorafx.graph import CapturedModule
 from lorafx.kernels import providers
 from lorafx.kernels.base import Provider
+from lorafx.kernels.grouped import Arguments
 from tolerances import assert_close
 
 WIDTH = 16
@@ -98,7 +99,7 @@ def assert_equal_results(found: dict[str, Tensor], expected: dict[str, Tensor], 
 def derived(gm: CapturedModule) -> list[str]:
     """The provider of each group that runs."""
     graph = gm.meta["lowering"].derive(gm, gm.graph)
-    return [n.args[10] for n in graph.nodes if str(n.target) == "lorafx.grouped.default"]
+    return [Arguments(*n.args).provider for n in graph.nodes if str(n.target) == "lorafx.grouped.default"]
 
 
 @contextmanager

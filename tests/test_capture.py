@@ -23,6 +23,7 @@ from lorafx.errors import CaptureError, FixedDimensionWarning, InputError, PassE
 from lorafx.graph import CapturedModule
 from lorafx.ir import format_graph
 from lorafx.passes.huggingface import configs
+from tolerances import assert_close
 from zoo import FAMILIES, Family, Inputs
 
 SAMPLES: dict[str, Callable[[Family], Inputs]] = {
@@ -590,14 +591,33 @@ def test_loading_the_same_values_keeps_sharing() -> None:
     assert {p.data_ptr() for p in gm.parameters()} == {p.data_ptr() for p in model.parameters()}
 
 
-def test_the_dtype_cannot_be_changed_after_capture() -> None:
+@pytest.mark.parametrize("convert", [nn.Module.double, nn.Module.half, lambda gm: gm.to("cpu", torch.bfloat16)])
+@pytest.mark.parametrize("loaded", [False, True], ids=["", "values loaded"])
+def test_the_dtype_cannot_be_changed_after_capture(convert: Callable[[nn.Module], nn.Module], loaded: bool) -> None:
+    """Also where the base's tensors are the graph's own, and where the graph is a part of another module."""
     model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
-    gm = captured(model, (torch.randn(4, 6),), None)
-    before = state_of(model)
-    with pytest.raises(PassError, match=r"captured in torch.float32 .*\(model.to\(dtype\)\) and apply again"):
-        gm.double()
+    gm = lorafx.apply(model, lorafx.LoraSpec(r=2, target_modules=["0"]), (torch.randn(4, 6),))
+    if loaded:
+        gm.load_state_dict({n: t + 1 for n, t in gm.state_dict().items()})
+    before, of_graph = state_of(model), state_of(gm)
+    for module in (gm, nn.Sequential(gm)):
+        with pytest.raises(PassError, match=r"captured in torch.float32 .*\(model.to\(dtype\)\) and apply again"):
+            convert(module)
     assert same(before, state_of(model))
-    assert {t.dtype for t in gm.parameters()} == {torch.float32}
+    assert same(of_graph, state_of(gm))
+
+
+def test_adapters_may_take_the_models_dtype() -> None:
+    """They are float32 beside a half model; what PyTorch converts is a model's parameters, and so theirs too."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2)).bfloat16(), torch.randn(4, 6).bfloat16()
+    gm = lorafx.apply(model, lorafx.LoraSpec(r=2, target_modules=["0"], init="gaussian"), (x,))
+    with torch.no_grad():
+        gm.get_parameter("0.lora_B.default").normal_()
+    expected = gm(x)
+    assert {t.dtype for t in gm.parameters()} == {torch.bfloat16, torch.float32}
+    assert {t.dtype for t in gm.to(torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert_close("layer", gm(x), expected)
 
 
 # Labels of plain modules, and labels that are more than the loss's.

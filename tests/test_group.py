@@ -17,6 +17,7 @@ from conftest import leaves, randomize
 from lorafx import LoraSpec
 from lorafx.graph import CapturedModule
 from lorafx.ir import format_graph
+from lorafx.kernels.grouped import Arguments
 from lorafx.passes.group import Member, find_groups
 from tolerances import assert_close
 from zoo import FAMILIES, Family
@@ -268,7 +269,7 @@ def test_what_runs_is_derived_and_the_graph_stays(case: Case) -> None:
     derived = gm.meta["lowering"].derive(gm, gm.graph)
     derived.lint()
     assert format_graph(gm) == before
-    served = [len(n.args[4]) for n in derived.nodes if str(n.target) == "lorafx.grouped.default"]
+    served = [len(Arguments(*n.args).counts) for n in derived.nodes if str(n.target) == "lorafx.grouped.default"]
     assert served == [len(line.split(",")) for line in case.groups.splitlines()]
 
 

@@ -15,7 +15,7 @@ from lorafx import LoraSpec
 from lorafx.bases import FORMATS
 from lorafx.bases.ops import describe
 from lorafx.graph import CapturedModule
-from lorafx.kernels.grouped import grouped
+from lorafx.kernels.grouped import Arguments, grouped
 from lorafx.kernels.providers import provider
 from lowered import WIDTH, Model, X, applied, assert_equal_results, derived, grads, run
 from tolerances import TOLERANCES, assert_close, error
@@ -241,9 +241,22 @@ def test_a_frozen_graph_keeps_nothing_for_backward() -> None:
 @pytest.mark.parametrize("name", ["torch", "cpu"])
 def test_factors_that_are_inputs_may_have_symbols_for_ranks(name: str) -> None:
     def low(x: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        found: list[Tensor] = grouped(
-            x, ["linear"], [weight], [None], [1], [True], [a, b], ["lora"], [1.5], [0.0], name, [], ""
+        given = Arguments(
+            x=x,
+            kinds=["linear"],
+            weights=[weight],
+            biases=[None],
+            counts=[1],
+            training=[True],
+            tensors=[a, b],
+            variants=["lora"],
+            scaling=[1.5],
+            dropout=[0.0],
+            provider=name,
+            sources=[],
+            recipe="",
         )
+        found: list[Tensor] = grouped(*given)
         return found[0]
 
     compiled = torch.compile(low, dynamic=True, backend="aot_eager", fullgraph=True)

@@ -18,6 +18,7 @@ from conftest import Zoo, leaves, randomize
 from lorafx import LoraSpec
 from lorafx.graph import CapturedModule
 from lorafx.kernels.cpu.provider import Cpu
+from lorafx.kernels.grouped import Arguments
 from lorafx.kernels.recipe import Value, recompute, write_recipe
 from lorafx.passes import lower
 from lorafx.passes.recompute import Kept, trained_nodes
@@ -173,13 +174,13 @@ def without_recipes(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def test_recomputed_inputs_are_the_same(backend: str, variant: str, without_recipes: Callable[[], None]) -> None:
     """Bit for bit, but where a provider differentiates an activation itself."""
     gm = norms(backend, variant)
-    assert sum(n.args[12] != "" for n in grouped_nodes(gm)) >= 6, "or there is nothing to compare"
-    exact = all(n.args[13] == "" for n in grouped_nodes(gm))
+    assert sum(Arguments(*n.args).recipe != "" for n in grouped_nodes(gm)) >= 6, "or there is nothing to compare"
+    exact = all(Arguments(*n.args).activation == "" for n in grouped_nodes(gm))
     assert exact == (backend == "torch")
     found = results(gm)
     without_recipes()
     kept = norms(backend, variant)
-    assert all(n.args[12] == "" for n in grouped_nodes(kept))
+    assert all(Arguments(*n.args).recipe == "" for n in grouped_nodes(kept))
     for actual, expected in zip(found, results(kept), strict=True):
         assert (actual is None) == (expected is None)
         if actual is not None and expected is not None:
@@ -257,9 +258,9 @@ def test_random_and_stateful_operators_run_once(what: str) -> None:
         randomize(gm)
         if backend == "torch":
             *_, last = grouped_nodes(gm)
-            assert (last.args[12] != "" or last.args[13] != "") == again
+            assert (Arguments(*last.args).recipe != "" or Arguments(*last.args).activation != "") == again
             for word in ("dropout", "rand", "batch_norm"):
-                assert word not in str(last.args[12])
+                assert word not in str(Arguments(*last.args).recipe)
         torch.manual_seed(1)
         tensors = [t for t in (*results(gm.train()), *gm.buffers()) if t is not None and t.is_floating_point()]
         found.append([t.clone() for t in tensors])

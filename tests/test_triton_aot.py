@@ -44,6 +44,7 @@ FULL = [
     ("gfx942", torch.float32, (17,), False, "grad_up"),
     ("sm_80", torch.float32, (32,), True, "grad_up"),
     ("sm_80", torch.bfloat16, (33,), True, "grad_up"),
+    ("sm_90", torch.float32, (16,), False, "dequantize"),
     *((part, torch.float32, (5,), True, kernel) for part in PARTS for kernel in ("grad_up", "up")),
 ]
 
@@ -101,7 +102,8 @@ def test_scales_are_rounded_at_each_step(part: str, table: ModuleType) -> None:
 def test_nothing_spills_where_registers_are_short(
     part: str, dtype: torch.dtype, ranks: tuple[int, ...], aligned: bool, kernel: str, table: ModuleType
 ) -> None:
-    found = list(table.binaries(PARTS[part], dtype, aligned, ranks, 0.1, {kernel}))
+    block_size = 64 if kernel == "dequantize" else 0
+    found = list(table.binaries(PARTS[part], dtype, aligned, ranks, 0.1, {kernel}, block_size))
     assert found
     for binary in found:
         assert not binary.faults, binary.faults
@@ -127,3 +129,5 @@ def test_table(table: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     aligned = next(line for line in lines if "| aligned | dense | up |" in line)
     assert "wgmma" in aligned
     assert "128" in aligned
+    assert table.main([*arguments, "--kernels", "down", "reduce", "--no-dora", "--dropout", "0"]) == 0
+    assert {line.split("|")[5].strip() for line in capsys.readouterr().out.splitlines()[2:]} == {"down", "reduce"}

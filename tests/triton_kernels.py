@@ -7,10 +7,13 @@ is computed from float32 operands and stored truncated.
 
 from __future__ import annotations
 
+import json
 import runpy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -411,13 +414,79 @@ def test_model_of_traffic(case: Case) -> None:
         assert model.dram <= model.loaded + model.stored
 
 
+GPU = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "gpu.py"))
+
+
 def test_check_of_the_gpu_benchmark() -> None:
     """What benchmarks/gpu.py does before it times anything, at a size for the interpreter."""
-    path = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-    gpu = runpy.run_path(str(path))
-    checks = list(gpu["check"](torch.device(DEVICE), [(9, 20, 17)], [3], ["fp32", "fp16"]))
+    checks = list(GPU["check"](torch.device(DEVICE), [(9, 20, 17)], [3], ["fp32", "fp16"]))
     assert {c.what for c in checks} >= {"s", "y0", "y1", "dleft0", "dot1", "total0", "dx", "dright1", "row norm"}
     assert all(c.right for c in checks), [c for c in checks if not c.right]
+
+
+class Event:
+    """A clock that advances by a millisecond at each look at it: of the device, where there is none."""
+
+    now = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        Event.now += 1
+        self.at = Event.now
+
+    def elapsed_time(self, end: Event) -> float:
+        return float(end.at - self.at)
+
+
+@pytest.mark.parametrize(("base", "dora"), [("dense", True), ("nf4", False)])
+def test_timing_of_the_gpu_benchmark(base: str, dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every method runs, forward and backward; without a GPU its clock and its memory are made up."""
+    compile_, device = torch.compile, torch.device(DEVICE)
+    monkeypatch.setattr(torch, "compile", lambda model: compile_(model, backend="aot_eager"))
+    if device.type == "cpu":
+        for name, value in (("synchronize", None), ("reset_peak_memory_stats", None), ("memory_allocated", 3)):
+            monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+    timings = GPU["time_block"](3, 32, 2, "fp32", 0.1, base, dora, 2, device)
+    others = (
+        ["PEFT", "PEFT, compiled"]
+        if base == "dense"
+        else ["PEFT, bitsandbytes"] * (find_spec("bitsandbytes") is not None)
+    )
+    assert [t.method for t in timings] == ["frozen", "frozen, compiled", *others, "lorafx", "lorafx, compiled"]
+    assert all((t.m, t.features, t.r, t.dtype, t.p, t.base) == (3, 32, 2, "fp32", 0.1, base) for t in timings)
+    assert all(t.milliseconds > 0 and t.quartiles[0] <= t.milliseconds <= t.quartiles[1] for t in timings)
+    assert timings[0].over_frozen == 1.0
+    if device.type == "cpu":
+        assert {(t.milliseconds, t.step_bytes) for t in timings} == {(1.0, 7)}
+
+
+def test_command_line_of_the_gpu_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it prints and writes; a wrong output and nothing is timed."""
+    timing = GPU["Timing"]("lorafx", 8, 64, 2, "bf16", 0.0, 1.5, (1.0, 2.0), 1.25, 2**20)
+    errors = [0.0]
+    monkeypatch.setitem(
+        GPU["main"].__globals__, "check", lambda *given: [GPU["Check"]("dx", 1, 2, 3, 4, "fp32", 0.1, errors[0], 1e-4)]
+    )
+    monkeypatch.setitem(GPU["main"].__globals__, "time_block", lambda *given: [timing])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="a device"))
+    path = tmp_path / "results.json"
+    arguments = ["--features", "64", "--ranks", "2", "--json", str(path)]
+    assert GPU["main"](arguments) == 0
+    found = json.loads(path.read_text())
+    assert found["device"] == "a device"
+    assert [t["method"] for t in found["timings"]] == ["lorafx"] * 4  # two dropouts, two bases
+    assert "1.500 ms, 1.250 of frozen, 1 MiB" in capsys.readouterr().out
+    errors[0] = float("nan")
+    assert GPU["main"](arguments) == 1
+    assert json.loads(path.read_text())["timings"] == []
+    assert "dx: error nan > 0.0001 at M=1 k=2 n=3 r=4 fp32 dense" in capsys.readouterr().out
 
 
 def test_splits_follow_the_processors() -> None:

@@ -23,14 +23,47 @@ from lorafx.ops import ADAPTED, LAYERS, define_op, updates
 from lorafx.variants import VARIANTS
 from lorafx.variants.base import full_precision
 
-#: ``kinds``, ``weights``, ``biases``, ``counts`` (of adapters) and ``training`` have one entry a sibling; ``variants``,
-#: ``scaling`` and ``dropout`` one an adapter; ``tensors`` are as in a twin. From ``sources`` and ``recipe`` backward
-#: computes ``x`` again, instead of keeping it (:mod:`.recipe`); with ``activation`` its name, where nothing else reads
-#: ``x``, it gives the sources their gradient itself.
-_SCHEMA = (
-    "(Tensor x, str[] kinds, Tensor[] weights, Tensor?[] biases, int[] counts, bool[] training, Tensor[] tensors, "
-    "str[] variants, float[] scaling, float[] dropout, str provider, Tensor[] sources, str recipe, "
-    'str activation="") -> Tensor[]'
+
+class Arguments(NamedTuple):
+    """What the operator takes, in its order.
+
+    ``kinds``, ``weights``, ``biases``, ``counts`` (of adapters) and ``training`` have one entry a sibling;
+    ``variants``, ``scaling`` and ``dropout`` one an adapter; ``tensors`` are as in a twin. From ``sources`` and
+    ``recipe`` backward computes ``x`` again, instead of keeping it (:mod:`.recipe`); with ``activation`` its name,
+    where nothing else reads ``x``, it gives the sources their gradient itself. In a graph nodes stand for the tensors.
+    """
+
+    x: Tensor
+    kinds: Sequence[str]
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    counts: Sequence[int]
+    training: Sequence[bool]
+    tensors: Sequence[Tensor]
+    variants: Sequence[str]
+    scaling: Sequence[float]
+    dropout: Sequence[float]
+    provider: str
+    sources: Sequence[Tensor]
+    recipe: str
+    activation: str = ""
+
+
+#: What the annotations above are called in a schema.
+_TYPES = {
+    "Tensor": "Tensor",
+    "str": "str",
+    "Sequence[Tensor]": "Tensor[]",
+    "Sequence[Tensor | None]": "Tensor?[]",
+    "Sequence[str]": "str[]",
+    "Sequence[int]": "int[]",
+    "Sequence[bool]": "bool[]",
+    "Sequence[float]": "float[]",
+}
+_DEFAULTS = {name: f'="{value}"' for name, value in Arguments._field_defaults.items()}
+_SCHEMA = ", ".join(
+    f"{_TYPES[kind.__forward_arg__]} {name}{_DEFAULTS.get(name, '')}"
+    for name, kind in Arguments.__annotations__.items()
 )
 
 
@@ -104,29 +137,17 @@ def _layers(
     return tuple(layers), tuple(quantised(p) if layer.training else 0.0 for layer in layers for p in layer.dropout)
 
 
-def grouped_reference(
-    x: Tensor,
-    kinds: Sequence[str],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    counts: Sequence[int],
-    training: Sequence[bool],
-    tensors: Sequence[Tensor],
-    variants: Sequence[str],
-    scaling: Sequence[float],
-    dropout: Sequence[float],
-    provider_name: str,
-    sources: Sequence[Tensor],
-    recipe: str,
-    activation: str = "",
-) -> list[Tensor]:
-    """See the module; under autocast in its dtype, as ``linear`` is."""
-    layers, p = _layers(*map(tuple, (kinds, counts, training, variants, scaling, dropout)))
+def grouped_reference(*arguments: Any) -> list[Tensor]:
+    """See the module; takes :class:`Arguments`. Under autocast in its dtype, as ``linear`` is."""
+    given = Arguments(*arguments)
+    x, sources, recipe, activation = given.x, given.sources, given.recipe, given.activation
+    kinds, counts, training = tuple(given.kinds), tuple(given.counts), tuple(given.training)
+    layers, p = _layers(kinds, counts, training, tuple(given.variants), tuple(given.scaling), tuple(given.dropout))
+    own = list(zip(layers, given.weights, given.biases, strict=True))
     if _is_transformed():
-        given = zip(layers, weights, biases, strict=True)
-        return [layer.twin(x, weight, bias, tensors) for layer, weight, bias in given]
+        return [layer.twin(x, weight, bias, given.tensors) for layer, weight, bias in own]
 
-    siblings = [layer.sibling(w, b, tensors) for layer, w, b in zip(layers, weights, biases, strict=True)]
+    siblings = [layer.sibling(weight, bias, given.tensors) for layer, weight, bias in own]
     device = "cpu" if x.is_meta else x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype is not torch.float64
     if autocast:
@@ -134,13 +155,13 @@ def grouped_reference(
         x, sources, recipe, activation = x.to(dtype), [], "", ""  # the recipe would give the input before the cast
     rights = [right for s in siblings for right in s.rights]
     ranks = tuple(int(right.shape[0]) for right in rights)  # of factors that are inputs they may be symbols
-    chosen = provider(provider_name)
+    chosen = provider(given.provider)
     call = Call(x.device, x.dtype, x.shape[-1], tuple(s.weight.shape[0] for s in siblings), sum(ranks))
     if chosen.rejects(call) is not None:
         chosen = provider("torch")
     if activation not in chosen.activations or not all(_alike(source, sources[0]) for source in sources):
         activation = ""  # the sources get their gradients by autograd, as where factors broadcast
-    adapters = Adapters(tuple(counts), ranks, p, tuple(scale for s in siblings for scale in s.scales))
+    adapters = Adapters(counts, ranks, p, tuple(scale for s in siblings for scale in s.scales))
     group = make_group(chosen, adapters, recipe, activation)
     operands = (
         *[s.weight.to(x.dtype) if autocast else s.weight for s in siblings],
@@ -163,4 +184,4 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape
 
 
-grouped = define_op("grouped", _SCHEMA, grouped_reference)
+grouped = define_op("grouped", f"({_SCHEMA}) -> Tensor[]", grouped_reference)

@@ -166,7 +166,7 @@ def dequantize(weight: Stored, dtype: torch.dtype, start: int = 0, stop: int | N
     (n, k), codes = weight.shape, weight.tensors[0]
     stop = n if stop is None else stop
     values = torch.empty(stop - start, k, dtype=dtype, device=codes.device)
-    rows, columns = (32, 128) if weight.whole else (16, 64)
+    rows, columns = (32, 128) if weight.whole else (16, 32)
     with on_device(codes):
         launch(
             dequantize_kernel, (cdiv(stop - start, rows), cdiv(k, columns)), weight.tensors, weight.strides,
