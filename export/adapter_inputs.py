@@ -33,8 +33,9 @@ from lorafx.export.translate import Translation
 from lorafx.export.weights import fill
 from lorafx.graph import CapturedModule, get_path, notes
 from lorafx.ir import Adapter, Site, adapters, layer_nodes
+from lorafx.kernels.rounding import round_once
 from lorafx.ops import LAYERS, updates
-from lorafx.passes.fold import Fold, round_once, scaled_rows
+from lorafx.passes.fold import Fold, scaled_rows
 from lorafx.passes.layers import arguments_of
 from lorafx.passes.residual import plain_factors
 from lorafx.variants import VARIANTS

@@ -21,8 +21,9 @@ from lorafx.export.onnx_file import OnnxFile, Source
 from lorafx.export.onnx_targets import Target, Targets, Unmatched, Wanted
 from lorafx.export.weights import Streamed
 from lorafx.ir import Site
+from lorafx.kernels.rounding import Rounding
 from lorafx.ops import STORAGE
-from lorafx.passes.fold import Fold, Rounding, round_once
+from lorafx.passes.fold import Fold
 from lorafx.spec import LoraSpec, matches
 from lorafx.variants import VARIANTS
 from lorafx.variants.inits import find_init
@@ -83,10 +84,10 @@ class Replacement:
             stored = source.tensor()
             wide = wide_dtype(stored.dtype) if self.shift is None else torch.float64
             exact = self.exact(stored, wide)
-            result = round_once(exact, stored.dtype)
+            result = torch.empty(stored.shape, dtype=stored.dtype)
             if result.numel():
-                rounding.add(stored.to(wide), exact, result)
-            return ir.tensor_adapters.TorchTensor(result.contiguous())
+                rounding.round(*(t.reshape(1, -1) for t in (result, exact, stored)))
+            return ir.tensor_adapters.TorchTensor(result)
 
         return _lazily(compute, value)
 

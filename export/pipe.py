@@ -16,7 +16,7 @@ class Pipe:
     At most ``ahead`` pieces wait.
     """
 
-    def __init__(self, consume: Callable[[Piece], None], ahead: int = 2) -> None:
+    def __init__(self, consume: Callable[[Piece], object], ahead: int = 2) -> None:
         self._consume = consume
         self._waiting: queue.Queue[Piece | None] = queue.Queue(ahead)
         self._error: BaseException | None = None

@@ -23,8 +23,10 @@ import torch
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from lorafx.bases.tensor import QuantizedTensor
-from lorafx.passes.fold import Fold, one_thread, round_once
+from lorafx.bases.ops import describe, packed_rows
+from lorafx.bases.tensor import QuantizedTensor, as_dense
+from lorafx.kernels.rounding import round_once
+from lorafx.passes.fold import Fold, one_thread
 
 #: Above this many elements, an operator other than Transpose is left to the runtime, and so is a
 #: Transpose of a weight that something else needs too: the limits of torch's own ONNX optimizer.
@@ -105,7 +107,11 @@ class Stored:
 
     def panels(self, order: Sequence[int] | None = None) -> Iterator[Tensor]:
         """The tensor with its dimensions in this order, in contiguous pieces in the order in which memory holds it."""
-        tensor = self.tensor.dequantize() if isinstance(self.tensor, QuantizedTensor) else self.tensor
+        tensor = self.tensor
+        if isinstance(tensor, QuantizedTensor) and _order_of_rows(tensor) == (order or tuple(range(tensor.dim()))):
+            yield from self._packed_rows(tensor)
+            return
+        tensor = as_dense(tensor)
         if order is None and tensor.is_contiguous():
             flat, step = tensor.reshape(-1), max(1, PIECE // tensor.itemsize)
             for start in range(0, flat.numel(), step):
@@ -120,8 +126,20 @@ class Stored:
                 piece = self._round(piece).permute(order).contiguous()  # of a contiguous piece a fifth of the time
             yield piece
 
+    def _packed_rows(self, weight: QuantizedTensor) -> Iterator[Tensor]:
+        height, step = weight.packed.height, max(1, PIECE // (weight.packed.width * weight.itemsize))
+        for start in range(0, height, step):
+            piece: Tensor = packed_rows(*describe(weight.packed), start, min(start + step, height))
+            yield self._round(piece.to(weight.dtype))
+
     def _round(self, piece: Tensor) -> Tensor:
         return round_once(piece, self.dtype) if piece.is_floating_point() else piece.to(self.dtype)
+
+
+def _order_of_rows(weight: QuantizedTensor) -> tuple[int, ...]:
+    """The order of its dimensions in which a packed weight is read a row at a time."""
+    *stack, height, width = range(weight.dim())
+    return (*stack, width, height) if weight.turned else (*stack, height, width)
 
 
 class Streamed(ir.LazyTensor):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -148,19 +149,15 @@ def _write_data(places: Sequence[Place], paths: Sequence[Path], progress: Progre
         size = sum(place.length for place in places if place.file == number)
         with open_for(path, size) as file:
             digest = hashlib.sha256()
-
-            def write(piece: memoryview | bytes) -> None:
-                digest.update(piece)  # noqa: B023  # the pipe ends before the next file begins
-                file.write(piece)
-
-            with Pipe(write) as pipe:
+            with Pipe(file.write) as disk, Pipe(digest.update) as check:
                 end = 0
                 for place in (p for p in places if p.file == number):
                     assert place.value.const_value is not None
-                    pipe.put(bytes(place.offset - end))
-                    end = place.offset
-                    for piece in pieces_of(place.value.const_value):
-                        pipe.put(piece)
+                    for piece in itertools.chain(
+                        (memoryview(bytes(place.offset - end)),), pieces_of(place.value.const_value)
+                    ):
+                        disk.put(piece)
+                        check.put(piece)
                         end += piece.nbytes
                         progress(min(1.0, (done + end) / max(1, total)))
                     if end != place.offset + place.length:

@@ -11,7 +11,6 @@ panel has, bit for bit, the values of the whole. Threads share out the panels in
 from __future__ import annotations
 
 import itertools
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +27,8 @@ from lorafx.bases.tensor import QuantizedTensor, quantized
 from lorafx.errors import MergeError
 from lorafx.graph import CapturedModule
 from lorafx.ir import Site
+from lorafx.kernels.cpu.build import load_built
+from lorafx.kernels.rounding import Rounding
 from lorafx.ops import STORAGE, add_updates, updates
 from lorafx.passes.samples import refuse_changed
 from lorafx.variants import VARIANTS
@@ -40,51 +41,6 @@ R = TypeVar("R")
 TILE = 512
 #: Stand for the sizes of a matrix in the shapes of its variant's tensors.
 _OUT, _IN, _RANK = -1, -2, -3
-
-
-@dataclass
-class Rounding:
-    """What rounding to the stored dtype did to a fold: sums over the tiles of one pass over it.
-
-    With ``D`` the change that the adapters make and ``e`` what rounding adds to it: ``largest`` is ``max |e|``, and the
-    others are the sums of ``e^2``, ``D^2`` and ``e D``.
-    """
-
-    largest: float = 0.0
-    error: float = 0.0
-    change: float = 0.0
-    along: float = 0.0
-
-    @property
-    def relative(self) -> float:
-        """``|e| / |D|`` (Frobenius norms): 0 is no loss; from 1 on more was lost than the adapters change."""
-        return math.sqrt(self.error / self.change) if self.change else 0.0
-
-    @property
-    def survived(self) -> float:
-        """The share of the change that is in the stored weight: the length of ``D + e`` along ``D``, over ``|D|``."""
-        return 1.0 + self.along / self.change if self.change else 1.0
-
-    def add(self, base: Tensor, exact: Tensor, stored: Tensor) -> bool:
-        """Count a tile: base and exact result in a wide dtype, and what is stored. False: not all are finite."""
-        error = stored.to(exact.dtype).sub_(exact).reshape(-1)
-        least, most = torch.aminmax(error)  # a norm of infinite order takes ten times as long
-        largest = max(-least.item(), most.item())
-        if not math.isfinite(largest):
-            return False
-        change = (exact - base).reshape(-1)
-        self.largest = max(self.largest, largest)
-        self.error += error.dot(error).item()
-        self.change += change.dot(change).item()
-        self.along += error.dot(change).item()
-        return True
-
-    def include(self, other: Rounding) -> None:
-        """Count what another one counted."""
-        self.largest = max(self.largest, other.largest)
-        self.error += other.error
-        self.change += other.change
-        self.along += other.along
 
 
 @dataclass(eq=False)
@@ -171,6 +127,7 @@ class Fold:
         Raises:
             MergeError: as :meth:`compute`.
         """
+        load_built()
         storage = STORAGE[self.sites[0].kind]
         matrix = storage.matrix(self.weight)
         order = tuple(range(len(self.shape))) if order is None else tuple(order)
@@ -212,36 +169,34 @@ class Fold:
             other = slice(start, min(start + TILE, long))
             if strip is None:
                 base = _rows(matrix, index, other)[:, mine]
-                panel[:, other] = self._tile(base, changes, index, other, mine, counted).t().contiguous()
+                self._tile(panel[:, other].t(), base, changes, index, other, mine, counted)
             else:
-                panel[:, other] = self._tile(strip[:, other], changes, index, mine, other, counted)
+                self._tile(panel[:, other], strip[:, other], changes, index, mine, other, counted)
         return panel
 
     def _tile(
         self,
+        out: Tensor,
         stored_base: Tensor,
         changes: list[tuple[Update, Tensor | None]],
         index: tuple[int, ...],
         rows: slice,
         columns: slice,
         counted: Rounding,
-    ) -> Tensor:
-        base = stored_base.to(self.device, self._wide)
-        parts = [_part(update, where, index, rows, columns) for update, where in changes]
-        exact = add_updates(base, [part for part in parts if part is not None])
-        stored = round_once(exact, self.dtype)
-        if stored.is_meta:
-            return stored
-        if self.rounding is not None:
-            finite = counted.add(base, exact, stored)
+    ) -> None:
+        stored_base = stored_base.to(self.device)
+        parts = [part for change in changes if (part := _part(*change, index, rows, columns)) is not None]
+        if len(parts) == 1 and parts[0][1] is None and parts[0][0].gain is None:  # the usual case, with one pass less
+            values, added = parts[0][0].left @ parts[0][0].right, True
         else:
-            finite = math.isfinite(stored.sum(dtype=self._wide).item())
-        if not finite and bool((base.isfinite() & ~stored.isfinite()).any()):
+            values, added = add_updates(stored_base.to(self._wide), parts), False
+        if out.is_meta or counted.round(out, values, stored_base, added=added):
+            return
+        if bool((stored_base.isfinite() & ~out.isfinite()).any()):
             raise MergeError(
                 f"site '{self.sites[0].name}': the merged weight does not fit in {self.dtype} (it overflows to "
                 "Inf). Merge into a wider copy of the model, or lower the adapter's scaling"
             )
-        return stored
 
     @property
     def _wide(self) -> torch.dtype:
@@ -296,22 +251,6 @@ def _rows(matrix: Tensor, index: tuple[int, ...], rows: slice) -> Tensor:
     first *= matrix.shape[-2]
     found: Tensor = packed_rows(*describe(packed), first + rows.start, first + rows.stop)
     return found
-
-
-def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """To the nearest, ties to even, from float32 or float64.
-
-    torch goes from float64 to half types by float32, and so rounds twice. Rounded to odd in between, a number keeps on
-    which side of a tie it was (Boldo and Melquiond, "When double rounding is odd", 2005).
-    """
-    if exact.dtype is not torch.float64 or dtype.itemsize >= 4 or exact.is_meta:
-        return exact.to(dtype)
-    near = exact.float()
-    gap = exact - near.double()
-    outside = (gap.sign() * near.sign() < 0) & near.isfinite()  # near is further from zero than the number itself
-    bits = near.view(torch.int32) - outside.int()
-    odd = torch.where((gap != 0) & near.isfinite(), bits | 1, bits)
-    return odd.view(torch.float32).to(dtype)
 
 
 def _in_threads(make: Callable[[P], R], places: Sequence[P]) -> Iterator[R]:

@@ -47,15 +47,15 @@ from lorafx.ir import (
     layer_nodes,
     sites,
 )
+from lorafx.kernels.rounding import round_once
 from lorafx.ops import LAYERS, updates
 from lorafx.passes.activate import activate, deactivate
 from lorafx.passes.base import Pass, PassResult
-from lorafx.passes.fold import Fold, round_once
+from lorafx.passes.fold import Fold
 from lorafx.passes.layers import find_operands, readers
 from lorafx.passes.merge_base import MergeBase
 from lorafx.passes.residual import FACTORS, plain_factors
 from lorafx.variants import VARIANTS
-from lorafx.variants.inits import find_init
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,14 @@ class Merge(Pass):
     ensures: ClassVar[Stage] = Stage.MERGED
 
     def run(self, gm: CapturedModule) -> PassResult:
-        if self.fold and self.adapters is None and gm.meta.get("by_row"):
-            raise MergeError(
-                "each row of a batch goes through an adapter of its own (set_adapter_names), and weights hold the same "
-                "for all rows: name the adapters to merge, or call set_adapter first"
-            )
-        result = share(gm)
-        names = self.adapters
-        if names is None and not self.base.is_trained:  # what is merged in place is so into another base
-            names = (*gm.meta.get("merged", ()), *gm.meta.get("active", ()))
-        if names is not None:
-            forget_folded(result)
-            activate(result, names)
+        if self.fold and self.adapters is None:
+            _refuse_by_row(gm)
+        if self.adapters is not None:
+            result = with_active(gm, self.adapters)
+        elif self.base.is_trained:
+            result = share(gm)
+        else:  # what is merged in place is so into another base
+            result = taken_out(gm)
         layers = active_layers(result) if self.fold else {}
         values = changed_tensors(result, self.base) if self.fold else {}
         apart = {first.name for first, *_ in layers.values() if first.apart}
@@ -221,13 +217,13 @@ def _into_original(gm: CapturedModule, fold: Fold, original: Tensor) -> Fold:
     """
     tensors = []
     for site, own in zip(fold.sites, fold.tensors, strict=True):
-        adapter = find_adapter(gm, site.adapter)
-        inits = [(spec.init, find_init(spec.init)) for spec in adapter.specs if spec.variant == site.variant]
-        if by_loss := [name for name, init in inits if init is not None and init.rounds]:
+        if site.loftq is not None:
             raise MergeError(
-                f"site '{site.name}': init={by_loss[0]!r} put into the adapter what quantizing the weight lost, and "
-                "the original has not lost it: it would be added twice. Merge with base='dequantized', which is as near"
+                f"site '{site.name}': init={site.loftq.init!r} put into adapter '{site.adapter}', or into what it was "
+                "made of, what quantizing the weight lost, and the original has not lost it: it would be added twice. "
+                "Merge with base='dequantized', which is as near"
             )
+        adapter = find_adapter(gm, site.adapter)
         if site.weight in adapter.residual:
             given = dict(zip(site.tensors(gm), own, strict=True))
             given |= zip(FACTORS, plain_factors(gm, adapter, site), strict=True)
@@ -254,6 +250,36 @@ def _computed(gm: CapturedModule, name: str, value: Fold | Tensor) -> Tensor:
 def _blank(value: Fold | Tensor) -> Tensor:
     """A tensor in the stead of one yet to be computed. Nobody reads or writes it, so that its pages stay untouched."""
     return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+
+
+def taken_out(gm: CapturedModule) -> CapturedModule:
+    """A graph that shares all with ``gm``, in which what is merged in place is active instead: not yet rounded.
+
+    Raises:
+        MergeError: rows of a batch go through adapters of their own.
+    """
+    _refuse_by_row(gm)
+    return with_active(gm, (*gm.meta.get("merged", ()), *gm.meta.get("active", ())))
+
+
+def with_active(gm: CapturedModule, names: Sequence[str]) -> CapturedModule:
+    """A graph that shares all with ``gm``, in which these adapters are active and nothing is merged in place.
+
+    Raises:
+        AdapterError: there is no such adapter, or they cannot be active together.
+    """
+    result = share(gm)
+    forget_folded(result)
+    activate(result, names)
+    return result
+
+
+def _refuse_by_row(gm: CapturedModule) -> None:
+    if gm.meta.get("by_row"):
+        raise MergeError(
+            "each row of a batch goes through an adapter of its own (set_adapter_names), and weights hold the same "
+            "for all rows: name the adapters to merge, or call set_adapter first"
+        )
 
 
 def forget_folded(gm: CapturedModule) -> None:

@@ -60,8 +60,10 @@ def unloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """No kernels are loaded yet, and the user's cache is this folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     build.load.cache_clear()
+    build.load_built.cache_clear()
     yield tmp_path
     build.load.cache_clear()
+    build.load_built.cache_clear()
 
 
 def test_a_cache_that_others_can_write_to_is_refused(unloaded: Path) -> None:
@@ -105,6 +107,22 @@ def test_the_kernels_are_built_once_for_this_user_alone(unloaded: Path, monkeypa
     monkeypatch.setattr(build, "_FOLDER", sources)
     assert load() == 3, "another source, another file"
     assert len(set(built)) == 3
+
+
+def test_what_can_do_without_does_not_wait_for_a_compiler(unloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes what was built before, if that can be loaded."""
+    assert not build.load_built()
+    assert list((unloaded / "lorafx").iterdir()) == []
+    place = build._place(build._compiler())
+    place.write_bytes(b"not a library")
+    build.load_built.cache_clear()
+    assert not build.load_built()
+    subprocess.run([*build._compiler(), "-shared", "-fPIC", "-x", "c++", os.devnull, "-o", str(place)], check=True)
+    build.load_built.cache_clear()
+    assert build.load_built()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    build.load_built.cache_clear()
+    assert not build.load_built()
 
 
 def test_a_compiler_that_is_no_command_is_a_reason(unloaded: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,8 @@ from lorafx.export.weights import PIECE, Stored
 from lorafx.export.write import lay_out, parse_size
 from lorafx.graph import CapturedModule, get_path
 from lorafx.ir import active_layers
-from lorafx.passes.fold import TILE, Fold, Rounding, round_once
+from lorafx.kernels.rounding import Rounding, round_once
+from lorafx.passes.fold import TILE, Fold
 from lorafx.passes.inference import inference
 from lorafx.passes.merge import changed_tensors, merge, merge_lazily
 from tolerances import assert_rounded_once
@@ -154,17 +155,17 @@ def test_float64_is_rounded_once_to_half_types(dtype: torch.dtype) -> None:
 def test_rounding_says_how_much_of_a_change_survives() -> None:
     """Below half a unit nothing does; in float32 all."""
     torch.manual_seed(0)
-    weight = torch.randn(40, 50).bfloat16().float()
+    weight = torch.randn(40, 50).bfloat16().double()
     change = 1e-3 * torch.randn(40, 50)
-    stored = (weight + change).bfloat16()
+    stored = torch.empty(40, 50, dtype=torch.bfloat16)
     rounding = Rounding()
-    rounding.add(weight.double(), weight.double() + change, stored)
-    error = stored.double() - weight.double() - change
+    rounding.round(stored, weight + change, weight)
+    error = stored.double() - weight - change
     assert rounding.largest == pytest.approx(float(error.abs().max()))
     assert rounding.relative == pytest.approx(float(error.norm() / change.norm()))
     assert 0.5 < rounding.relative < 5.0
     lost = Rounding()
-    lost.add(weight.double(), weight.double() * (1 + 1e-5), weight.bfloat16())
+    lost.round(stored, weight * (1 + 1e-5), weight)
     assert (lost.survived, lost.relative) == (pytest.approx(0.0), pytest.approx(1.0))
 
 

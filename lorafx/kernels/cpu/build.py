@@ -44,19 +44,33 @@ def load() -> None:
         BuildError: there is no compiler, or it failed; what it said is in the message.
     """
     compiler = _compiler()
-    sources = [path.read_bytes() for path in sorted(_FOLDER.iterdir()) if path.suffix in (".cpp", ".h")]
-    # What -march=native means here, and which compiler this is.
-    target = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
-    version = f"{torch.__version__} {torch.version.git_version} {' '.join(_FLAGS)}".encode()
-    key = hashlib.sha256(b"\0".join([*sources, version, target])).hexdigest()[:32]
     try:
-        folder = _cache_folder()
-        built = folder / f"ops-{key}.so"
+        built = _place(compiler)
         if not built.exists() or not _loads(built):
             _build(compiler, built)
             _load(built)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         raise BuildError(f"the compiled kernels could not be kept or loaded: {error}") from error
+
+
+@cache
+def load_built() -> bool:
+    """Have the operators if they were built before: what torch can do as well, only slower, waits for no compiler."""
+    try:
+        built = _place(_compiler())
+        return built.exists() and _loads(built)
+    except (BuildError, OSError, RuntimeError):
+        return False
+
+
+def _place(compiler: list[str]) -> Path:
+    """Where the compiled operators are kept, whether they are there or not."""
+    sources = [path.read_bytes() for path in sorted(_FOLDER.iterdir()) if path.suffix in (".cpp", ".h")]
+    # What -march=native means here, and which compiler this is.
+    target = _run([*compiler, *_FLAGS, "-dM", "-E", "-x", "c++", os.devnull])
+    version = f"{torch.__version__} {torch.version.git_version} {' '.join(_FLAGS)}".encode()
+    key = hashlib.sha256(b"\0".join([*sources, version, target])).hexdigest()[:32]
+    return _cache_folder() / f"ops-{key}.so"
 
 
 def _loads(built: Path) -> bool:

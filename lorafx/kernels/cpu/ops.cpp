@@ -13,6 +13,7 @@
 #include <torch/library.h>
 
 #include "jobs.h"
+#include "rounding.h"
 #include "weight.h"
 
 namespace {
@@ -456,4 +457,5 @@ TORCH_LIBRARY_IMPL(lorafx, CPU, m) {
   m.impl("packed_rows", packed_rows);
   m.impl("packed_linear", packed_linear);
   m.impl("packed_mm", packed_mm);
+  m.impl("round_into", round_into);
 }
