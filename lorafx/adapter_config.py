@@ -45,6 +45,14 @@ def adapter_config(
         SpecError: a metadata key is none of PEFT's.
     """
     adapted = [t for t in found if t.form != "tokens"]
+    for site in adapter.sites:
+        if (how := site.loftq) is not None and not how.makes(site.r, site.scaling):
+            raise AdapterError(
+                f"the adapter cannot be written: site '{site.name}' is relative to the base that init={how.init!r} "
+                f"stored at r={how.r} and scaling {how.scaling:g}, and has r={site.r} and scaling {site.scaling:g} "
+                "now, for which a model adapted by the file's settings would get another base. Save the adapters that "
+                "it was made of, and make it of them again"
+            )
     spec = _common(adapter.specs, metadata)
     noted = {key: value for key, value in {**spec.metadata, **metadata}.items() if value is not None}
     spec = replace(spec, metadata=noted, tied="tie" if any(t.form == "tied" for t in found) else "refuse")

@@ -269,8 +269,10 @@ def merge(
             graph has dense stays the graph's; weights without adapters become the original's too, in its memory.
             DoRA's gain stays the trained one, ``m / ||W_quantized + s B A||``, so that an adapter that has learned
             nothing gives the original back; what a start took from the quantized weight (PiSSA) is not taken from it.
+            What makes up for the quantization itself (LoftQ, and what was combined or converted of it) is refused.
         original: those weights, by the graph's names: the folder of a checkpoint in safetensors, which is mapped into
-            memory; tensors by name; or the module that ``gm`` was made from. Other tensors in it are ignored.
+            memory; tensors by name; or the module that ``gm`` was made from. Other tensors in it are ignored. They are
+            read once more to see that the base may come from them.
         requantize: store what was folded into quantized weights in their format again, with its settings: the merged
             graph is as small as the base. The weight is rounded to the graph's dtype first, and one is dense at a time.
 
@@ -282,10 +284,10 @@ def merge(
     Raises:
         MergeError: an adapter is merged in place already, holds NaN or Inf (the site is named), or with ``inplace``
             has a weight to be kept apart from another use; a result overflows its dtype; ``original`` is missing,
-            given without ``base="original"`` or does not fit (what does not is listed); nothing is quantized where
-            ``base`` or ``requantize`` say what to do with it; or they are given with ``inplace``.
+            given without ``base="original"``, does not fit (what does not is listed), holds NaN or Inf or is another
+            model's; nothing is quantized where ``base`` or ``requantize`` say what to do with it; or they are given
+            with ``inplace``.
         CheckpointError: the original's files are missing or damaged.
-        QuantizationError: a weight that is to be quantized again holds NaN or Inf, which the original has.
         AdapterError: there is no such adapter, or they cannot be active together.
         PassError: the graph has no adapters (any more). Nothing is changed.
     """

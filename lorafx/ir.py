@@ -8,10 +8,11 @@ holds, only the active ones have nodes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from lorafx.graph import ROOT_MODE, CapturedModule, get_path, notes
 from lorafx.ops import ADAPTED, ADAPTER_ARGUMENTS, LAYERS, STORAGE, SWAPPED, adapted_weight
 from lorafx.spec import LoraSpec
 from lorafx.variants import VARIANTS
+from lorafx.variants.inits import find_init
 
 #: The child of a graph that holds what adapters have beside their sites' parameters.
 ADAPTERS = "_adapters"
@@ -42,6 +44,25 @@ class Stage(Enum):
     MERGED = "merged"
 
 
+class Loftq(NamedTuple):
+    """How LoftQ stored a weight before a site started at what that lost: the settings, as a spec has them.
+
+    A part of the loss is then in all that is made of the site. ``r`` and ``scaling`` are those of the start.
+    """
+
+    init: str
+    base: str
+    block_size: int | None
+    double_quant: bool | None
+    r: int
+    scaling: float
+
+    def makes(self, r: int, scaling: float) -> bool:
+        """Whether a start of this rank and scaling stores the same: the first round does not depend on them."""
+        init = find_init(self.init)
+        return init is None or init.rounds < 2 or (r == self.r and math.isclose(scaling, self.scaling))
+
+
 @dataclass(frozen=True)
 class Site:
     """What one adapter does to one layer.
@@ -50,7 +71,8 @@ class Site:
     holds its adapters, ``weight``/``bias`` the names of the base tensors, ``kind`` the operator or the way the
     parameter is stored (:data:`lorafx.ops.STORAGE`), ``shape`` the matrix's that it adapts, ``[out, in]`` or
     ``[experts, out, in]``. ``apart`` says that the weight is used elsewhere too, so that a fold must write a
-    weight of its own; ``rows`` that the matrix is only these rows of the weight's (None: all of them).
+    weight of its own; ``rows`` that the matrix is only these rows of the weight's (None: all of them); ``loftq``
+    that the adapter makes up for a part of what storing the weight lost.
     """
 
     name: str
@@ -67,6 +89,7 @@ class Site:
     dropout: float
     apart: bool = False
     rows: range | tuple[int, ...] | None = None
+    loftq: Loftq | None = None
 
     @property
     def layer(self) -> str:

@@ -212,9 +212,9 @@ def _difference(adapter: Adapter, target: Target, spec: LoraSpec) -> str | None:
     site = target.sites[0]
     if target.form == "tokens":
         return None
-    here, there = _relative_to(site, adapter.specs, site.weight in adapter.residual), _relative_to(site, [spec])
+    here, there = _relative_to(site, adapter), _started_from(site, spec)
     start = find_init(spec.init)
-    unknown = there != "the weight itself" and start is not None and start.by_data
+    unknown = there != _ITSELF and start is not None and start.by_data
     if here != there or unknown:
         hint = ", which depends on the data that it looked at" if unknown else ""
         return f"site '{site.name}': the adapter is relative to {here} in the graph, and to {there} in the file{hint}"
@@ -229,17 +229,26 @@ def _difference(adapter: Adapter, target: Target, spec: LoraSpec) -> str | None:
     )
 
 
-def _relative_to(site: Site, specs: Sequence[LoraSpec], taken: bool = True) -> str:
-    """What a site's update is added to, for people: an initialisation may have taken a part of the weight."""
-    for spec in specs:
-        start = find_init(spec.init)
-        if spec.variant != site.variant or start is None:
-            continue
-        if start.rounds:
-            return f"the base that init={spec.init!r} stores as {spec.base}"
-        if start.changes_base and taken:
-            return f"what init={spec.init!r} leaves of it"
-    return "the weight itself"
+_ITSELF = "the weight itself"
+
+
+def _relative_to(site: Site, adapter: Adapter) -> str:
+    """What a site's update is added to in the graph, for people: its start may have changed the weight."""
+    if (how := site.loftq) is not None:
+        of_rank = "" if how.makes(site.r, site.scaling) else f" at r={how.r}"
+        return f"the base that init={how.init!r} stores as {how.base}{of_rank}"
+    starts = [_started_from(site, spec) for spec in adapter.specs if not spec.init.startswith("loftq")]
+    return next((text for text in starts if text != _ITSELF), _ITSELF) if site.weight in adapter.residual else _ITSELF
+
+
+def _started_from(site: Site, spec: LoraSpec) -> str:
+    """The same for a graph that is yet to be made by a spec."""
+    start = find_init(spec.init)
+    if spec.variant != site.variant or start is None or not start.changes_base:
+        return _ITSELF
+    if start.rounds:
+        return f"the base that init={spec.init!r} stores as {spec.base}"
+    return f"what init={spec.init!r} leaves of it"
 
 
 def _other_seed(adapter: Adapter, spec: LoraSpec) -> list[str]:

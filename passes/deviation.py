@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lorafx.bases.tensor import QuantizedTensor
+from lorafx.bases.tensor import as_dense
 from lorafx.errors import MergeError
 from lorafx.graph import CapturedModule, get_path, share
 from lorafx.ir import Stage, stage
 from lorafx.passes.example import ExampleInputs
 from lorafx.passes.fold import Fold
-from lorafx.passes.merge import merge_lazily
+from lorafx.passes.merge import merge_lazily, taken_out
 from lorafx.passes.merge_base import packed_weights
 
 
@@ -54,6 +54,8 @@ class Deviation:
 def merge_deviation(gm: CapturedModule, merged: CapturedModule, example_inputs: ExampleInputs = None) -> Deviation:
     """Hold a merged graph to the adapted one that it comes from, as that is: with its active adapters, in eval mode.
 
+    What is merged in place counts as it was before it was rounded: as if it were active.
+
     For each choice of :func:`lorafx.merge`: with ``base="dequantized"`` what rounding to the weights' dtype does, with
     the others what the quantization of the base does as well. Weights are compared some rows at a time; of those that
     are quantized in the merged graph one at a time is held dense.
@@ -69,6 +71,9 @@ def merge_deviation(gm: CapturedModule, merged: CapturedModule, example_inputs: 
     """
     if stage(merged) is not Stage.MERGED:
         raise MergeError(f"merge_deviation needs what lorafx.merge returned; this graph is {stage(merged).value}")
+    if gm.meta.get("merged"):
+        gm = taken_out(gm)
+        gm.recompile()
     graph, folds = merge_lazily(gm)
     unmerged: dict[str, Fold | Tensor] = dict(folds)
     done = {id(get_path(graph, name)) for name in folds}
@@ -94,18 +99,14 @@ def _held(merged: CapturedModule, name: str, shape: torch.Size) -> Tensor:
 def _pieces(held: Tensor, unmerged: Fold | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     if not isinstance(unmerged, Fold) and held is unmerged:
         return
-    flat = _dense(held).reshape(-1)
+    flat = as_dense(held).reshape(-1)
     if not isinstance(unmerged, Fold):
-        yield flat, _dense(unmerged).reshape(-1)
+        yield flat, as_dense(unmerged).reshape(-1)
         return
     start = 0
     for panel in replace(unmerged, dtype=torch.float64, rounding=None).panels():
         yield flat[start : start + panel.numel()], panel.reshape(-1)
         start += panel.numel()
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
 
 
 def _relative(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:

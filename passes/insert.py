@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lorafx.bases.tensor import QuantizedTensor
 from lorafx.errors import MatchError
 from lorafx.graph import CapturedModule, annotate, get_path, mark_own, named_tensors, notes, set_tensor
-from lorafx.ir import ADAPTERS, FOLDED, Adapter, Site, Stage, adapters, base_modules
+from lorafx.ir import ADAPTERS, FOLDED, Adapter, Loftq, Site, Stage, adapters, base_modules
 from lorafx.passes.activate import activate, deactivate
 from lorafx.passes.base import Pass, PassResult
 from lorafx.passes.match import Choice
@@ -52,7 +52,7 @@ class Insert(Pass):
 
     def run(self, gm: CapturedModule) -> PassResult:
         trained = trained_base(gm, self.choices, self.specs)
-        chosen = [(c, c.site, c.spec) for c in self.choices if c.site is not None and c.spec is not None]
+        chosen = [(c, self._told(c.site, c.spec), c.spec) for c in self.choices if c.site and c.spec]
         adapter = Adapter(self.adapter, self.specs, tuple(site for _, site, _ in chosen), trained)
         for site in adapter.sites:
             refuse_changed(gm, site)
@@ -83,6 +83,13 @@ class Insert(Pass):
             activate(gm, active, by_row)
         skipped = tuple((c.candidate.name, c.reason) for c in self.choices if c.site is None)
         return PassResult(gm, len(chosen), skipped)
+
+    def _told(self, site: Site, spec: LoraSpec) -> Site:
+        """The site, which knows it if its factors make up for what the base lost."""
+        if site.name not in self.factors:
+            return site
+        settings = str(spec.base), spec.block_size, spec.double_quant
+        return replace(site, loftq=Loftq(spec.init, *settings, site.r, site.scaling))
 
 
 def _refuse_untold(chosen: Iterable[tuple[Site, LoraSpec]]) -> None:

@@ -4,21 +4,24 @@
     base="original"        W' = W + s B A         W: the weight that W_q was quantised from
     requantize=True        either, in the format of W_q again, with its settings
 
-With an original, DoRA's ``m / ||W_q + s B A||`` stays the factor that was trained: ``W' = gain (W + s B A)``. So an
-adapter that has learned nothing, whose magnitudes are the norms of W_q, gives W back. (With the norms of W instead it
-would not, and PEFT, which knows no merge into an original, has no say.)
+:func:`lorafx.merge` says what that means for users. With DoRA and an original, the norms are those of ``W_q + s B A``:
+those of ``W + s B A`` would not give W back for an adapter that has learned nothing. (PEFT, which knows no merge into
+an original, has no say.)
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lorafx.bases import FORMATS
 from lorafx.bases.tensor import QuantizedTensor
 from lorafx.errors import MergeError
 from lorafx.graph import CapturedModule, get_path, named_tensors
@@ -34,15 +37,24 @@ Original = str | os.PathLike[str] | Mapping[str, Tensor] | nn.Module
 
 @dataclass(frozen=True)
 class MergeBase:
-    """``original`` has what stands for each quantized weight of the graph, by each name that it has there."""
+    """``base`` is one of ``CHOICES``.
 
+    For ``"original"``, ``original`` has what stands for each quantized weight of the graph, by each name that it has
+    there.
+    """
+
+    base: str = "dequantized"
     original: Mapping[str, Tensor] = field(default_factory=dict)
     requantize: bool = False
 
     @property
     def is_trained(self) -> bool:
         """Whether the merged graph computes what was trained."""
-        return not self.original and not self.requantize
+        return self.base == "dequantized" and not self.requantize
+
+    def __str__(self) -> str:
+        """For reports."""
+        return f"{self.base}, requantized" if self.requantize else self.base
 
     def rest(self, gm: CapturedModule, changed: Iterable[str]) -> dict[str, Tensor]:
         """The originals of quantized weights other than these: of those that no adapter changes."""
@@ -60,12 +72,12 @@ class MergeBase:
 def choose_base(
     gm: CapturedModule, base: str = "dequantized", original: Original | None = None, requantize: bool = False
 ) -> MergeBase:
-    """The choice, checked; a checkpoint's tensors are mapped into memory and not read.
+    """The choice, checked; a checkpoint's tensors are mapped into memory, and read some rows at a time.
 
     Raises:
         MergeError: ``base`` is no such choice; it is ``"original"`` and ``original`` is missing, does not hold each
-            quantized weight in its shape or is quantized itself, or ``original`` is given without; or no weight of
-            the graph is quantized, so that there is nothing to choose.
+            quantized weight in its shape, is quantized itself, holds NaN or Inf or is another model's, or
+            ``original`` is given without; or no weight of the graph is quantized, so that there is nothing to choose.
         CheckpointError: the checkpoint cannot be read.
     """
     if base not in CHOICES:
@@ -86,7 +98,11 @@ def choose_base(
             f"{what} is for a quantized base, and no weight of this graph is quantized: leave it out (and call "
             "lorafx.quantize on a graph before it is adapted to store it so)"
         )
-    return MergeBase({} if original is None else _matched(packed, original), requantize)
+    if original is None:
+        return MergeBase(base, requantize=requantize)
+    matched = _matched(packed, original)
+    _refuse_another_model(packed, matched)
+    return MergeBase(base, matched, requantize)
 
 
 def packed_weights(gm: CapturedModule) -> dict[str, QuantizedTensor]:
@@ -119,11 +135,57 @@ def _matched(packed: Mapping[str, QuantizedTensor], original: Any) -> dict[str, 
             problems.append(problem)
     if problems:
         more = f", and {len(problems) - 4} more" if len(problems) > 4 else ""
+        here = f"here they begin with '{next(iter(given))}'" if given else "here there are none"
         raise MergeError(
             f"original does not fit the graph: {'; '.join(problems[:4])}{more}. Give the weights that the base was "
-            f"quantized from, by the graph's own names (here they begin with '{next(iter(given), '')}')"
+            f"quantized from, by the graph's own names ({here})"
         )
     return matched
+
+
+def _refuse_another_model(packed: Mapping[str, QuantizedTensor], original: Mapping[str, Tensor]) -> None:
+    """Refuse weights that the quantized ones are not from.
+
+    ``||W - Q|| / ||W||`` is at most the format's :meth:`~lorafx.bases.base.Format.largest_loss`, and at least 1 for a
+    ``W`` that has nothing to do with ``Q`` (1.4 at the same norm). The limit is halfway: a base that several rounds of
+    LoftQ stored is a little further off, and so may weights be that were trained on since.
+
+    Raises:
+        MergeError: names the weight that is furthest off, or one that holds NaN or Inf.
+    """
+    done: set[int] = set()
+    worst: tuple[float, float, str] | None = None
+    for name, held in packed.items():
+        if id(held) in done:
+            continue
+        done.add(id(held))
+        off, most = _distance(name, held, original[name]), FORMATS[held.packed.format].largest_loss(held.packed)
+        if not off <= (1 + most) / 2 and (worst is None or off > worst[0]):
+            worst = off, most, name
+    if worst is not None:
+        off, most, name = worst
+        raise MergeError(
+            f"original is of another model: its '{name}' and what the graph has as {packed[name].packed.format} differ "
+            f"by {off:.2g} of its norm, and storing it so loses at most {most:.2g}. Give the weights that the base was "
+            "quantized from"
+        )
+
+
+def _distance(name: str, held: QuantizedTensor, original: Tensor) -> float:
+    """``||W - Q|| / ||W||``, from some rows at a time; infinite where only Q is not zero."""
+    packed = held.packed
+    rows = (original.mT if held.turned else original).reshape(-1, packed.width)
+    gap = norm = 0.0
+    for start, panel in FORMATS[packed.format].panels(packed, torch.float32):
+        exact = rows[start : start + len(panel)].to(panel.device, torch.float64)
+        gap += float((exact - panel).square().sum())
+        norm += float(exact.square().sum())
+        if not math.isfinite(norm) and not bool(exact.isfinite().all()):
+            raise MergeError(
+                f"original: '{name}' holds NaN or Inf, so that the merged weight would too. Look at the checkpoint "
+                "that it came from"
+            )
+    return math.sqrt(gap / norm) if norm else math.inf if gap else 0.0
 
 
 def _misfit(name: str, value: object, held: QuantizedTensor) -> str | None:

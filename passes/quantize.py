@@ -169,7 +169,8 @@ def quantize(
 
     Returns:
         The names of the weights that were stored; those that were in this form already are left as they are, as are
-        embeddings, convolutions and weights with several uses.
+        embeddings, convolutions and weights with several uses. ``"all-linear"`` does not mean the output head, which
+        is stored only if it is named (as for adapters).
 
     Raises:
         SpecError, MatchError: as :func:`lorafx.apply`.

@@ -58,7 +58,8 @@ def combine_adapters(
       same here: by elements, at a ``density``, and then factored as ``"svd"`` is. See :mod:`lorafx.arithmetic.methods`
       for the formulas, their papers, and where PEFT's methods of these names differ.
 
-    One adapter with weight 1.0 is that adapter: ``"cat"`` and ``"linear"`` give its outputs bit for bit.
+    One adapter with weight 1.0 is that adapter: ``"cat"`` and ``"linear"`` give its outputs bit for bit. What has an
+    adapter by LoftQ in it, whatever its weight, has a part of what the base lost in it, and counts as started so.
 
     Args:
         gm: a graph with the adapters.
@@ -120,7 +121,7 @@ def convert(
     niter: int | None = None,
     seed: int | None = None,
 ) -> FactorReport:
-    """Make a plain LoRA adapter of another, in place: relative to the original weights, scaling 1, not active.
+    """Make a plain LoRA adapter of another, in place: relative to the base's own weights, scaling 1, not active.
 
     Exact for LoRA of any scaling, VeRA and AdaLoRA, whose factors are kept; and, at twice its rank, for LoRA that
     started by taking from the weight (PiSSA, OLoRA, LoRA-GA), but for the rounding of the weight that it left. DoRA
@@ -219,7 +220,8 @@ def _places(gm: CapturedModule, chosen: Sequence[Adapter], into: str) -> list[Pl
         for _, other in members:
             if _shape(other) != _shape(first):
                 raise _unequal(first, other)
-        site = replace(first, adapter=into, apart=any(s.apart for _, s in members))
+        loftq = next((s.loftq for _, s in members if s.loftq is not None), None)
+        site = replace(first, adapter=into, apart=any(s.apart for _, s in members), loftq=loftq)
         if trains_rows(first):
             rows = tuple(sorted({row for _, s in members for row in s.rows or ()}))
             site = replace(site, rows=rows, shape=(len(rows), first.shape[-1]))

@@ -13,11 +13,14 @@ from lorafx.adapters import switch
 from lorafx.arithmetic.changes import PlainSite, refuse_unusable, trains_rows
 from lorafx.errors import AdapterError
 from lorafx.graph import CapturedModule, get_path, named_tensors
-from lorafx.ir import ROWS, Adapter, base_modules
+from lorafx.ir import ROWS, Adapter, Site, base_modules
 from lorafx.ops import PARAMETERS
 from lorafx.passes.activate import deactivate
 from lorafx.passes.insert import put_adapter
 from lorafx.spec import Bias, LoraSpec, matches
+
+_Start = tuple[tuple[str, Any], ...]
+"""Fields of a spec, with their values."""
 
 
 def whole_tensors(gm: CapturedModule, adapters: Sequence[Adapter]) -> dict[str, Tensor]:
@@ -76,7 +79,7 @@ def _specs_of(adapters: Sequence[Adapter]) -> list[LoraSpec]:
 def plain_specs(
     gm: CapturedModule, made: Sequence[PlainSite], sources: Sequence[LoraSpec], keepers: Sequence[LoraSpec]
 ) -> tuple[LoraSpec, ...]:
-    """Specs that mean these sites: one for each variant among them.
+    """Specs that mean these sites: one for each variant among them, and for each base that LoftQ stored.
 
     What the specs ``sources`` agree on is kept of their metadata; ``keepers`` say what trains whole.
     """
@@ -90,13 +93,13 @@ def plain_specs(
         "metadata": _agreed([spec.metadata for spec in sources]),
     }
     rows = {p.site.name: tuple(p.site.rows or ()) for p in made if trains_rows(p.site)}
-    groups: dict[str, list[PlainSite]] = {}
+    groups: dict[tuple[str, _Start], list[PlainSite]] = {}
     for plain in made:
         if not trains_rows(plain.site):
-            groups.setdefault(plain.site.variant, []).append(plain)
+            groups.setdefault((plain.site.variant, _start(plain.site)), []).append(plain)
     specs: list[LoraSpec] = []
     parameters = dict(named_tensors(gm))
-    for variant, members in groups.items() or {"lora": []}.items():
+    for (variant, start), members in groups.items() or {("lora", ()): []}.items():
         found = [p.site for p in members]
         bare = [s.name for s in found if s.kind in PARAMETERS and s.name in parameters]
         ranks = {s.name: s.r for s in found}
@@ -113,10 +116,22 @@ def plain_specs(
                 target_parameters=tuple(bare),
                 trainable_token_indices=rows if not specs else (),
                 adapter_dtype=next(iter(dtypes)) if len(dtypes) == 1 else None,
+                **dict(start),
                 **common,
             )
         )
     return tuple(specs)
+
+
+def _start(site: Site) -> _Start:
+    """What a spec says to make the base again that LoftQ stored for a site.
+
+    Nothing where that would be another base; :func:`lorafx.save_adapter` refuses such a site.
+    """
+    how = site.loftq
+    if how is None or not how.makes(site.r, site.scaling):
+        return ()
+    return tuple((name, getattr(how, name)) for name in ("init", "base", "block_size", "double_quant"))
 
 
 def _agreed(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

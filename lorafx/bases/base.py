@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import prod, sqrt
 from typing import ClassVar
 
 import torch
@@ -184,6 +184,10 @@ class Format(ABC):
             by_row[start : start + len(panel)] = panel
         return whole
 
+    def largest_loss(self, packed: Packed) -> float:
+        """The most that ``||W - Q|| / ||W||`` can be for a weight ``W`` stored as ``Q``; 0.5 where nobody knows."""
+        return 0.5
+
     def nbytes(self, packed: Packed) -> int:
         """The bytes that it takes."""
         return sum(tensor.nbytes for tensor in packed.tensors.values())
@@ -223,6 +227,16 @@ def damaged(name: str, where: str, what: str) -> QuantizationError:
     return QuantizationError(
         f"{where} cannot be read as {name}: {what}. Get the file again, or quantize the original weights again."
     )
+
+
+def loss_of_zeros(count: int, cell: float) -> float:
+    """The :meth:`Format.largest_loss` of evenly spaced codes, or denser ones around zero: where all but one read as 0.
+
+    Of ``count`` values with one scale, one is at full scale; the others are ``cell`` scales large, which just reads as
+    zero. What is lost of quantised scales is not counted.
+    """
+    lost = (count - 1) * cell**2
+    return sqrt(lost / (1 + lost))
 
 
 def scales_damage(name: str, scales: Tensor) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lorafx.bases.base import PANEL_BYTES, Format, Layout, Packed, damaged, scales_damage, take
+from lorafx.bases.base import PANEL_BYTES, Format, Layout, Packed, damaged, loss_of_zeros, scales_damage, take
 from lorafx.checks import refusal
 
 #: Codes are symmetric: -128 is none.
@@ -59,6 +59,10 @@ class Int8(Format):
         codes = packed.tensors["codes"].view(-1, packed.width)[start:stop]
         scale = packed.tensors["absmax"].view(-1)[start:stop] / LARGEST
         return codes.float().mul_(scale.unsqueeze(1)).to(dtype or packed.dtype)
+
+    def largest_loss(self, packed: Packed) -> float:
+        """See :meth:`Format.largest_loss`; 0.24 in rows of 4096, of which normal values lose 0.01."""
+        return loss_of_zeros(packed.width, 0.5 / LARGEST)
 
     def damage(self, packed: Packed) -> str | None:
         """Scales that are none, or a code that the format does not have."""

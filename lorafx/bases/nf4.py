@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lorafx.bases.base import DTYPES, PANEL_BYTES, Format, Layout, Packed, damaged, scales_damage, take
+from lorafx.bases.base import DTYPES, PANEL_BYTES, Format, Layout, Packed, damaged, loss_of_zeros, scales_damage, take
 from lorafx.checks import refusal
 from lorafx.errors import QuantizationError
 
@@ -148,13 +149,16 @@ class Nf4(Format):
         table = NESTED_TABLE.to(absmax.device)
         return _unnested(absmax, table, tensors["nested_absmax"], NESTED_BLOCK, tensors["offset"], low)
 
+    def largest_loss(self, packed: Packed) -> float:
+        """See :meth:`Format.largest_loss`; 0.34 in blocks of 64, of which normal values lose 0.09."""
+        return loss_of_zeros(packed.block_size, max(abs(m) for m in _MIDPOINTS[6:8]))
+
     def damage(self, packed: Packed) -> str | None:
         """Scales that are none."""
         if not packed.double_quant:
             return scales_damage("absmax", packed.tensors["absmax"])
-        if not bool(packed.tensors["offset"].isfinite()):
-            return "offset is NaN or Inf"
-        return scales_damage("nested_absmax", packed.tensors["nested_absmax"])
+        means = scales_damage("offset", packed.tensors["offset"])
+        return means or scales_damage("nested_absmax", packed.tensors["nested_absmax"])
 
     def state_dict(self, packed: Packed) -> dict[str, Tensor]:
         """bitsandbytes': the codes as a column, scales, tables, and a JSON text with what is no tensor."""
@@ -200,7 +204,7 @@ class Nf4(Format):
             raise damaged(self.name, where, f"its state does not account for {', '.join(sorted(stray))}")
         if not _same(get("weight.quant_map"), TABLE):
             raise damaged(self.name, where, "weight.quant_map is not the table of nf4")
-        codes = get("weight").contiguous().view(torch.uint8).flatten()
+        codes = get("weight").contiguous().flatten().view(torch.uint8)
         found = {"codes": codes, "absmax": get("weight.absmax")}
         if nested:
             found["nested_absmax"] = get("weight.nested_absmax")
@@ -252,7 +256,7 @@ def _foreign_scales(found: Mapping[str, Tensor], table: Tensor, size: int, where
 
 
 def _same(table: Tensor, expected: Tensor) -> bool:
-    return table.is_meta or torch.equal(table.cpu(), expected)
+    return table.is_meta or (table.dtype == expected.dtype and torch.equal(table.cpu(), expected))
 
 
 def _read_state(text: Tensor, where: str) -> dict[str, Any]:
@@ -261,35 +265,44 @@ def _read_state(text: Tensor, where: str) -> dict[str, Any]:
     def wrong(what: str) -> QuantizationError:
         return damaged("nf4", where, f"{_STATE} {what}")
 
-    if text.dtype != torch.uint8 or text.dim() != 1:
-        raise wrong(f"is {text.dtype} {tuple(text.shape)}; expected the bytes of a JSON text")
+    if text.dtype != torch.uint8 or text.dim() != 1 or text.is_meta:
+        raise wrong(f"is {text.dtype} {tuple(text.shape)} on {text.device}; expected the bytes of a JSON text")
     try:
         state = json.loads(bytes(text.tolist()))
-    except ValueError as error:  # of the encoding, or of JSON
+    except (ValueError, RecursionError) as error:  # of the encoding, or of JSON
         raise wrong(f"is no JSON text ({error})") from error
     if not isinstance(state, dict):
         raise wrong("is no JSON object")
     keys = set(_STATE_KEYS) | (set(_NESTED_KEYS) if set(state) & set(_NESTED_KEYS) else set())
     if set(state) != keys:
-        raise wrong(f"has the keys {', '.join(sorted(state))}; expected {', '.join(sorted(keys))}")
-    shape = state["shape"]
+        raise wrong(f"has the keys {_short(', '.join(sorted(state)))}; expected {', '.join(sorted(keys))}")
+    shape, size, dtype = state["shape"], state["blocksize"], state["dtype"]
     checks: dict[str, tuple[bool, str]] = {
         "quant_type": (state["quant_type"] == "nf4", "'nf4'"),
-        "blocksize": (state["blocksize"] in BLOCK_SIZES, f"one of {BLOCK_SIZES}"),
-        "dtype": (state["dtype"] in DTYPES, f"one of {', '.join(DTYPES)}"),
-        "shape": (isinstance(shape, list) and len(shape) > 1 and all(map(_positive, shape)), "[out, in]"),
+        "blocksize": (_is_count(size) and size in BLOCK_SIZES, f"one of {BLOCK_SIZES}"),
+        "dtype": (isinstance(dtype, str) and dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+        "shape": (_is_shape(shape), "[out, in]"),
     }
     if "nested_dtype" in state:
         offset = state["nested_offset"]
-        finite = isinstance(offset, float | int) and not isinstance(offset, bool) and abs(offset) < float("inf")
-        checks["nested_blocksize"] = _positive(state["nested_blocksize"]), "an integer of at least 1"
+        fits = type(offset) in (float, int) and 0 <= offset <= torch.finfo(torch.float32).max
+        checks["nested_blocksize"] = _is_count(state["nested_blocksize"]), "an integer of at least 1"
         checks["nested_dtype"] = state["nested_dtype"] == "float32", "'float32'"
-        checks["nested_offset"] = finite, "a finite number"
+        checks["nested_offset"] = fits, "a finite number of at least 0 in float32"
     for key, (right, expected) in checks.items():
         if not right:
-            raise wrong(f"says {key}={state[key]!r}; expected {expected}")
+            raise wrong(f"says {key}={_short(repr(state[key]))}; expected {expected}")
     return state
 
 
-def _positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(map(_is_count, value)) and _is_count(prod(value))
+
+
+def _is_count(value: object) -> bool:
+    """Whether it is an integer (no bool, no float) of a size that tensors have."""
+    return type(value) is int and 0 < value < 2**63
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 160 else f"{text[:100]}... ({len(text)} characters)"
