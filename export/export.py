@@ -27,12 +27,12 @@ from lorafx.export.pack import (
     WeightFormat,
     check_format,
     dense_notes,
-    dequantized,
     describe_errors,
     describe_packing,
     fill_packed,
     plan_packing,
     read_as,
+    read_int4,
     refuse_none,
 )
 from lorafx.export.parity import TOLERANCES, Tolerance, make_cases, precision
@@ -45,10 +45,11 @@ from lorafx.export.widen import widen_graph, widen_tensor
 from lorafx.export.write import draft, parse_size
 from lorafx.graph import CapturedModule, get_path, rebind
 from lorafx.ir import Stage, sites, stage
+from lorafx.kernels.rounding import Rounding
 from lorafx.passes.decoder import capture_decoder, longest_sequence, with_tensors
 from lorafx.passes.deviation import merge_deviation
 from lorafx.passes.example import ExampleInputs, make_example
-from lorafx.passes.fold import Fold, Rounding
+from lorafx.passes.fold import Fold
 from lorafx.passes.inference import inference
 from lorafx.passes.merge import compute_folds, merge_lazily, unadapted
 from lorafx.passes.merge_base import Original, choose_base
@@ -104,8 +105,8 @@ def merge_and_export(
         weight_format: how the file holds linear layers' weights that the graph holds quantized. ``"dense"``: in
             ``dtype``. ``"bnb4"``: those in nf4 as ONNX Runtime's MatMulBnb4 reads them, their bytes as they are; what
             is merged only with ``requantize=True``. ``"nbits"``: all of them, merged ones too, quantized once
-            more, to int4 for MatMulNBits, for which checking takes a dense copy of each. The report lists which are
-            dense all the same, and why (:mod:`lorafx.export.pack`).
+            more, to int4 for MatMulNBits. The report lists which are dense all the same, and why
+            (:mod:`lorafx.export.pack`).
         external_data: keep weights in a file beside; None: if they exceed 1.5 GiB.
         data_name: what to call that file, which then exists always; None: by its content. Weights of another
             graph are not overwritten.
@@ -130,7 +131,7 @@ def merge_and_export(
 
     Raises:
         MergeError: an adapter holds NaN or Inf, or a merged weight does not fit in the dtype; or ``base``, ``original``
-            and ``requantize`` do not fit, as :func:`lorafx.merge` says (and CheckpointError, QuantizationError).
+            and ``requantize`` do not fit, as :func:`lorafx.merge` says (and CheckpointError).
         ParityError: (b) or (c) failed; says where and by how much.
         ExportError: the graph cannot be expressed in ONNX, or not in this dtype, or the file cannot be written.
     """
@@ -150,17 +151,7 @@ def merge_and_export(
         step=_capture_step(gm, keep_loss, run) if kv_cache else None,
         weight_format=weight_format,
     )
-    with run.phase("merge"):
-        chosen = choose_base(gm, base, original, requantize)
-        merged, folds = merge_lazily(gm, chosen)
-    if chosen.is_trained:
-        return export_graph(gm, merged, folds, path, run, options)
-    deviation = None
-    if verify:
-        with run.phase("compare"):
-            deviation = merge_deviation(gm, compute_folds(merged, folds), example_inputs)
-    report = export_graph(gm, merged, folds, path, run, replace(options, to_merged=True))
-    return replace(report, base=f"{base}{', requantized' * requantize}", deviation=deviation)
+    return export_merged(gm, path, run, options, base, original, requantize)
 
 
 def export_base(
@@ -247,6 +238,33 @@ class Run:
         yield tell
         tell(1.0)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def export_merged(
+    gm: CapturedModule,
+    path: str | os.PathLike[str],
+    run: Run,
+    options: Options,
+    base: str,
+    original: Original | None,
+    requantize: bool,
+) -> ExportReport:
+    """Export a graph with its adapters folded in, and measure how far that is from it where it is not what was trained.
+
+    Raises:
+        MergeError, CheckpointError, ParityError, ExportError: as :func:`merge_and_export`.
+    """
+    with run.phase("merge"):
+        chosen = choose_base(gm, base, original, requantize)
+        merged, folds = merge_lazily(gm, chosen)
+    if chosen.is_trained:
+        return export_graph(gm, merged, folds, path, run, options)
+    deviation = None
+    if options.verify and options.no_numbers is None:
+        with run.phase("compare"):
+            deviation = merge_deviation(gm, compute_folds(merged, folds), options.example_inputs)
+    report = export_graph(gm, merged, folds, path, run, replace(options, to_merged=True))
+    return replace(report, base=str(chosen), deviation=deviation)
 
 
 def export_graph(
@@ -341,15 +359,17 @@ def export_graph(
                     unmerged = inference(trained, keep_loss=options.keep_loss)
                     exact, name = unmerged, "unmerged"
                     wide = None if graph is plain else torch.float32
-                    if options.to_merged:
-                        beside = compute_folds(written, folds, wide)
-                        exact, name = inference(beside, keep_loss=options.keep_loss), "merged"
                     if requantized:  # the file is held to its own values; how far they lead away is measured
-                        beside = compute_folds(written, folds, wide)
-                        for packed, value in dequantized(translation.packed, source):
-                            stored = get_path(beside, packed)
+                        packed = {id(get_path(plain, weight)) for weight in translation.packed}
+                        others = {n: v for n, v in folds.items() if id(get_path(written, n)) not in packed}
+                        beside = compute_folds(written, others, wide)
+                        for weight, value in read_int4(translation.packed, loaded):
+                            stored = get_path(beside, weight)
                             rebind(beside, stored, value.to(stored.device, wide or stored.dtype))
                         exact, name = inference(beside, keep_loss=options.keep_loss), "requantized"
+                    elif options.to_merged:
+                        beside = compute_folds(written, folds, wide)
+                        exact, name = inference(beside, keep_loss=options.keep_loss), "merged"
                     if graph is not plain:  # the torch graph in float32 or better, whatever the file is in
                         exact, unmerged = widen_graph(exact), widen_graph(unmerged)
                         inputs = {n: widen_tensor(t) for n, t in inputs.items()}

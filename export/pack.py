@@ -22,15 +22,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from lorafx.bases.nf4 import Nf4
 from lorafx.bases.tensor import QuantizedTensor
 from lorafx.checks import format_bytes
 from lorafx.errors import ExportError
+from lorafx.export.int4 import Int4Tensor, dequantize_int4, quantize_int4
 from lorafx.export.weights import Folded, Stored, Streamed
 from lorafx.graph import CapturedModule, get_path
 from lorafx.passes.fold import Fold
@@ -162,8 +163,10 @@ def _layout(held: QuantizedTensor, value: Fold | Tensor, weight_format: WeightFo
         return Layout("MatMulNBits", held.packed.height, held.packed.width, INT4_BLOCK, held.turned, held.dtype)
     if held.packed.format != "nf4":
         return f"stored as {held.packed.format}, and MatMulBnb4 takes nf4"
-    if not isinstance(value, QuantizedTensor):
+    if isinstance(value, Fold):
         return "what is merged is dense; requantize=True stores it as nf4 again"
+    if not isinstance(value, QuantizedTensor):
+        return "what trained whole (modules_to_save) is dense, and an original's weight too without requantize=True"
     size = value.packed.block_size
     if size > LARGEST_BLOCK:
         return f"in blocks of {size} values, and ONNX Runtime's CPU provider takes at most {LARGEST_BLOCK}"
@@ -323,36 +326,12 @@ def fill_packed(packed: Mapping[str, PackedWeight], source: Source) -> dict[str,
     return errors
 
 
-def dequantized(packed: Mapping[str, PackedWeight], source: Source) -> Iterator[tuple[str, Tensor]]:
-    """The values of int4 weights, ``float32``, as the graph has them; one at a time."""
+def read_int4(packed: Mapping[str, PackedWeight], model: ir.Model) -> Iterator[tuple[str, Int4Tensor]]:
+    """The int4 weights that a model holds, by name, as a graph has them; in float32."""
     for name, weight in packed.items():
-        _, _, _, values = quantize_int4(_whole(source(name), weight.layout), weight.layout.block_size)
-        yield name, values.t() if weight.layout.turned else values
-
-
-def quantize_int4(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``weight [out, in]`` float32 as MatMulNBits takes it: ``value = (code - zero_point) * scale``.
-
-    A block is of consecutive values of a row, the last one filled up; its codes, 0 to 15, span its values and zero.
-
-    Returns:
-        Codes ``[out, blocks, block_size / 2]``, two in a byte, the first in the low bits; ``scales [out, blocks]``;
-        zero points ``[out, (blocks + 1) / 2]``, in bytes likewise; and the values that this stands for.
-    """
-    height, width = weight.shape
-    blocks = pad(weight, (0, -width % block_size)).view(height, -1, block_size)
-    low, high = blocks.amin(2).clamp_max_(0), blocks.amax(2).clamp_min_(0)
-    scales = (high - low) / 15
-    steps = scales.where(scales > 0, 1.0)
-    zeros = (-low / steps).round_()
-    codes = (blocks / steps.unsqueeze(2)).round_().add_(zeros.unsqueeze(2)).clamp_(0, 15)
-    values = (codes - zeros.unsqueeze(2)).mul_(scales.unsqueeze(2)).view(height, -1)[:, :width]
-    return _pairs(codes), scales, _pairs(pad(zeros, (0, zeros.shape[1] % 2))), values
-
-
-def _pairs(codes: Tensor) -> Tensor:
-    bytes_ = codes.to(torch.uint8)
-    return bytes_[..., 0::2] | bytes_[..., 1::2] << 4
+        held = (model.graph.initializers[str(value.name)].const_value for value in weight.values)
+        codes, scales, zeros = (torch.from_numpy(np.array(t.numpy())) for t in held if t is not None)
+        yield name, Int4Tensor((codes, scales, zeros), weight.layout.width, weight.layout.turned)
 
 
 class _Last:
@@ -369,23 +348,22 @@ class _Last:
 
 
 def _int4_of(value: Fold | Tensor, layout: Layout, name: str, errors: dict[str, float]) -> list[Tensor]:
-    whole = _whole(value, layout)
-    *tensors, values = quantize_int4(whole, layout.block_size)
-    norm = float(torch.linalg.vector_norm(whole))
-    errors[name] = float(torch.linalg.vector_norm(values - whole)) / norm if norm else 0.0
-    return tensors
+    made = []
+    gap = norm = 0.0
+    for rows in _rows(value, layout):
+        made.append(quantize_int4(rows, layout.block_size))
+        away = dequantize_int4(*made[-1], layout.width).sub_(rows)
+        gap, norm = (math.hypot(had, float(torch.linalg.vector_norm(t))) for had, t in ((gap, away), (norm, rows)))
+    errors[name] = gap / norm if norm else 0.0
+    return [torch.cat(parts) for parts in zip(*made, strict=True)]
 
 
-def _whole(value: Fold | Tensor, layout: Layout) -> Tensor:
-    """The dense weight ``[out, in]`` in float32."""
+def _rows(value: Fold | Tensor, layout: Layout) -> Iterator[Tensor]:
+    """The dense weight ``[out, in]`` in float32, some rows at a time."""
     wide = torch.float32
     made = Stored(value, wide) if isinstance(value, Tensor) else dataclasses.replace(value, dtype=wide, rounding=None)
-    flat = torch.empty(layout.out * layout.width)
-    start = 0
-    for panel in made.panels((1, 0) if layout.turned else None):
-        flat[start : start + panel.numel()] = panel.reshape(-1)
-        start += panel.numel()
-    return flat.view(layout.out, layout.width)
+    for panel in made.panels((1, 0) if layout.turned else (0, 1)):
+        yield panel.reshape(-1, layout.width)
 
 
 def _lazily(compute: Callable[[], Tensor], value: ir.Value) -> ir.LazyTensor:

@@ -27,6 +27,7 @@ from onnxscript.optimizer import optimize_ir
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
+from lorafx.bases.tensor import QuantizedTensor
 from lorafx.errors import ExportError
 from lorafx.export.names import all_values, call_as_module, name_dimensions, name_values, read_call
 from lorafx.export.pack import DENSE, PackedWeight, Plan, pack_weights
@@ -178,7 +179,7 @@ def _optimized(
     weights = gm.state_dict().keys()
     kwargs, _ = make_example(dict(example), {}, {name: dims.get(name, {}) for name in example}).trace_inputs()
     try:
-        program = make_program(GraphModule(gm, graph), kwargs, dims)
+        program = make_program(_over_plain_tensors(gm, graph), kwargs, dims)
         for node in program.graph.nodes:
             node.meta["nn_module_stack"] = call_as_module(notes(node).get("call"))
         converted = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
@@ -198,6 +199,19 @@ def _optimized(
     for node in model.graph.all_nodes():
         node.meta[CALL] = read_call(node)
     return model
+
+
+def _over_plain_tensors(gm: CapturedModule, graph: Graph) -> GraphModule:
+    """The graph over a module's tensors, packed ones as plain tensors that hold nothing: torch would look into them."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, QuantizedTensor):
+            return value
+        held = torch.empty_strided(value.shape, (0,) * value.dim(), dtype=value.dtype, device=value.device)
+        return nn.Parameter(held, requires_grad=False)
+
+    read = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    return GraphModule({name: plain(get_path(gm, name)) for name in read}, graph)
 
 
 def _modules(gm: CapturedModule, flat: Graph) -> Callable[[int | None], list[tuple[str, str]]]:

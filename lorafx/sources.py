@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafx.errors import LorafxError
 from lorafx.passes.example import ExampleInputs
-
-
-class SourceError(LorafxError):
-    """The command line's MODEL argument does not lead to a model."""
+from lorafx.pretrained import SourceError, load_pretrained
 
 
 def find_model(source: str, *, weights: bool = False) -> tuple[nn.Module, ExampleInputs]:
@@ -55,31 +49,6 @@ def find_model(source: str, *, weights: bool = False) -> tuple[nn.Module, Exampl
     return model, inputs
 
 
-def model_of_config(config: Any, dtype: torch.dtype) -> nn.Module:
-    """The model that a transformers config, or the ``config.json`` in a folder, describes, with random weights.
-
-    Raises:
-        SourceError: there is no such config, or it names no architecture of transformers.
-    """
-    import transformers
-
-    if isinstance(config, str | os.PathLike):
-        folder = Path(config)
-        if not (folder / "config.json").is_file():
-            raise SourceError(f"'{folder}' has no config.json; give the folder of a Hugging Face checkpoint")
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    names = getattr(config, "architectures", None) or []
-    builder: Any = getattr(transformers, names[0], None) if names else None
-    if builder is None:
-        what = f"the architecture {names[0]}, which transformers does not have" if names else "no architecture"
-        raise SourceError(
-            f"the config names {what}: set config.architectures, or give the model itself, made on the meta device"
-        )
-    model = builder._from_config(copy.deepcopy(config), dtype=dtype)
-    assert isinstance(model, nn.Module)
-    return model
-
-
 def _from_folder(folder: Path, weights: bool) -> nn.Module:
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -90,12 +59,15 @@ def _from_folder(folder: Path, weights: bool) -> nn.Module:
         raise SourceError("reading a checkpoint's folder needs transformers: pip install 'lorafx[hf]'") from error
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        names = json.loads(config_file.read_text()).get("architectures") or []
+        settings = json.loads(config_file.read_text())
     except (ValueError, OSError, KeyError) as error:
         raise SourceError(f"'{config_file}' cannot be read: {error}") from error
+    names = settings.get("architectures") or []
     builder: Any = getattr(transformers, names[0], None) if names else transformers.AutoModel
     if builder is None:
         raise SourceError(f"'{config_file}' names the architecture {names[0]}, which transformers does not have")
+    if weights and (settings.get("quantization_config") or {}).get("quant_method") == "bitsandbytes":
+        return load_pretrained(folder)  # transformers would need bitsandbytes for it
     if weights:
         try:
             model = builder.from_pretrained(folder, local_files_only=True)

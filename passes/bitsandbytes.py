@@ -16,13 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.nn import functional as F
 
 from lorafx.bases import FORMATS
 from lorafx.bases.base import Packed
 from lorafx.bases.tensor import QuantizedTensor
 from lorafx.errors import CaptureError, QuantizationError
+from lorafx.graph import CapturedModule, erase, get_path, mark_own, rebind
 from lorafx.shards import main_dtype
+
+aten = torch.ops.aten
 
 #: What a layer's hooks are stored in: they go along to the layer that takes its place.
 _HOOKS = (
@@ -38,7 +42,8 @@ class PackedLinear(nn.Linear):
     """A linear layer on a packed weight ``[out, in]``.
 
     It computes in ``compute_dtype``, the weight's, whatever dtype ``x [..., in]`` has, and gives back that one; None:
-    in the dtype of ``x``. The symbolic tracer, which knows no dtypes, takes ``x`` for one of the weight's dtype.
+    in the dtype of ``x`` (:func:`settle_dtypes`). The symbolic tracer, which knows no dtypes, takes ``x`` for one of
+    the weight's dtype.
     """
 
     def __init__(
@@ -97,6 +102,54 @@ def with_packed_layers(model: nn.Module) -> nn.Module:
         return target
 
     return visit(model, "")
+
+
+def settle_dtypes(gm: CapturedModule, model: nn.Module) -> None:
+    """Let weights that layers read in the dtype of their input be rounded to that only, as bitsandbytes does; in place.
+
+        t = to(<q.weight>, float32)     # of bfloat16
+        y = linear(x, t)                                       ->    y = linear(x, <q.weight>)    # q.weight in float32
+
+    Where the inputs have several dtypes, the weight is in float32, and each call reads it through a cast.
+
+    Args:
+        gm: ``model`` as it was captured.
+        model: what :func:`with_packed_layers` returned.
+    """
+    layers = [n for n, m in model.named_modules() if isinstance(m, PackedLinear) and m.compute_dtype is None]
+    reads: dict[int, list[tuple[Node, Node]]] = {}
+    for read in gm.graph.find_nodes(op="get_attr") if layers else ():
+        reads.setdefault(id(get_path(gm, str(read.target))), []).extend((read, user) for user in read.users)
+    for name in layers:
+        weight = get_path(gm, f"{name}.weight" if name else "weight")
+        found = reads.get(id(weight), [])
+        dtypes = {_cast_to(user) or weight.dtype for _, user in found}
+        if dtypes <= {weight.dtype}:
+            continue
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        exact = QuantizedTensor(replace(weight.packed, dtype=torch.float32), dtype=dtype)
+        mark_own(rebind(gm, weight, exact), False)  # the bytes are the user's
+        for read, user in found:
+            wanted = _cast_to(user)
+            if wanted == dtype:
+                user.replace_all_uses_with(read)
+                erase(gm.graph, user)
+            elif wanted is None:
+                with gm.graph.inserting_before(user):
+                    cast = gm.graph.call_function(aten.to.dtype, (read, weight.dtype))
+                cast.meta = dict(user.meta)
+                user.replace_input_with(read, cast)
+    if layers:
+        gm.recompile()
+
+
+def _cast_to(node: Node) -> torch.dtype | None:
+    """The dtype that a call casts to; None if it is no cast."""
+    if node.target is not aten.to.dtype:
+        return None
+    dtype = node.args[1]
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def _packed_layer(

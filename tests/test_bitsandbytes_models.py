@@ -256,11 +256,40 @@ def test_the_weight_s_dtype_is_the_one_it_computes_in() -> None:
     assert gm(torch.ones(2, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_a_layer_without_a_dtype_of_its_own_computes_in_its_input_s() -> None:
-    model = with_layers(Mlp().to(torch.bfloat16))
+@pytest.mark.parametrize("make", [four_bits(), four_bits(compress_statistics=False), eight_bits])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_without_a_dtype_of_its_own_computes_in_its_input_s(make: Make, given: torch.dtype) -> None:
+    """Values are rounded once, to that dtype, whatever they were quantised from."""
+    model = with_layers(nn.Sequential(nn.Linear(64, 48, bias=False, dtype=torch.bfloat16)), make)
+    layer: Any = model[0]
+    x = torch.randn(5, 64).to(given)
+    gm = captured(model, x, None)
+    found = gm(x)
+    assert_same_bytes(gm, model)
+    assert not any(node.target is torch.ops.aten.to.dtype for node in gm.graph.nodes)
+    form = FORMATS["nf4" if isinstance(layer, bnb.nn.Linear4bit) else "int8"]
+    values = form.dequantize(form.from_state_dict(layer.state_dict()), torch.float32).to(given)
+    assert torch.equal(gm.get_parameter("0.weight").dequantize(), values)
+    assert_close("layer", found, model.train()(x))
+    if given is torch.float32:
+        assert torch.equal(found, x @ values.T)
+
+
+def test_a_layer_that_runs_in_two_dtypes_rounds_once_to_each() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 48, bias=False, dtype=torch.bfloat16)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.layer(x), self.layer(x.bfloat16())
+
+    model = with_layers(Both())
     x = torch.randn(5, 64)
-    gm = lorafx.apply(model, SPEC, x, seed=0)
-    assert_close("layer", gm(x), dense(model, kind=nn.Linear).float()(x))
+    values = Nf4().dequantize(Nf4().from_state_dict(model.get_submodule("layer").state_dict()), torch.float32)
+    wide, half = captured(model, x, None)(x)
+    assert torch.equal(wide, x @ values.T)
+    assert torch.equal(half, x.bfloat16() @ values.bfloat16().T)
 
 
 def test_int8_after_it_ran_and_without_a_bias() -> None:

@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 import lorafx
 from lorafx import cli
-from lorafx.sources import SourceError, find_model
+from lorafx.pretrained import SourceError
+from lorafx.sources import find_model
 from zoo import FAMILIES
 
 pytestmark = pytest.mark.xdist_group("cli")

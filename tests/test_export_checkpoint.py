@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 import lorafx
 from generation import of_file, of_torch, prompts
 from lorafx import AdapterError, CheckpointError, ExportError
-from lorafx.deploy import export_checkpoint, parameters_on_meta
+from lorafx.deploy import export_checkpoint
+from lorafx.pretrained import parameters_on_meta
 from lorafx.shards import INDEX_NAME, read_shards, reading_ahead
 
 CONFIG = hf.LlamaConfig(
@@ -230,7 +231,7 @@ def test_a_few_tensors_in_another_dtype_are_converted(
 ) -> None:
     edit(whole(base), lambda t: t.update({"model.norm.weight": t["model.norm.weight"].bfloat16()}))
     assert export_checkpoint(CONFIG, base, None, tmp_path / "m.onnx", verify=False).precision == "float32"
-    monkeypatch.setattr("lorafx.deploy._CONVERTED_LIMIT", 8)
+    monkeypatch.setattr("lorafx.pretrained._CONVERTED_LIMIT", 8)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight: torch.bfloat16, and torch.float32 in the model"):
         export_checkpoint(CONFIG, base, None, tmp_path / "m.onnx", verify=False)
 
@@ -327,7 +328,7 @@ def peak():
 class Net(torch.nn.Sequential):
     pass
 width, depth = 2048, 16
-with lorafx.deploy.parameters_on_meta():
+with lorafx.pretrained.parameters_on_meta():
     model = Net(*(torch.nn.Linear(width, width, bias=False) for _ in range(depth)))
 places = {}
 for i in range(depth):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import pickle
 import subprocess
@@ -24,6 +25,7 @@ import lorafx
 from conftest import Zoo, randomize
 from generation import of_file, of_torch, prompts
 from lorafx.api import captured
+from lorafx.bases.tensor import QuantizedTensor
 from lorafx.errors import CaptureError, ExportError, ParityError
 from lorafx.export.decoder import STEPS, check_generation, make_prompts
 from lorafx.export.parity import TOLERANCES
@@ -138,6 +140,40 @@ def test_bfloat16(zoo: Zoo, tmp_path: Path) -> None:
     assert len(report.parity) == 3
     kinds = {v.name: v.dtype for v in ir.load(tmp_path / "model.onnx").graph.inputs}
     assert {kind for name, kind in kinds.items() if str(name).startswith("past")} == {ir.DataType.BFLOAT16}
+
+
+QUANTIZED: dict[str, tuple[dict[str, Any], int]] = {  # how it is merged and written, and how many layers stay in nf4
+    "adapters folded, the others packed": ({"weight_format": "bnb4"}, 6),
+    "all packed": ({"weight_format": "bnb4", "requantize": True}, 14),
+    "all to int4": ({"weight_format": "nbits"}, 0),
+    "the original": ({"base": "original"}, 0),
+    "the original, packed": ({"base": "original", "weight_format": "bnb4", "requantize": True}, 14),
+    "dense values of nf4": ({"requantize": True}, 0),
+}
+
+
+@pytest.mark.parametrize("how", QUANTIZED)
+def test_a_quantized_base(zoo: Zoo, how: str, tmp_path: Path) -> None:
+    """Whatever it is merged into, the tokens are those of that model; int4's are others, and the report says so."""
+    options, kept = QUANTIZED[how]
+    options = {**options}
+    gm = adapted(zoo, "llama", dataclasses.replace(SPEC, target_modules=["q_proj", "v_proj", "o_proj", "up_proj"]))
+    lorafx.quantize(gm, exclude_modules=["lm_head"])
+    if options.get("base") == "original":
+        options["original"] = FAMILIES["llama"].build()
+    report = lorafx.merge_and_export(gm, tmp_path / "model.onnx", kv_cache=True, **options)
+    kinds = [node.op_type for node in ir.load(tmp_path / "model.onnx").graph]
+    assert (kinds.count("MatMulBnb4"), "MatMulNBits" in kinds) == (kept, how == "all to int4")
+    if how == "all to int4":
+        assert report.requantized
+        return
+    assert "same tokens" in report.checks
+    merged = FAMILIES["llama"].build()
+    choice = {name: value for name, value in options.items() if name != "weight_format"}
+    state = lorafx.merge(gm, **choice).state_dict()
+    merged.load_state_dict({n: t.dequantize() if isinstance(t, QuantizedTensor) else t for n, t in state.items()})
+    ids, mask = prompts(4, 9)
+    assert torch.equal(of_file(tmp_path / "model.onnx", ids, mask), of_torch(merged, ids, mask))
 
 
 def test_a_tied_head_kept_apart(zoo: Zoo, tmp_path: Path) -> None:

@@ -14,18 +14,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import lorafx
 import lorafx.pretrained
 from conftest import loss_of, randomize
-from lorafx import CheckpointError, LoraSpec, load_pretrained
+from generation import of_file, of_torch, prompts
+from lorafx import CheckpointError, LoraSpec, cli, load_pretrained
 from lorafx.api import captured
 from lorafx.bases import FORMATS
 from lorafx.bases.nf4 import Nf4
 from lorafx.bases.tensor import QuantizedTensor
-from lorafx.deploy import parameters_on_meta
 from lorafx.ir import format_graph
+from lorafx.pretrained import parameters_on_meta
 from lorafx.shards import WEIGHTS_NAME, read_shards
+from lorafx.sources import find_model
 from tolerances import assert_close
 from zoo import FAMILIES
 
@@ -129,6 +132,24 @@ def test_weights_are_read_in_the_dtype_of_the_model(tmp_path: Path) -> None:
     assert torch.equal(found.dequantize(), FORMATS["int8"].dequantize(original, torch.float32))
 
 
+def test_the_command_line_reads_it(tmp_path: Path) -> None:
+    """For a plan no weights; to look at what an adapter does beside them, those, as everywhere."""
+    folder, adapter = tmp_path / "base", tmp_path / "adapter"
+    folder.mkdir()
+    dense = write(LLAMA.build(), folder, "nf4")
+    found, _ = find_model(str(folder), weights=True)
+    assert isinstance(found.get_parameter(WEIGHT), QuantizedTensor)
+    gm = lorafx.apply(found, LoraSpec(r=3, target_modules=["up_proj"]), LLAMA.inputs(), seed=0)
+    randomize(gm)
+    lorafx.save_adapter(gm, adapter)
+    call = CliRunner().invoke
+    shown = call(cli.app, ["inspect", str(adapter), "--base", str(folder), "--json"])
+    share = json.loads(shown.output)["sites"][0]["share"]
+    (expected,) = {s.share for s in lorafx.inspect_adapter(adapter, base=dense).sites if s.site == WEIGHT[:-7]}
+    assert share == pytest.approx(expected, rel=1e-6)
+    assert "14 layers adapted" in call(cli.app, ["plan", str(folder)]).output
+
+
 def test_a_checkpoint_without_quantized_weights(tmp_path: Path) -> None:
     dense = LLAMA.build()
     cast("Any", dense).save_pretrained(tmp_path, max_shard_size="20KB")
@@ -150,13 +171,21 @@ def test_an_adapter_is_folded_into_its_dequantised_weights(tmp_path: Path) -> No
     assert_close("model", torch.from_numpy(found), gm.eval()(**inputs).logits.detach())
 
 
-def test_the_file_may_stay_at_4_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kv_cache", [False, True])
+def test_the_file_may_stay_at_4_bits(kv_cache: bool, tmp_path: Path) -> None:
     folder, path = tmp_path / "base", tmp_path / "model.onnx"
     folder.mkdir()
-    model = write(LLAMA.build(), folder, "nf4")
-    lorafx.export_checkpoint(folder, folder, None, path, example_inputs=LLAMA.inputs(), weight_format="bnb4")
+    model = write(LLAMA.build(), folder, "nf4").eval()
+    inputs = None if kv_cache else LLAMA.inputs()
+    report = lorafx.export_checkpoint(
+        folder, folder, None, path, example_inputs=inputs, weight_format="bnb4", kv_cache=kv_cache
+    )
     kinds = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
     assert kinds.count("MatMulBnb4") == sum(isinstance(m, nn.Linear) for m in model.modules()) - 1  # the head is dense
+    assert ("same tokens" in report.checks) == kv_cache
+    if kv_cache:
+        ids, mask = prompts(4, 9)
+        assert torch.equal(of_file(path, ids, mask), of_torch(model, ids, mask))
 
 
 # What is refused. Nothing of bitsandbytes' own is needed to damage a file.

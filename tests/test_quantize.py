@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 import lorafx
 from conftest import Zoo, randomize
+from kinds import Experts
 from lorafx import LoraSpec, MatchError, QuantizationError, SpecError
 from lorafx.bases import FORMATS
 from lorafx.bases.base import Packed
@@ -299,26 +301,66 @@ def test_what_is_looked_up_or_used_twice_stays_dense() -> None:
 
 
 def test_a_stack_of_experts() -> None:
-    class Experts(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.randn(3, 8, 16))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.einsum("bi,eoi->beo", x, self.w)
-
-    x = torch.randn(4, 16)
-    gm = lorafx.apply(Experts(), LoraSpec(r=2, base="nf4", target_modules=[], target_parameters=["w"]), (x,))
-    assert isinstance(gm.w, QuantizedTensor)
+    x = torch.randn(2, 4, 8)
+    gm = lorafx.apply(Experts(), LoraSpec(r=2, base="nf4", target_modules=[], target_parameters=["stack"]), (x,))
+    assert isinstance(gm.stack, QuantizedTensor)
     randomize(gm)
     assert_close("layer", gm(x), dense(gm)(x))
 
 
-def test_a_frozen_weight_cannot_be_written_to() -> None:
-    weight = QuantizedTensor(packed("nf4", (4, 64), torch.float32))
-    for write in (lambda: weight.add_(1.0), lambda: torch.add(torch.ones(4, 64), 1.0, out=weight)):
-        with pytest.raises(QuantizationError, match="would write to a weight that is stored as nf4"):
-            write()
+VALUES = torch.linspace(-1, 1, 32 * 64).view(32, 64)
+
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "the operator itself": lambda w: w.mul_(2),
+    "a result": lambda w: torch.add(VALUES, 1.0, out=w),
+    "one of a list": lambda w: torch._foreach_mul_([w], 2),
+    "a dense copy": lambda w: w.copy_(VALUES),
+    "another format": lambda w: w.copy_(QuantizedTensor(packed("int8", (32, 64), torch.float32))),
+    "initial values": nn.init.xavier_uniform_,
+    "data": lambda w: setattr(w, "data", VALUES),
+    "an item": lambda w: w.__setitem__(0, 1.0),
+    "an item of data": lambda w: w.data.__setitem__(0, 1.0),
+    "a mask": lambda w: w.__setitem__(w > 0, 1.0),
+    "a row": lambda w: w[0].zero_(),
+    "a row of the transpose": lambda w: w.T[0].zero_(),
+    "a view of a view": lambda w: w.view(-1)[3:].unsqueeze(0).zero_(),
+    "a part": lambda w: nn.init.zeros_(w.chunk(3)[1]),
+    "a diagonal": lambda w: w.fill_diagonal_(1.0),
+    "a vector of parameters": lambda w: nn.utils.vector_to_parameters(VALUES.flatten(), [w]),
+}
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_what_would_be_written_and_lost_is_refused(how: str) -> None:
+    weight = nn.Parameter(QuantizedTensor(packed("nf4", (32, 64), torch.float32)), requires_grad=False)
+    before = weight.detach().clone()
+    told = r"would write to a weight \[(32, 64|64, 32)\] that is stored as nf4.*weight\.dequantize.*lorafx\.quantize"
+    with pytest.raises(QuantizationError, match=told), torch.no_grad():
+        WRITES[how](weight)
+    assert torch.equal(weight, before)
+
+
+def test_whole_weights_of_the_same_layout_are_copied() -> None:
+    one, other = (QuantizedTensor(FORMATS["nf4"].quantize(VALUES * n)) for n in (1, -2))
+    one.copy_(other)
+    assert torch.equal(one.dequantize(), other.dequantize())
+
+
+def test_parts_are_read_as_those_of_the_dense_weight() -> None:
+    """Gradients through them, their copies and their files included."""
+    weight = QuantizedTensor(packed("nf4", (32, 64), torch.float32))
+    part, expected = weight[4:20].view(8, -1).t(), weight.dequantize()[4:20].view(8, -1).t()
+    assert torch.equal(part, expected)
+    x = torch.randn(5, len(expected), requires_grad=True)
+    (gradient,) = torch.autograd.grad((x @ part).sum(), x)
+    assert torch.equal(gradient, torch.ones(5, 8) @ expected.t())
+    file = io.BytesIO()
+    torch.save(part, file)
+    file.seek(0)
+    for found in (part.clone(), copy.deepcopy(part), torch.load(file)):
+        assert type(found) is Tensor
+        assert torch.equal(found.mul_(2), expected * 2)
+    assert part.data_ptr() == part.dense.data_ptr()  # type: ignore[attr-defined]  # what a kernel gets is the memory
 
 
 def test_sizes_that_do_not_fit() -> None:

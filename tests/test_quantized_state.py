@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -115,6 +116,15 @@ def test_a_file_with_damaged_sizes_is_refused() -> None:
     file.seek(0)
     with pytest.raises(QuantizationError, match="absmax is"):
         torch.load(file)
+
+
+@pytest.mark.parametrize("save", [save_model, lambda gm, path: save_file(gm.state_dict(), path)])
+def test_what_safetensors_cannot_write_it_is_told_of(save: Callable[[nn.Module, str], None], tmp_path: Path) -> None:
+    with pytest.raises(
+        QuantizationError, match=r"stored as nf4.*save_adapter .LoraTrainer.*save_checkpoint.*torch\.save"
+    ):
+        save(trained(), str(tmp_path / "model.safetensors"))
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("other", [None, "int8"])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lorafx
 from conftest import Zoo, same
-from lorafx import AdapterError, LoraSpec, PassError
+from lorafx import AdapterError, LoraSpec, PassError, QuantizationError
 from lorafx.graph import CapturedModule
 from lorafx.integrations.huggingface import LoraTrainer
 from lorafx.state import adapter_state_dict
@@ -139,11 +139,20 @@ def test_the_stock_trainer_cannot_save_tied_weights(zoo: Zoo, tmp_path: Path) ->
         trainer.save_model(str(tmp_path / "final"))
 
 
+def test_the_stock_trainer_is_told_that_it_cannot_save_quantized_weights(zoo: Zoo, tmp_path: Path) -> None:
+    gm = zoo.adapted(BERT, SPEC)
+    lorafx.quantize(gm)
+    trainer = run(gm, tmp_path, **SAVING)
+    with pytest.raises(QuantizationError, match="LoraTrainer does, in place of transformers' Trainer"):
+        trainer.train()
+
+
 SPECS: dict[str, dict[str, Any]] = {
     "lora": {"modules_to_save": ("classifier",)},
     "dora": {"variant": "dora"},
     "vera": {"variant": "vera", "alpha": 12},
     "pissa": {"init": "pissa"},
+    "lora on nf4": {},
 }
 
 
@@ -157,10 +166,11 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(
 ) -> None:
     """Dropout included, in the base and in the adapters: every later loss is the same number."""
     spec = dataclasses.replace(SPEC, **SPECS[variant])
-    gm = zoo.adapted(BERT, spec)
+    gm, other = (zoo.adapted(BERT, spec, seed=seed) for seed in (0, 1))
+    if variant.endswith("nf4"):
+        assert lorafx.quantize(gm) == lorafx.quantize(other)
     whole = run(gm, tmp_path, cls, **SAVING)
     whole.train()
-    other = zoo.adapted(BERT, spec, seed=1)
     resumed = run(other, tmp_path, cls, **SAVING)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert resumed.state.global_step == 6

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lorafx.bases import FORMATS
 from lorafx.bases.base import DTYPES, Packed, damaged
 from lorafx.bases.ops import dense, describe, packed_linear, packed_mm
+from lorafx.bases.view import as_read, unwritable, written
 from lorafx.errors import QuantizationError
 
 aten = torch.ops.aten
@@ -62,6 +63,20 @@ class QuantizedTensor(Tensor):
         kind = f"{self.packed.format}, {tuple(self.shape)}, dtype={self.dtype}, device='{self.device}'"
         return f"{type(self).__name__}({kind})"
 
+    @property
+    def what(self) -> str:
+        """What it is, for messages."""
+        return f"a weight {list(self.shape)} that is stored as {self.packed.format}"
+
+    @property
+    def data(self) -> Tensor:
+        """The same weight, without its history."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise unwritable("An assignment to .data", self.what)
+
     def dequantize(self) -> Tensor:
         """The dense weight."""
         packed, turned = self.packed, self.turned
@@ -76,6 +91,18 @@ class QuantizedTensor(Tensor):
     def is_like(self, other: object) -> bool:
         """Whether ``other`` is a weight of the same shape and dtype in the same format, so that bytes can be copied."""
         return isinstance(other, QuantizedTensor) and self.__tensor_flatten__() == other.__tensor_flatten__()
+
+    def storage(self) -> Any:
+        """There is none, which safetensors, whoever calls it, would say in other words.
+
+        Raises:
+            QuantizationError: says what else saves it.
+        """
+        raise QuantizationError(
+            f"{self.what} has no memory of its dtype that could be written to a file: keep adapters with "
+            "lorafx.save_adapter (LoraTrainer does, in place of transformers' Trainer), a training with "
+            "lorafx.save_checkpoint, the whole state with torch.save, and dense values with weight.dequantize()"
+        )
 
     def share_memory_(self) -> QuantizedTensor:
         """The packed bytes into shared memory: torch would look for a storage, which a tensor like this has not."""
@@ -124,13 +151,12 @@ class QuantizedTensor(Tensor):
             return found
         if func._can_decompose() and (found := func.decompose(*args, **kwargs)) is not NotImplemented:
             return found  # some of its parts may take the packed weight
-        for written in _written(func, args, kwargs) if func._schema.is_mutable else ():
-            raise QuantizationError(
-                f"{func} would write to a weight that is stored as {written.packed.format}, which is frozen: put a "
-                "tensor of its own in its place, or start from a base that is not quantized"
-            )
-        dense_args, dense_kwargs = tree_map_only(QuantizedTensor, QuantizedTensor.dequantize, (tuple(args), kwargs))
-        return func(*dense_args, **dense_kwargs)
+        for weight in written(QuantizedTensor, func, args, kwargs):
+            raise unwritable(str(func), weight.what)
+        given = (tuple(args), kwargs)
+        origin = next(leaf.what for leaf in tree_leaves(given) if isinstance(leaf, QuantizedTensor))
+        dense_args, dense_kwargs = tree_map_only(QuantizedTensor, QuantizedTensor.dequantize, given)
+        return as_read(func, func(*dense_args, **dense_kwargs), origin)
 
 
 def quantized(weight: Tensor) -> Packed | None:
@@ -139,11 +165,9 @@ def quantized(weight: Tensor) -> Packed | None:
     return weight.packed if same else None  # type: ignore[attr-defined]  # told by the line before
 
 
-def _written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[QuantizedTensor]:
-    """The packed weights that an operator is to write to."""
-    marks = {a.name: a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments}
-    given = {**dict(zip(marks, args, strict=False)), **kwargs}
-    return [value for name, value in given.items() if marks[name] and isinstance(value, QuantizedTensor)]
+def as_dense(tensor: Tensor) -> Tensor:
+    """A tensor, or what it reads as if it is a packed weight."""
+    return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
 
 
 def parts(weight: Tensor) -> tuple[list[Tensor], str, list[int], torch.dtype]:

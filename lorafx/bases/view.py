@@ -1,0 +1,97 @@
+"""A part of what a packed weight reads as: to be read, since what is written to it would not reach the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from lorafx.errors import QuantizationError
+
+T = TypeVar("T", bound=Tensor)
+
+
+class DenseView(Tensor):
+    """``dense`` as the view that it is in place of: a tensor like any other, until someone writes to it.
+
+    ``origin`` says of which weight.
+    """
+
+    dense: Tensor
+    origin: str
+
+    @staticmethod
+    def __new__(cls, dense: Tensor, origin: str) -> DenseView:
+        made: DenseView = Tensor._make_wrapper_subclass(
+            cls,
+            dense.shape,
+            strides=dense.stride(),
+            storage_offset=int(dense.storage_offset()),
+            dtype=dense.dtype,
+            device=dense.device,
+        )
+        made.dense, made.origin = dense, origin
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch gives it no type
+        return repr(self.dense)
+
+    # The memory is that of the dense one, for whoever asks for it by its address.
+
+    def data_ptr(self) -> int:
+        return self.dense.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.dense.untyped_storage()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.dense.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # torch gives it no types
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.dense.clone()
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks func
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for view in written(DenseView, func, args, kwargs):
+            raise unwritable(str(func), view.origin)
+        origin = next(leaf.origin for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, DenseView))
+        dense_args, dense_kwargs = tree_map_only(DenseView, lambda view: view.dense, (tuple(args), kwargs))
+        return as_read(func, func(*dense_args, **dense_kwargs), origin)
+
+
+def as_read(func: Any, result: Any, origin: str) -> Any:
+    """What an operator made of the dense weight; if that is a view by the operator's schema, one that stays unwritten.
+
+    While a graph is traced tensors have no values, and what would be written stands in the graph.
+    """
+    if func._schema.is_mutable or not any(found.alias_info is not None for found in func._schema.returns):
+        return result
+    return tree_map_only(Tensor, lambda t: DenseView(t, origin) if type(t) is Tensor else t, result)
+
+
+def written(kind: type[T], func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[T]:
+    """The tensors of this kind that an operator is to write to."""
+    if not func._schema.is_mutable:
+        return []
+    marks = {a.name: a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments}
+    given = {**dict(zip(marks, args, strict=False)), **kwargs}
+    return [
+        leaf for name, value in given.items() if marks[name] for leaf in tree_leaves(value) if isinstance(leaf, kind)
+    ]
+
+
+def unwritable(what: str, origin: str) -> QuantizationError:
+    """For a write that would be lost."""
+    return QuantizationError(
+        f"{what} would write to {origin}, and packed values cannot be written one by one: change a dense copy "
+        "(weight.dequantize()), put it in the weight's place and, to pack it again, call lorafx.quantize. What can be "
+        "copied whole (copy_, load_state_dict) is a weight of the same shape that is stored in the same way"
+    )
