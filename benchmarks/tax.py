@@ -426,7 +426,7 @@ def row_of(case: Case, mode: str, given: argparse.Namespace) -> dict[str, Any]:
         floor = row["ways"]["frozen"]
         shown = "  ".join(f"{w}: {v / 2**20:.0f} MiB ({v / floor:.3f})" for w, v in row["ways"].items())
     else:
-        row |= measure(case, ways, given.rounds, mode, 2 if given.quick else RUNS)
+        row |= measure(case, ways, given.rounds, mode, 2 if given.quick else RUNS) | {"rounds": given.rounds}
         shown = "  ".join(
             f"{w}: {v['ratio']:.3f} [{v['low']:.3f}, {v['high']:.3f}] {v['ms']:.0f} ms" for w, v in row["ways"].items()
         )

@@ -50,14 +50,16 @@ def markdown(rows: Sequence[dict[str, Any]], calls: Sequence[dict[str, Any]], na
         "",
         f"![the tax as bars]({name}.png)",
         "",
-        "| model | layers | dtype | r | adapters | mode | goal | " + " | ".join(ways) + " |",
-        "| --- | ---: | --- | ---: | --- | --- | ---: |" + " ---: |" * len(ways),
+        "| model | layers | dtype | r | adapters | mode | rounds | goal | " + " | ".join(ways) + " |",
+        "| --- | ---: | --- | ---: | --- | --- | ---: | ---: |" + " ---: |" * len(ways),
     ]
     for row in rows:
         case = row["case"]
         cells = (_cell(row, way) for way in ways)
         head = f"| {case['model']} | {row['layers']} | {case['dtype']} | {case['r']} | {case['method']} |"
-        lines.append(f"{head} {row['mode']}{mark(row)} | {_goal(row)} | " + " | ".join(cells) + " |")
+        lines.append(
+            f"{head} {row['mode']}{mark(row)} | {row.get('rounds', '')} | {_goal(row)} | " + " | ".join(cells) + " |"
+        )
     if calls:
         lines += [
             "",
