@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lorafx.bases.tensor import as_dense
+from lorafx.bases.ops import describe, packed_rows
+from lorafx.bases.tensor import QuantizedTensor, as_dense, quantized
 from lorafx.errors import MergeError
 from lorafx.graph import CapturedModule, get_path, share
 from lorafx.ir import Stage, stage
 from lorafx.passes.example import ExampleInputs
-from lorafx.passes.fold import Fold
+from lorafx.passes.fold import TILE, Fold
 from lorafx.passes.merge import merge_lazily, taken_out
 from lorafx.passes.merge_base import packed_weights
 
@@ -57,8 +58,8 @@ def merge_deviation(gm: CapturedModule, merged: CapturedModule, example_inputs: 
     What is merged in place counts as it was before it was rounded: as if it were active.
 
     For each choice of :func:`lorafx.merge`: with ``base="dequantized"`` what rounding to the weights' dtype does, with
-    the others what the quantization of the base does as well. Weights are compared some rows at a time; of those that
-    are quantized in the merged graph one at a time is held dense.
+    the others what the quantization of the base does as well. Weights are compared some rows at a time, in
+    float64.
 
     Args:
         gm: the adapted graph.
@@ -97,16 +98,31 @@ def _held(merged: CapturedModule, name: str, shape: torch.Size) -> Tensor:
 
 
 def _pieces(held: Tensor, unmerged: Fold | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    if not isinstance(unmerged, Fold) and held is unmerged:
-        return
-    flat = as_dense(held).reshape(-1)
-    if not isinstance(unmerged, Fold):
-        yield flat, as_dense(unmerged).reshape(-1)
-        return
+    """The same rows of both, in the order in which a packed weight has them."""
+    turned = isinstance(held, QuantizedTensor) and held.turned
+    read, width = _reader(held.mT if turned else held), held.shape[-2 if turned else -1]
+    expected: Iterable[Tensor]
+    if isinstance(unmerged, Fold):
+        dims = tuple(range(held.dim()))
+        order = (*dims[:-2], dims[-1], dims[-2]) if turned else None
+        expected = replace(unmerged, dtype=torch.float64, rounding=None).panels(order)
+    else:
+        every, rows = _reader(unmerged.mT if turned else unmerged), held.numel() // width
+        expected = (every(first, min(first + TILE, rows)) for first in range(0, rows, TILE))
     start = 0
-    for panel in replace(unmerged, dtype=torch.float64, rounding=None).panels():
-        yield flat[start : start + panel.numel()], panel.reshape(-1)
-        start += panel.numel()
+    for panel in expected:
+        exact = panel.reshape(-1, width)
+        yield read(start, start + len(exact)), exact
+        start += len(exact)
+
+
+def _reader(weight: Tensor) -> Callable[[int, int], Tensor]:
+    """Rows of a weight by where they begin and end, leading dimensions as one; packed ones are dequantised then."""
+    packed = quantized(weight)
+    if packed is not None:
+        return lambda first, end: packed_rows(*describe(packed), first, end)
+    rows = as_dense(weight).reshape(-1, weight.shape[-1])
+    return lambda first, end: rows[first:end]
 
 
 def _relative(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:

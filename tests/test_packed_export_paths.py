@@ -225,7 +225,7 @@ def test_the_page_on_qlora_runs() -> None:
 
 WIDTH = 1024
 #: What weights are handled in, made small enough here that a tensor of a weight's size is one that is held whole.
-PIECES = {"lorafx.export.weights.PIECE": 2**16, "lorafx.passes.fold.TILE": 64}
+PIECES = {"lorafx.export.weights.PIECE": 2**16, "lorafx.passes.fold.TILE": 64, "lorafx.passes.deviation.TILE": 64}
 
 
 @cache
@@ -235,6 +235,11 @@ def wide() -> CapturedModule:
     gm = lorafx.apply(model, LoraSpec(r=2, base="nf4", target_modules=["0", "1"]), (torch.randn(2, 3, WIDTH),))
     lorafx.quantize(gm, "nf4")
     return filled(gm, 0.02).eval()
+
+
+@cache
+def requantized() -> CapturedModule:
+    return lorafx.merge(wide(), requantize=True)
 
 
 def most_dense(call: Callable[[], object]) -> float:
@@ -261,6 +266,11 @@ PATHS: dict[str, tuple[float, Callable[[Path], object]]] = {
         1,
         lambda path: lorafx.merge_and_export(wide(), path, weight_format="bnb4", requantize=True, verify=False),
     ),
+    "bnb4, requantized and checked": (
+        1,
+        lambda path: lorafx.merge_and_export(wide(), path, weight_format="bnb4", requantize=True),
+    ),
+    "deviation": (0, lambda path: lorafx.merge_deviation(wide(), requantized())),
     "nbits": (1, lambda path: lorafx.merge_and_export(wide(), path, weight_format="nbits")),
     "nbits, unchecked": (0, lambda path: lorafx.merge_and_export(wide(), path, weight_format="nbits", verify=False)),
     "requantized in torch": (1, lambda path: lorafx.merge(wide(), requantize=True)),
@@ -272,7 +282,7 @@ def test_at_most_one_weight_is_dense(case: str, tmp_path: Path, monkeypatch: pyt
     for name, size in PIECES.items():
         monkeypatch.setattr(name, size)
     limit, call = PATHS[case]
-    wide()
+    requantized()
     assert most_dense(lambda: call(tmp_path / "m.onnx")) <= limit
 
 
