@@ -6,7 +6,7 @@
 
 The first two also time `apply`, `set_adapter` and `merge` (calls.py), and write a table, its numbers and a picture
 to docs/ (`--out` elsewhere). One line of JSON a measurement goes to `--log`, and what is in it is not measured again:
-the hours may be cut in parts.
+the hours may be cut in parts, and `--report` makes the table of all that a log holds.
 
 A step is a forward and a backward pass of the model without its embeddings or head, which would only dilute the ratio:
 the gradient goes to the embedded inputs, so that the frozen model's step has a backward pass as well. A batch has
@@ -376,6 +376,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="BERT and Llama, one layer, beside PEFT")
     parser.add_argument("--all", action="store_true", help="everything that docs/tax.md shows")
     parser.add_argument("--log", type=Path, help="what is measured, and what needs no measuring again")
+    parser.add_argument("--report", action="store_true", help="write what --log holds, and measure nothing")
     parser.add_argument("--out", type=Path, help="folder for the table, the numbers and the picture")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -392,6 +393,11 @@ def main() -> None:
         given.way += [] if given.quick else ["full"]
         given.mode = ["eager"] if given.quick else ["eager", "compiled", "memory"]
         given.rounds, given.out = 5 if given.quick else 15, given.out or Path(__file__).parent.parent / "docs"
+    command = shlex.join(["python", "benchmarks/tax.py", *without_folder(sys.argv[1:])])
+    if given.report:
+        out = given.out or Path(__file__).parent.parent / "docs"
+        tax_report.write(logged(given.log), [], out, "tax", command)
+        return
     if given.quick:
         os.environ["TAX_LAYERS"] = "1"
     rows, called, known = list[dict[str, Any]](), list[dict[str, Any]](), logged(given.log)
@@ -407,7 +413,6 @@ def main() -> None:
                     log.write(json.dumps(row) + "\n")
         rows.append(row)
         if given.out:
-            command = shlex.join(["python", "benchmarks/tax.py", *without_folder(sys.argv[1:])])
             tax_report.write(rows, called, given.out, "tax-quick" if given.quick else "tax", command)
 
 

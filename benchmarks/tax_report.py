@@ -105,18 +105,20 @@ def _cell(row: Mapping[str, Any], way: str) -> str:
 def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
     shown = ("lorafx", "lorafx, torch provider", "peft", "full")
     ways = [way for way in shown if any(way in row["ways"] for row in rows)]
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.1 * len(rows)), 4.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.0, max(3.0, 0.3 * len(rows))), layout="constrained")
     width = 0.8 / max(1, len(ways))
     for i, way in enumerate(ways):
         there = {x + i * width: ratio for x, row in enumerate(rows) if (ratio := _ratio(row, way)) is not None}
-        axes.bar(list(there), list(there.values()), width, label=way)
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xticks(
+        axes.barh(list(there), list(there.values()), width, label=way)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_yticks(
         [x + 0.4 - width / 2 for x in range(len(rows))],
-        ["{model} {dtype}\nr={r} {method}\n".format_map(row["case"]) + row["mode"] for row in rows],
+        ["{model} {dtype} r={r} {method}, ".format_map(row["case"]) + row["mode"] for row in rows],
         fontsize=7,
     )
-    axes.set_ylabel("step over the frozen model's")
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.set_xlabel("step over the frozen model's")
     axes.legend()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -167,3 +167,7 @@ def test_what_the_log_holds_is_not_measured_again(tmp_path: Path, monkeypatch: p
     table = (out / "tax.md").read_text()
     assert "| 16 | lora | memory |  | 1.10 | 1.00 |" in table
     assert "| 16 | dora | memory |  | 1.20 | 1.10 |" in table
+    monkeypatch.setattr(sys, "argv", ["tax.py", "--report", "--log", str(log), "--out", str(tmp_path / "again")])
+    tax.main()
+    again = (tmp_path / "again" / "tax.md").read_text()
+    assert again.splitlines()[4:] == table.splitlines()[4:]
