@@ -67,7 +67,7 @@ class Int4Tensor(Tensor):
         values = dequantize_int4(*self.parts, self.width).to(self.dtype)
         return values.t() if self.turned else values
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's stub: a method
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks func

@@ -139,7 +139,7 @@ class QuantizedTensor(Tensor):
         found: QuantizedTensor = memo[id(self)]
         return found
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's stub: a method
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks func

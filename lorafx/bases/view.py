@@ -53,7 +53,7 @@ class DenseView(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         return self.dense.clone()
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's stub: a method
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks func
