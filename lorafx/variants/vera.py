@@ -64,8 +64,12 @@ class Vera(Variant):
         return Start({"vera_lambda_b": b, "vera_lambda_d": d})
 
     def update(self, weight: Tensor, tensors: Mapping[str, Tensor], scaling: float) -> Update:
-        """``left = s diag(b) B``, ``right = diag(d) A``, with this layer's part of A and B."""
+        """``left = diag(b) B diag(d)``, ``right = A``, with this layer's part of A and B.
+
+        d is at the side that has a gradient anyway: b's and d's both come of ``left``'s, and A, which never
+        trains, needs none.
+        """
         b, d = tensors["vera_lambda_b"], tensors["vera_lambda_d"]
         out_features, in_features, r = weight.shape[-2], weight.shape[-1], d.shape[-1]
-        left = tensors["vera_B"][:out_features, :r] * (b * scaling).unsqueeze(-1)
-        return Update(left, tensors["vera_A"][:r, :in_features] * d.unsqueeze(-1))
+        left = tensors["vera_B"][:out_features, :r] * (b.unsqueeze(-1) * d.unsqueeze(-2))
+        return Update(left, tensors["vera_A"][:r, :in_features], scaling=scaling)

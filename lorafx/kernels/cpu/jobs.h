@@ -216,10 +216,14 @@ template <typename T> void expand(const Task<T> &task) {
       const int64_t depth = round_up(panel.r, W);
       float *const memory = own(ROWS * depth);
       Packed<T> gathered{reinterpret_cast<typename Packed<T>::Element *>(memory), 1};
-      for (int64_t i = 0; i < ROWS; ++i)
-        for (int64_t d = 0; d < depth; ++d)
-          gathered.put(i * depth + d, 0,
-                       i < rows && d < panel.r ? widen(s[(m + i) * job.lds + panel.column + d]) : 0.0f);
+      for (int64_t i = 0; i < ROWS; ++i) {
+        const T *row = s + (m + i) * job.lds + panel.column;
+        if (IN_PLACE<T> && i < rows && panel.r == depth)
+          std::memcpy(gathered.values + i * depth, row, size_t(depth) * sizeof(T));
+        else
+          for (int64_t d = 0; d < depth; ++d)
+            gathered.put(i * depth + d, 0, i < rows && d < panel.r ? widen(row[d]) : 0.0f);
+      }
       rest.bits = panel.adapters->bits ? panel.adapters->bits + m * chunks : nullptr;
       rest.scale = panel.adapters->factor;
       expand_rows<T>(y + m * job.ld, job.ld, rows, job.columns, reinterpret_cast<const O *>(memory), panel.r,
@@ -234,16 +238,6 @@ template <typename T> void expand(const Task<T> &task) {
   }
 }
 
-// f(i) for [from, to) and g for [0, r), the one with neighbours in memory inside.
-template <typename F> void over(int64_t from, int64_t to, int64_t r, bool ranks_inside, const F &f) {
-  if (ranks_inside)
-    for (int64_t k = from; k < to; ++k)
-      for (int64_t i = 0; i < r; ++i) f(k, i);
-  else
-    for (int64_t i = 0; i < r; ++i)
-      for (int64_t k = from; k < to; ++k) f(k, i);
-}
-
 // The sums of one tile of columns.
 template <typename T> void write_outer(const Prepared<T> &prepared, int64_t from, int64_t n, const float *g) {
   const Job &job = *prepared.job;
@@ -252,9 +246,19 @@ template <typename T> void write_outer(const Prepared<T> &prepared, int64_t from
     for (int64_t j = 0; j < panel.count; row += panel.adapters[j++].r * WIDTH) {
       const Adapter &a = panel.adapters[j];
       const auto write = [&](auto *small) {
-        over(0, n, a.r, a.along_rank == 1, [&](int64_t k, int64_t i) {
-          round_to(small[(from + k) * a.along_wide + i * a.along_rank], row[i * WIDTH + k] * a.factor);
-        });
+        for (int64_t i = 0; i < a.r; i += LANES)
+          for (int64_t k = 0; k < n; k += LANES) {
+            const int64_t ranks = std::min(LANES, a.r - i), wide = std::min(LANES, n - k);
+            vec square[LANES] = {};
+            for (int64_t l = 0; l < ranks; ++l) square[l] = load(row + (i + l) * WIDTH + k) * a.factor;
+            auto *out = small + (from + k) * a.along_wide + i * a.along_rank;
+            if (a.along_rank == 1) {
+              turn(square);
+              for (int64_t l = 0; l < wide; ++l) store(out + l * a.along_wide, square[l], ranks);
+            } else {
+              for (int64_t l = 0; l < ranks; ++l) store(out + l * a.along_rank, square[l], wide);
+            }
+          }
       };
       a.is_float ? write(static_cast<float *>(a.small)) : write(static_cast<T *>(a.small));
     }

@@ -88,18 +88,22 @@ template <typename T> struct Packed {
         }
       return;
     }
-    alignas(64) Element line[RUN];
-    for (int64_t b = 0; b < width; ++b)
-      for (int64_t a = 0; a < depth; a += RUN) {
-        const int64_t count = std::min(RUN, depth - a);
-        for (int64_t k = 0; k < count; k += LANES) store(line + k, load(source + a + k + b * along_n, count - k));
+    for (int64_t b = 0; b < width; b += LANES)
+      for (int64_t a = 0; a < depth; a += LANES) {
+        const int64_t columns = std::min(LANES, width - b), rows = std::min(LANES, depth - a);
+        vec square[LANES] = {};
+        for (int64_t k = 0; k < columns; ++k) square[k] = load(source + a + (b + k) * along_n, rows);
+        turn(square);
         Element *out = values + ((i + a) / W * n + j + b) * W;
-        for (int64_t k = 0; k < count / W; ++k) std::memcpy(out + k * n * W, line + k * W, W * sizeof(Element));
+        for (int64_t k = 0; k < rows; k += W, out += n * W) {
+          if (columns == LANES)
+            pair_up(out, square[k], square[k + W - 1]);
+          else
+            for (int64_t w = 0; w < W; ++w)
+              for (int64_t l = 0; l < columns; ++l) round_to(out[l * W + w], square[k + w][l]);
+        }
       }
   }
-
- private:
-  static constexpr int64_t RUN = 256;
 };
 
 // ---- narrow -------------------------------------------------------------------------------------------------------

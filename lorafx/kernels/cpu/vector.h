@@ -80,6 +80,34 @@ template <typename T> inline void store(T *p, vec v, int64_t n) {
   if (n >= LANES) return store(p, v);
   for (int64_t l = 0; l < n; ++l) round_to(p[l], v[l]);
 }
+// A square of LANES vectors, transposed.
+inline void turn(vec (&v)[LANES]) {
+#if defined(__AVX512F__)
+  const auto halves = [&](int64_t by, __m512i low, __m512i high) {
+    UNROLL
+    for (int64_t i = 0; i < LANES; ++i)
+      if (!(i & by)) {
+        const __m512 a = __m512(v[i]), b = __m512(v[i + by]);
+        v[i] = vec(_mm512_permutex2var_ps(a, low, b));
+        v[i + by] = vec(_mm512_permutex2var_ps(a, high, b));
+      }
+  };
+  halves(1, _mm512_setr_epi32(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+         _mm512_setr_epi32(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31));
+  halves(2, _mm512_setr_epi32(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+         _mm512_setr_epi32(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
+  halves(4, _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+         _mm512_setr_epi32(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
+  halves(8, _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+         _mm512_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+#else
+  for (int64_t i = 0; i < LANES; ++i)
+    for (int64_t j = 0; j < i; ++j) {
+      const float other = v[i][j];
+      v[i][j] = v[j][i], v[j][i] = other;
+    }
+#endif
+}
 inline vec keep(vec v, uint16_t mask) {
 #if defined(__AVX512F__)
   return vec(_mm512_maskz_mov_ps(mask, __m512(v)));
