@@ -195,6 +195,40 @@ def test_all_lengths_zero(name: str) -> None:
     assert bool(gradient.abs().min() > 0)
 
 
+@by_each
+@pytest.mark.parametrize("fresh", [False, True])
+def test_siblings_with_one_factor(name: str, dtype: torch.dtype, fresh: bool) -> None:
+    """VeRA's A is all layers' own: its product with x may be had once, but for what drops or scales otherwise."""
+    vera = Adapter("vera", r=9, scaling=0.3)
+    kinds = [(vera,), (LORA,), (vera, replace(vera, p=0.2), vera), (replace(vera, scaling=0.5),), (), (vera, LORA)]
+    operands = Group(40, tuple(Sibling(24, kind) for kind in kinds), (2, 19)).make(dtype, fresh=fresh)
+    for own in operands.adapters:
+        if "vera_A" in own:
+            own["vera_A"] = operands.adapters[0]["vera_A"]
+    check(operands, name)
+    if fresh:
+        for actual, expected in zip(operands.by(name), operands.layers(), strict=True):
+            assert torch.equal(actual, expected)
+
+
+@each
+def test_siblings_that_train_one_factor(name: str) -> None:
+    operands = Group(40, (Sibling(24), Sibling(8, (DORA,)), Sibling(16), Sibling(8))).make(torch.float32)
+    dys: list[Tensor | None] = [*dys_of(operands.layers())]
+    dys[3] = None
+    for own in operands.adapters[2:]:
+        own["lora_A"] = operands.adapters[0]["lora_A"]
+    outputs, wanted = expected_of(operands, name, dys)
+    found = gradients(operands, operands.by(name), dys)
+    for actual, exact in zip(operands.by(name), outputs, strict=True):
+        assert_close("layer", actual, exact.float())
+    first, other, summed = wanted["lora_A 0"], wanted["lora_A 2"], found["lora_A 0"]
+    assert first is not None
+    assert other is not None
+    assert summed is not None
+    assert_close("layer", summed, (first + other).float())
+
+
 @each
 @pytest.mark.parametrize("unused", [(0,), (1,), (0, 2), (1, 2)], ids=str)
 @pytest.mark.parametrize("case", ["variants", "dropout", "several at a site"])

@@ -8,14 +8,9 @@
 namespace {
 
 inline vec all(float v) { return vec{} + v; }
-inline vec choose(vec a, vec b, vec if_less, vec otherwise) {  // a < b ? if_less : otherwise
-  const auto mask = a < b;
-  return vec((uvec(mask) & uvec(if_less)) | (~uvec(mask) & uvec(otherwise)));
-}
-
 // exp to about one unit in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; 0 below -87, inf above 88.
 inline vec exponential(vec x) {
-  const vec clamped = choose(x, all(-87.0f), all(-87.0f), choose(all(88.0f), x, all(88.0f), x));
+  const vec above = x < -87.0f ? all(-87.0f) : x, clamped = above > 88.0f ? all(88.0f) : above;
   const vec shifted = clamped * 1.44269504088896341f + 12582912.0f;  // rounds: the low bits of the sum are n
   const vec n = shifted - 12582912.0f;
   const vec r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -27,7 +22,8 @@ inline vec exponential(vec x) {
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
   p *= vec((uvec(shifted) + (127u - 0x4b400000u)) << 23);
-  return choose(x, all(-87.0f), all(0.0f), choose(all(88.0f), x, all(INFINITY), p));
+  const vec small = x < -87.0f ? all(0.0f) : p;
+  return x > 88.0f ? all(INFINITY) : small;
 }
 
 // f(h) and f'(h).
@@ -50,7 +46,7 @@ struct GeluTanh {
 struct Gelu {
   // erfc(z) by a polynomial in t times exp(-z^2), off by 1.5e-7 at most (Abramowitz and Stegun, 7.1.26).
   static Pair at(vec h) {
-    const vec bell = exponential(-0.5f * h * h), z = choose(h, all(0.0f), -h, h) * 0.70710678118654752f;
+    const vec bell = exponential(-0.5f * h * h), z = (h < 0.0f ? -h : h) * 0.70710678118654752f;
     const vec t = 1.0f / (1.0f + 0.3275911f * z);
     vec p = all(1.061405429f);
     p = p * t - 1.453152027f;
@@ -58,7 +54,7 @@ struct Gelu {
     p = p * t - 0.284496736f;
     p = p * t + 0.254829592f;
     const vec tail = 0.5f * t * p * bell;
-    const vec below = choose(h, all(0.0f), tail, 1.0f - tail);
+    const vec below = h < 0.0f ? tail : 1.0f - tail;
     return {h * below, below + h * 0.39894228040143268f * bell};
   }
 };

@@ -1,4 +1,4 @@
-// The operators of ops.py for CPUs: the large products are the library's, the others jobs (jobs.h).
+// The operators of ops.py for CPUs: the large products are the library's, the others jobs (jobs.h, operands.h).
 //
 // What they compute is in kernels/base.py, what they take in ops.py. Small tensors may be float32 beside bfloat16 ones.
 
@@ -12,87 +12,13 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include "jobs.h"
+#include "operands.h"
 #include "rounding.h"
 #include "weight.h"
 
 namespace {
 
 using Maybes = c10::List<Maybe>;
-
-// The tensor with its rows in one piece each.
-Tensor rows(const Tensor &t) { return t.stride(-1) == 1 || t.size(-1) == 1 ? t : t.contiguous(); }
-
-Maybe wide(const Maybe &vector) { return vector ? Maybe(vector->to(at::kFloat).contiguous()) : std::nullopt; }
-const float *floats(const Maybe &t) { return t && t->numel() ? t->const_data_ptr<float>() : nullptr; }
-
-// Factors as the kernels take them: float32, or of x's dtype.
-std::vector<Tensor> smalls(at::TensorList factors, const Tensor &x) {
-  std::vector<Tensor> found;
-  for (const Tensor &t : factors) found.push_back(t.scalar_type() == at::kFloat ? t : t.to(x.scalar_type()));
-  return found;
-}
-
-// Memory for their gradients.
-std::vector<Tensor> gradients(at::TensorList factors, const Tensor &x) {
-  std::vector<Tensor> found;
-  for (const Tensor &t : factors)
-    found.push_back(
-        x.new_empty(t.sizes(), t.scalar_type() == x.scalar_type() ? x.options() : x.options().dtype(at::kFloat)));
-  return found;
-}
-
-int64_t total(at::TensorList factors, int64_t rank) {
-  int64_t sum = 0;
-  for (const Tensor &t : factors) sum += t.size(rank);
-  return sum;
-}
-
-// A factor with its ranks along a dimension.
-Adapter adapter(const Tensor &small, int64_t rank, float factor = 1.0f) {
-  return {small.data_ptr(),
-          small.stride(rank),
-          small.stride(1 - rank),
-          small.scalar_type() == at::kFloat,
-          small.size(rank),
-          nullptr,
-          0,
-          0.0f,
-          factor};
-}
-
-// Adapters [r, wide] with the masks of those that drop.
-std::vector<Adapter> masked(const std::vector<Tensor> &factors, at::ArrayRef<double> p, const Maybe &bits) {
-  std::vector<Adapter> found;
-  int64_t mask = 0;
-  for (size_t j = 0; j < factors.size(); ++j) {
-    Adapter one = adapter(factors[j], 0, float(1.0 / (1.0 - p[j])));
-    one.number = int64_t(j);
-    one.p = float(p[j]);
-    if (p[j] > 0.0) one.bits = static_cast<uint16_t *>(bits->data_ptr()) + mask++ * bits->stride(0);
-    found.push_back(one);
-  }
-  return found;
-}
-
-Job make(Kind kind, const Tensor &big, const Tensor &s, std::vector<Adapter> adapters) {
-  int64_t r = 0;
-  for (const Adapter &one : adapters) r += one.r;
-  TORCH_INTERNAL_ASSERT(s.scalar_type() == big.scalar_type() && s.size(0) == big.size(0) && s.size(1) == r);
-  TORCH_INTERNAL_ASSERT(s.stride(1) == 1 || r == 1);
-  return {kind,        big.data_ptr(), big.stride(0), big.size(0),
-          big.size(1), s.data_ptr(),   s.stride(0),   std::move(adapters)};
-}
-
-void run(at::ScalarType dtype, const std::vector<Job> &jobs) {
-  const int64_t threads = at::get_num_threads();
-  if (dtype == at::kFloat)
-    run<float>(jobs, threads);
-  else if (dtype == at::kBFloat16)
-    run<bf16>(jobs, threads);
-  else
-    TORCH_CHECK(false, "the compiled kernels are for float32 and bfloat16, not ", dtype);
-}
 
 // The weights of a group: of each layer the tensors that hold it; formats and layouts as ops.py has them.
 std::vector<Weight> weights_of(at::TensorList tensors, const c10::List<std::string> &formats, at::IntArrayRef layouts,
@@ -173,13 +99,16 @@ std::vector<Tensor> forward(const Tensor &x, at::TensorList tensors, c10::List<s
   const std::vector<Tensor> small = smalls(rights, x);
   const Scaled scaled = scale(gains, lefts, counts, x);
   const int64_t drop = std::count_if(p.begin(), p.end(), [](double chance) { return chance > 0.0; });
-  const Tensor s = x.new_empty({m, total(rights, 0)});
+  const Alike alike(rights, p, scales);
   const Tensor bits = x.new_empty({drop, m, (x.size(-1) + LANES - 1) / LANES}, x.options().dtype(at::kShort));
   std::vector<Adapter> adapters = masked(small, p, bits);
   for (size_t j = 0; j < adapters.size(); ++j) adapters[j].factor *= float(scales[j]);
+  adapters = alike.select(std::move(adapters));
+  Tensor s = x.new_empty({m, ranks(adapters)});
   Job down = make(NARROW, wide_x, s, std::move(adapters));
   if (seed) down.seed = uint64_t(seed->item<int64_t>());
   run(x.scalar_type(), {down});
+  if (alike.any) s = alike.spread(s, rights);
 
   std::vector<Tensor> found = {s, bits};
   int64_t column = 0;
@@ -305,12 +234,15 @@ std::vector<Tensor> backward(const Maybes &dys, const Maybes &ys, const Tensor &
 
   // dx, through an activation on to its sources; and the gradients of rights, which read x.
   const std::vector<Tensor> small = smalls(rights, ds), drights = needs_right ? gradients(rights, ds) : small;
+  const Alike alike(rights, p, scales);
+  Tensor summed = ds;
   std::vector<Tensor> first, sources;
   std::vector<Job> jobs;
   Tensor x = inputs.empty() || !activation.empty() ? Tensor() : rows(flat(inputs[0], int64_t(m)));
   if (needs_x) {
     Tensor dx = product_with_weights(shares, scaled, weights);
-    Job job = make(EXPAND, dx, ds, masked(small, p, bits));
+    if (alike.any) summed = alike.sum(ds, rights);
+    Job job = make(EXPAND, dx, summed, alike.select(masked(small, p, bits)));
     if (activation.empty()) {
       Maybe given;
       for (size_t i = 0; i < n && !given; ++i) given = dys[i];
