@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils._pytree import tree_map_only
+
+from lorafx.bases.view import ReadAsDense
 
 aten = torch.ops.aten
 
@@ -46,7 +47,7 @@ def _singles(pairs: Tensor) -> Tensor:
     return torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
 
 
-class Int4Tensor(Tensor):
+class Int4Tensor(ReadAsDense):
     """A weight ``[out, width]`` in int4 for a graph to run with, ``turned`` its transpose: dense while it is read."""
 
     parts: tuple[Tensor, Tensor, Tensor]
@@ -67,7 +68,10 @@ class Int4Tensor(Tensor):
         values = dequantize_int4(*self.parts, self.width).to(self.dtype)
         return values.t() if self.turned else values
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's stub: a method
+    @property
+    def origin(self) -> str:
+        """What it is, for messages."""
+        return f"a weight {list(self.shape)} that is stored as int4"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks func
@@ -77,8 +81,7 @@ class Int4Tensor(Tensor):
         if func in (aten.detach.default, aten.alias.default, aten._to_copy.default):
             held: Int4Tensor = args[0]
             return held._again(kwargs.get("dtype"), kwargs.get("device"))
-        dense_args, dense_kwargs = tree_map_only(cls, cls.dequantize, (tuple(args), kwargs))
-        return func(*dense_args, **dense_kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _again(self, dtype: torch.dtype | None, device: torch.device | None) -> Int4Tensor:
         codes, scales, zeros = (part.to(device or part.device) for part in self.parts)

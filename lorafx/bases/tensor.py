@@ -16,18 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lorafx.bases import FORMATS
 from lorafx.bases.base import DTYPES, Packed, damaged
 from lorafx.bases.ops import dense, describe, packed_linear, packed_mm
-from lorafx.bases.view import as_read, unwritable, written
+from lorafx.bases.view import ReadAsDense, unwritable
 from lorafx.errors import QuantizationError
 
 aten = torch.ops.aten
 
 
-class QuantizedTensor(Tensor):
+class QuantizedTensor(ReadAsDense):
     """``packed`` as a tensor of its shape and dtype; ``turned``: with the last two dimensions swapped.
 
     With another ``dtype`` its values are cast to that after they were rounded to their own.
@@ -64,7 +63,7 @@ class QuantizedTensor(Tensor):
         return f"{type(self).__name__}({kind})"
 
     @property
-    def what(self) -> str:
+    def origin(self) -> str:
         """What it is, for messages."""
         return f"a weight {list(self.shape)} that is stored as {self.packed.format}"
 
@@ -75,7 +74,7 @@ class QuantizedTensor(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        raise unwritable("An assignment to .data", self.what)
+        raise unwritable("An assignment to .data", self.origin)
 
     def dequantize(self) -> Tensor:
         """The dense weight."""
@@ -99,7 +98,7 @@ class QuantizedTensor(Tensor):
             QuantizationError: says what else saves it.
         """
         raise QuantizationError(
-            f"{self.what} has no memory of its dtype that could be written to a file: keep adapters with "
+            f"{self.origin} has no memory of its dtype that could be written to a file: keep adapters with "
             "lorafx.save_adapter (LoraTrainer does, in place of transformers' Trainer), a training with "
             "lorafx.save_checkpoint, the whole state with torch.save, and dense values with weight.dequantize()"
         )
@@ -139,8 +138,6 @@ class QuantizedTensor(Tensor):
         found: QuantizedTensor = memo[id(self)]
         return found
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's stub: a method
-
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # torch's stub lacks func
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -151,12 +148,7 @@ class QuantizedTensor(Tensor):
             return found
         if func._can_decompose() and (found := func.decompose(*args, **kwargs)) is not NotImplemented:
             return found  # some of its parts may take the packed weight
-        for weight in written(QuantizedTensor, func, args, kwargs):
-            raise unwritable(str(func), weight.what)
-        given = (tuple(args), kwargs)
-        origin = next(leaf.what for leaf in tree_leaves(given) if isinstance(leaf, QuantizedTensor))
-        dense_args, dense_kwargs = tree_map_only(QuantizedTensor, QuantizedTensor.dequantize, given)
-        return as_read(func, func(*dense_args, **dense_kwargs), origin)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def quantized(weight: Tensor) -> Packed | None:
