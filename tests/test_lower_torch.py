@@ -204,6 +204,23 @@ def test_double_backward_is_refused_or_right(loss: Callable[[Tensor], Tensor]) -
     assert all(g.isfinite().all() for g in grads(gm).values())
 
 
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_batch_of_gradients_is_refused_or_right(backend: str) -> None:
+    """A vectorised Jacobian goes by the reference."""
+    gm = applied().eval()
+    lorafx.lower(gm, backend)
+
+    def jacobian(vectorize: bool) -> Tensor:
+        found: Tensor = torch.autograd.functional.jacobian(gm, X[:1], vectorize=vectorize)
+        return found
+
+    with pytest.raises(RuntimeError, match=r'not a batch of them.* lorafx\.lower\(gm, "reference"\)$'):
+        jacobian(vectorize=True)
+    one_by_one = jacobian(vectorize=False)
+    lorafx.lower(gm, "reference")
+    assert_close("model", one_by_one, jacobian(vectorize=True))
+
+
 @pytest.mark.parametrize("variant", ["lora", "dora"])
 def test_forward_mode(variant: str) -> None:
     """It goes by the reference, as under ``torch.func``."""

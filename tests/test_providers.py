@@ -240,6 +240,32 @@ def test_outputs_that_nothing_reads(case: str, name: str, unused: tuple[int, ...
     check(operands, name, dys)
 
 
+@each
+@pytest.mark.parametrize("what", ["lora_A", "lora_B", "lora_magnitude_vector", "x", "rank", "bias"])
+@pytest.mark.parametrize("longer", [False, True])
+def test_sizes_that_do_not_fit(what: str, longer: bool, name: str) -> None:
+    """Kernels would read past the end of a tensor."""
+    operands = Group(40, (Sibling(24), Sibling(24, (DORA,)))).make(torch.float32)
+    off = 8 if longer else -2
+
+    def resized(tensor: Tensor, dim: int) -> Tensor:
+        shape = [*tensor.shape]
+        shape[dim] += off
+        return torch.ones(shape)
+
+    own = operands.adapters[1]
+    if what == "x":
+        operands.x = resized(operands.x, -1)
+    elif what == "bias":
+        operands.biases[1] = torch.ones(2, 3, 24 + off)
+    elif what == "rank":
+        own["lora_B"] = resized(own["lora_B"], 1)
+    else:
+        own[what] = resized(own[what], {"lora_A": 1}.get(what, 0))
+    with pytest.raises(RuntimeError):
+        operands.by(name)
+
+
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
     "columns apart": lambda t: torch.stack([t, t], -1)[..., 0],

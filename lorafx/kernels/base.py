@@ -96,6 +96,27 @@ class Operands(NamedTuple):
         """From the order of the fields, one after the other."""
         return cls(*[values[place] for place in adapters.operands])
 
+    def check(self, x: Tensor, adapters: Adapters) -> None:
+        """Kernels read what sizes say, so these must fit together before anything is read.
+
+        Raises:
+            RuntimeError: they do not, as ``torch.nn.functional.linear`` raises it.
+        """
+        k = x.shape[-1]
+        for weight, bias, place in zip(self.weights, self.biases, adapters.places, strict=True):
+            n, width = weight.shape
+            if width != k:
+                raise RuntimeError(f"lorafx: an input of {k} features meets a weight [{n}, {width}]")
+            if bias is not None and bias.shape != (n,):
+                raise RuntimeError(f"lorafx: a bias {list(bias.shape)} at a weight [{n}, {width}]")
+            for j in range(place.start, place.stop):
+                left, right, gain, r = self.lefts[j], self.rights[j], self.gains[j], adapters.ranks[j]
+                if left.shape != (n, r) or right.shape != (r, k) or (gain is not None and gain.shape != (n,)):
+                    raise RuntimeError(
+                        f"lorafx: an adapter's tensors make an update {list(left.shape)} times {list(right.shape)}, "
+                        f"and the layer's weight is [{n}, {width}]"
+                    )
+
 
 class Kept(NamedTuple):
     """What a forward keeps for backward: ``s``, and what drops the same elements again (None without dropout)."""

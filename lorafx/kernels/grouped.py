@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from lorafx.kernels.base import Adapters, Call, quantised
+from lorafx.kernels.base import Adapters, Call, Operands, quantised
 from lorafx.kernels.function import LowRankLinear, make_group
 from lorafx.kernels.providers import provider
 from lorafx.ops import ADAPTED, LAYERS, define_op, updates
@@ -170,6 +170,7 @@ def grouped_reference(*arguments: Any) -> list[Tensor]:
         *[left for s in siblings for left in s.lefts],
         *rights,
     )  # Operands, flattened
+    Operands.unflatten(adapters, operands).check(x, adapters)
     with full_precision(x):
         ys = LowRankLinear.apply(group, x, len(sources), *sources, *operands)  # type: ignore[no-untyped-call]
         return [y if s.late is None else y + s.late.to(x.dtype) for y, s in zip(ys, siblings, strict=True)]

@@ -324,8 +324,10 @@ Tensor add_terms(const Tensor &squares, const Tensor &products, const Tensor &am
 Tensor factored_norm(const Tensor &squares, const Tensor &weight, const Tensor &a, const Tensor &b, double scaling) {
   const auto dtype = c10::promoteTypes(c10::promoteTypes(weight.scalar_type(), a.scalar_type()), at::kFloat);
   const bool served = weight.scalar_type() == at::kBFloat16 || weight.scalar_type() == at::kFloat;
-  if (weight.dim() == 2 && served && dtype == at::kFloat && squares.scalar_type() == at::kDouble &&
-      squares.is_contiguous() && (weight.stride(1) == 1 || weight.stride(0) == 1)) {
+  const bool fits = weight.dim() == 2 && a.dim() == 2 && b.dim() == 2 && a.size(1) == weight.size(1) &&
+                    b.size(0) == weight.size(0) && a.size(0) == b.size(1) && squares.numel() == b.size(0);
+  if (fits && served && dtype == at::kFloat && squares.scalar_type() == at::kDouble && squares.is_contiguous() &&
+      (weight.stride(1) == 1 || weight.stride(0) == 1)) {
     const Tensor right = a.to(weight.scalar_type()).contiguous();
     const auto floats = b.options().dtype(at::kFloat);
     const Tensor products = at::empty_like(b, floats, at::MemoryFormat::Contiguous),
