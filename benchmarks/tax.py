@@ -4,9 +4,10 @@
     python benchmarks/tax.py --all                  # some hours
     python benchmarks/tax.py --model bert --dtype fp32 --r 16 --method lora --way lorafx peft --mode eager memory
 
-The first two also time `apply`, `set_adapter` and `merge` (calls.py), and write a table, its numbers and a picture
-to docs/ (`--out` elsewhere). One line of JSON a measurement goes to `--log`, and what is in it is not measured again:
-the hours may be cut in parts, and `--report` makes the table of all that a log holds.
+The first two also write a table, its numbers and a picture to docs/ (`--out` elsewhere), and, as `--calls` does, time
+`apply`, `set_adapter` and `merge` (calls.py); what is given beside them replaces what they say. One line of JSON a
+measurement goes to `--log`, and what is in it is not measured again: the hours may be cut in parts, and `--report`
+makes the table of all that a log holds.
 
 A step is a forward and a backward pass of the model without its embeddings or head, which would only dilute the ratio:
 the gradient goes to the embedded inputs, so that the frozen model's step has a backward pass as well. A batch has
@@ -47,6 +48,9 @@ from lorafx.passes.capture import capture
 #: How far the frozen model over its own copy may be off 1, and how often a case is measured to get there.
 NOISE, RUNS = 0.02, 3
 
+#: VeRA's rank, which costs no parameters (arXiv 2310.11454, table 2).
+VERA_RANK = 256
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPECS: Mapping[str, dict[str, Any]] = {
     "lora": {},
@@ -72,8 +76,7 @@ class Case:
 
     @property
     def spec(self) -> dict[str, Any]:
-        r = 256 if self.method == "vera" else self.r
-        return {"r": r, "alpha": 2 * r, "target_modules": "all-linear", **SPECS[self.method]}
+        return {"r": self.r, "alpha": 2 * self.r, "target_modules": "all-linear", **SPECS[self.method]}
 
 
 def bert() -> tuple[nn.Module, dict[str, Tensor]]:
@@ -363,54 +366,85 @@ def memory(case: Case, ways: list[str]) -> dict[str, int]:
     return found
 
 
-def main() -> None:
+#: What is measured if it is not said: by itself, with ``--quick`` and with ``--all``.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "": {
+        "model": ["bert"], "dtype": ["fp32"], "r": [16], "method": ["lora"],
+        "way": ["frozen, again", "captured", "lorafx"], "mode": ["eager"], "rounds": 15,
+    },
+    "quick": {
+        "model": ["bert", "llama"], "dtype": ["fp32"], "r": [16], "method": ["lora"],
+        "way": ["frozen, again", "captured", "lorafx", "lorafx, torch provider", "peft"], "mode": ["eager"],
+        "rounds": 5,
+    },
+    "all": {
+        "model": list(MODELS), "dtype": list(DTYPES), "r": [16, 64], "method": list(SPECS),
+        "way": ["frozen, again", "captured", "lorafx", "lorafx, torch provider", "peft", "full"],
+        "mode": ["eager", "compiled", "memory"], "rounds": 15,
+    },
+}  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    """The flags; what was not said is the preset's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=["bert"])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
-    parser.add_argument("--r", nargs="+", type=int, default=[16])
-    parser.add_argument("--method", nargs="+", choices=SPECS, default=["lora"])
-    parser.add_argument("--way", nargs="+", choices=WAYS, default=["frozen, again", "captured", "lorafx"])
-    parser.add_argument("--mode", nargs="+", choices=["eager", "compiled", "memory"], default=["eager"])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--model", nargs="+", choices=MODELS)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES)
+    parser.add_argument("--r", nargs="+", type=int)
+    parser.add_argument("--method", nargs="+", choices=SPECS)
+    parser.add_argument("--way", nargs="+", choices=WAYS)
+    parser.add_argument("--mode", nargs="+", choices=["eager", "compiled", "memory"])
+    parser.add_argument("--rounds", type=int)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="BERT and Llama, one layer, beside PEFT")
-    parser.add_argument("--all", action="store_true", help="everything that docs/tax.md shows")
+    preset = parser.add_mutually_exclusive_group()
+    preset.add_argument("--quick", action="store_true", help="BERT and Llama, one layer, beside PEFT")
+    preset.add_argument("--all", action="store_true", help="everything that docs/tax.md shows, and more")
+    preset.add_argument("--report", action="store_true", help="write what --log holds, and measure nothing")
+    parser.add_argument("--calls", action="store_true", help="time apply, set_adapter and merge too")
     parser.add_argument("--log", type=Path, help="what is measured, and what needs no measuring again")
-    parser.add_argument("--report", action="store_true", help="write what --log holds, and measure nothing")
     parser.add_argument("--out", type=Path, help="folder for the table, the numbers and the picture")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    for name, value in PRESETS["quick" if given.quick else "all" if given.all else ""].items():
+        if getattr(given, name) is None:
+            setattr(given, name, value)
+    if given.quick or given.all or given.report:
+        given.out = given.out or Path(__file__).parent.parent / "docs"
+    given.calls |= given.quick or given.all
+    if given.rounds < 2:
+        parser.error("--rounds: quartiles need two rounds at least")
+    if given.report and not (given.log and given.log.is_file()):
+        parser.error(f"--report writes what --log holds, and {given.log or 'no --log'} is not there")
+    return given
+
+
+def main() -> None:
+    given = parse()
     torch.set_num_threads(given.threads)
     transformers.logging.set_verbosity_error()
     if given.peak:
         case, way = json.loads(given.peak)
         print(peak(Case(**case), way))
         return
-    if given.quick or given.all:
-        given.model, given.dtype = (["bert", "llama"], ["fp32"]) if given.quick else (list(MODELS), list(DTYPES))
-        given.method = ["lora"] if given.quick else list(SPECS)
-        given.way = ["frozen, again", "captured", "lorafx", "lorafx, torch provider", "peft"]
-        given.way += [] if given.quick else ["full"]
-        given.mode = ["eager"] if given.quick else ["eager", "compiled", "memory"]
-        given.rounds, given.out = 5 if given.quick else 15, given.out or Path(__file__).parent.parent / "docs"
     command = shlex.join(["python", "benchmarks/tax.py", *without_folder(sys.argv[1:])])
+    known = logged(given.log)
+    called = next((line["calls"] for line in reversed(known) if "calls" in line), [])
+    known = [line for line in known if "case" in line]
     if given.report:
-        out = given.out or Path(__file__).parent.parent / "docs"
-        tax_report.write(logged(given.log), [], out, "tax", command)
+        tax_report.write(known, called, given.out, "tax", command)
         return
     if given.quick:
         os.environ["TAX_LAYERS"] = "1"
-    rows, called, known = list[dict[str, Any]](), list[dict[str, Any]](), logged(given.log)
-    if given.quick or given.all:
+    if given.calls and not called:
         called = calls.measure(calls.QUICK_ROUNDS if given.quick else calls.ROUNDS)
+        note(given.log, {"calls": called})
+    rows = list[dict[str, Any]]()
     for case, mode in itertools.product(cases_of(given), given.mode):
         asked = {"case": asdict(case), "layers": layers(), "mode": mode}
         row = next((r for r in known if asked.items() <= r.items() and {*ways_of(mode, given)} <= {*r["ways"]}), None)
         if row is None:
             row = row_of(case, mode, given)
-            if given.log:
-                with given.log.open("a") as log:
-                    log.write(json.dumps(row) + "\n")
+            note(given.log, row)
         rows.append(row)
         if given.out:
             tax_report.write(rows, called, given.out, "tax-quick" if given.quick else "tax", command)
@@ -448,10 +482,17 @@ def logged(path: Path | None) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path and path.exists() else []
 
 
+def note(path: Path | None, line: Mapping[str, Any]) -> None:
+    """Add a line to the log, if there is one."""
+    if path:
+        with path.open("a") as log:
+            log.write(json.dumps(line) + "\n")
+
+
 def cases_of(given: argparse.Namespace) -> list[Case]:
-    """Every combination asked for; with ``--all`` also rank 64, where it counts most."""
-    cases = [Case(m, d, r, k) for m in given.model for d in given.dtype for r in given.r for k in given.method]
-    return cases + ([Case("llama", "bf16", 64, k) for k in ("lora", "dropout", "dora")] if given.all else [])
+    """Every combination asked for, but VeRA once, at the rank of its paper."""
+    every = itertools.product(given.model, given.dtype, given.r, given.method)
+    return list(dict.fromkeys(Case(m, d, VERA_RANK if k == "vera" else r, k) for m, d, r, k in every))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from lorafx.checkpoint_names import named_as_in
 from lorafx.errors import CheckpointError, LorafxError
 from lorafx.packed_files import as_held, with_packed_weights
 from lorafx.shards import main_dtype, read_shards
@@ -135,6 +136,7 @@ def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -
         CheckpointError: they do not fit, with a list of what is missing, extra, of another shape or untied; or
             something is on the meta device that no file has.
     """
+    tensors = named_as_in(model, tensors, folder)
     whole = copy.deepcopy(model)
     problems: list[str] = []
     converted = 0

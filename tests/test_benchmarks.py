@@ -171,3 +171,42 @@ def test_what_the_log_holds_is_not_measured_again(tmp_path: Path, monkeypatch: p
     tax.main()
     again = (tmp_path / "again" / "tax.md").read_text()
     assert again.splitlines()[4:] == table.splitlines()[4:]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--report"], "no --log is not there"),
+        (["--report", "--log", "mistyped.jsonl"], "mistyped.jsonl is not there"),
+        (["--rounds", "1"], "quartiles need two rounds"),
+        (["--quick", "--all"], "not allowed with"),
+    ],
+)
+def test_flags_that_cannot_be_followed(
+    flags: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["tax.py", *flags])
+    with pytest.raises(SystemExit):
+        tax.main()
+    assert words in capsys.readouterr().err
+
+
+def test_flags_beside_a_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["tax.py", "--all", "--model", "vit", "--r", "8", "64"])
+    given = tax.parse()
+    assert (given.model, given.mode) == (["vit"], ["eager", "compiled", "memory"])
+    cases = tax.cases_of(given)
+    assert {c.r for c in cases if c.method != "vera"} == {8, 64}
+    assert [c.r for c in cases if c.method == "vera"] == [256] * 2
+
+
+def test_calls_are_logged_and_not_timed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = [{"call": "apply", "lorafx": 2.0, "peft": 1.0, "ratio": 2.0}]
+    times = iter([called])
+    monkeypatch.setattr(tax.calls, "measure", lambda rounds: next(times))
+    monkeypatch.setattr(tax, "memory", lambda case, ways: dict.fromkeys(ways, 100))
+    command = ["tax.py", "--calls", "--mode", "memory", "--log", str(tmp_path / "log"), "--out", str(tmp_path)]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", command)
+        tax.main()
+    assert "| `apply` | 2.0 | 1.0 | 2.00 |" in (tmp_path / "tax.md").read_text()
