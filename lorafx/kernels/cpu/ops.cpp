@@ -12,6 +12,7 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
+#include "gain.h"
 #include "operands.h"
 #include "rounding.h"
 #include "weight.h"
@@ -35,26 +36,6 @@ std::vector<Weight> weights_of(at::TensorList tensors, const c10::List<std::stri
     }
   }
   return found;
-}
-
-// lorafx/kernels/gain.py has the formula.
-Tensor grad_gain(const Tensor &dot, const Tensor &total, at::TensorList dlefts, at::TensorList lefts, const Maybe &bias,
-                 const Tensor &gain, const Tensor &dy, const Tensor &x, const Weight &weight) {
-  Tensor found = dot.clone();
-  for (size_t j = 0; j < lefts.size(); ++j) found = found.sub(dlefts[j].to(dot.scalar_type()).mul(lefts[j]).sum(1));
-  if (bias) found = found.sub(bias->mul(total));
-  const Tensor small = gain.abs().lt(dy.element_size() == 2 ? 1.0 / 2 : 1.0 / 16);  // as in gain.py
-  found = found.div(gain.masked_fill(small, 1.0));
-  if (small.any().item<bool>()) {
-    const Tensor at = small.nonzero().flatten();
-    const int64_t step = std::max<int64_t>(1, TILE_BYTES / (weight.in() * x.element_size()));
-    for (int64_t from = 0; from < at.numel(); from += step) {
-      const Tensor part = at.slice(0, from, from + step);
-      const Tensor y = at::linear(x, weight.select(part));
-      found.index_copy_(0, part, dy.index_select(1, part).mul(y).sum(0, false, found.scalar_type()));
-    }
-  }
-  return found.to(gain.scalar_type());
 }
 
 // The tensor [..., n] as [M, n].
@@ -81,7 +62,7 @@ Scaled scale(const Maybes &gains, at::TensorList lefts, at::IntArrayRef counts, 
     for (int64_t of = 0; of < count; ++of, ++j) {
       const Maybe gain = wide(gains[j]);
       if (!gain) continue;
-      found.lefts[j] = lefts[j].to(at::kFloat).mul(gain->unsqueeze(1));
+      found.lefts[j] = scale_rows(found.lefts[j], *gain);
       layer = layer ? Maybe(layer->add(*gain).sub_(1)) : gain;
     }
     found.layers.push_back(layer);
@@ -270,6 +251,7 @@ std::vector<Tensor> backward(const Maybes &dys, const Maybes &ys, const Tensor &
   if (!jobs.empty()) run(s.scalar_type(), jobs);
 
   // In the order of the operands.
+  const std::vector<Tensor> small_lefts = smalls(lefts, s);
   std::vector<Tensor> own(needed.size() - 1);
   for (size_t i = 0, left = 0; i < n; left += size_t(counts[i++])) {
     const Share &share = shares[i];
@@ -277,17 +259,24 @@ std::vector<Tensor> backward(const Maybes &dys, const Maybes &ys, const Tensor &
     const Maybe bias = biases[i];
     if (needed[1 + i]) own[i] = at::mm(share.base.t(), x);
     if (needed[of_bias + i]) own[of_bias - 1 + i] = share.total.to(bias->scalar_type());
+    std::vector<LeftGradient> lefts_of;
+    for (size_t j = left; j < left + size_t(counts[i]); ++j)
+      lefts_of.push_back(left_gradient(share.dls[j - left], small_lefts[j], wide(gains[j]), share.dot.defined()));
     Tensor dgain;
     if (share.dot.defined()) {
-      const at::TensorList mine(scaled.lefts.data() + left, size_t(counts[i]));
-      dgain = grad_gain(share.dot, share.total, share.dls, mine, bias, *scaled.layers[i], share.dy, x, weights[i]);
+      Tensor low_rank;
+      for (size_t j = left; j < left + size_t(counts[i]); ++j) {
+        const Tensor &dot = lefts_of[j - left].dot;
+        const Tensor part = gains[j] ? dot.mul(*wide(gains[j])) : dot;
+        low_rank = low_rank.defined() ? low_rank.add(part) : part;
+      }
+      dgain = grad_gain(share.dot.sub(low_rank), share.total, bias, *scaled.layers[i], share.dy, x, weights[i]);
     }
     for (size_t j = left; j < left + size_t(counts[i]); ++j) {
-      const Tensor dl = share.dls[j - left];
+      const LeftGradient &of = lefts_of[j - left];
       const Maybe gain = gains[j];
-      if (needed[of_left + j])
-        own[of_left - 1 + j] = (gain ? dl.mul(gain->unsqueeze(1)) : dl).to(lefts[j].scalar_type());
-      if (needed[of_gain + j]) own[of_gain - 1 + j] = dgain.add(dl.mul(lefts[j]).sum(1)).to(gain->scalar_type());
+      if (needed[of_left + j]) own[of_left - 1 + j] = of.grad.to(lefts[j].scalar_type());
+      if (needed[of_gain + j]) own[of_gain - 1 + j] = dgain.add(of.dot).to(gain->scalar_type());
       if (needed[of_right + j]) own[of_right - 1 + j] = drights[j].to(rights[j].scalar_type());
     }
   }
@@ -362,7 +351,9 @@ Tensor gain_gradient(const Tensor &dot, const Tensor &total, at::TensorList dlef
                      const Maybe &bias, const Tensor &gain, const Tensor &dy, const Tensor &x, at::TensorList tensors,
                      c10::string_view format, at::IntArrayRef layout, at::ScalarType dtype) {
   const Weight weight = format.empty() ? Weight(tensors[0]) : Weight(tensors, format, layout, dtype);
-  return grad_gain(dot, total, dlefts, lefts, bias, gain, dy, x, weight);
+  Tensor rest = dot;
+  for (size_t j = 0; j < lefts.size(); ++j) rest = rest.sub(dlefts[j].to(dot.scalar_type()).mul(lefts[j]).sum(1));
+  return grad_gain(rest, total, bias, gain, dy, x, weight);
 }
 
 // The operators of lorafx/bases/ops.py.
