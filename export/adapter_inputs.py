@@ -44,6 +44,8 @@ from lorafx.variants import VARIANTS
 Naming = Callable[[str, str], str]
 
 A, B, GAIN, SHIFT = "lora_A", "lora_B", "lora_gain", "lora_shift"
+#: The role of a tensor that is an input as a whole, which keeps its own name, if a naming has any for it.
+WHOLE = "whole"
 
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Gather", "Conv", "MatMulBnb4"})
 _THROUGH = frozenset({"Transpose", "Cast", "Identity"})
@@ -162,6 +164,8 @@ def find_inputs(gm: CapturedModule, graph: CapturedModule, names: Iterable[str],
         )
         for layer, site in first.items()
     }
+    for name in whole:
+        naming(name, WHOLE)
     taken: dict[str, str] = {}
     for branch in branches.values():
         for input_name in branch.inputs.values():

@@ -5,14 +5,18 @@
     y = to(h, float32)     # h.to(input_dtype)         y = to(h, bfloat16)
 
 A capture has dtypes where the model's code may have asked for the dtype of something. In a half-precision graph its own
-dtype is that of something; in a float32 graph the line of code tells, or the cast is refused.
+dtype is that of something; in a float32 graph the line of code tells, with what its function assigns to the variables
+in it, or the cast is refused.
 """
 
 from __future__ import annotations
 
 import ast
+import linecache
+import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,6 +37,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 _CASTS = frozenset({"to", "float", "half", "bfloat16", "double", "type", "type_as", "_to_copy"})
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 aten = torch.ops.aten
 
 
@@ -126,12 +131,13 @@ def _asks_for(node: Node, old: torch.dtype, new: torch.dtype) -> bool:
     Raises:
         ExportError: it does both, or the line does not tell.
     """
-    line = ((node.meta.get("stack_trace") or "").strip().splitlines() or [""])[-1].strip()
-    casts, others = _dtypes_of(line, str(old).removeprefix("torch."))
+    trace = node.meta.get("stack_trace") or ""
+    line = (trace.strip().splitlines() or [""])[-1].strip()
+    casts, others = _dtypes_of(line, str(old).removeprefix("torch."), _assigned(trace))
     is_cast = str(node.target).removeprefix("aten.").partition(".")[0] in _CASTS
     named = casts if is_cast or not others else others
-    if len(set(named)) == 1:
-        return named[0]
+    if set(named) in ({True}, {False}):
+        return bool(named[0])
     if is_cast and not named and all(user.op == "output" for user in node.users):
         return False  # of the loss: where a cast did nothing, a capture takes its result for what it was given
     raise ExportError(
@@ -140,23 +146,67 @@ def _asks_for(node: Node, old: torch.dtype, new: torch.dtype) -> bool:
     )
 
 
-def _dtypes_of(line: str, name: str) -> tuple[list[bool], list[bool]]:
-    """For each dtype in a line of code whether it is named; for those of casts, and for those of other calls."""
+def _dtypes_of(
+    line: str, name: str, assigned: Mapping[str, list[ast.expr]]
+) -> tuple[list[bool | None], list[bool | None]]:
+    """For each dtype in a line of code whether it is named (None: open); for those of casts, and of other calls."""
     try:
         tree = ast.parse(textwrap.dedent(line).rstrip(":"))
     except SyntaxError:  # a part of a statement
         return [], []
+    known = {name, "float" if name == "float32" else name}
 
-    def names(node: ast.expr) -> bool:
-        known = {name, "float" if name == "float32" else name}
-        return isinstance(node, ast.Attribute) and node.attr in known
+    def names(node: ast.expr) -> bool | None:
+        if isinstance(node, ast.Name):
+            told = {v.attr if isinstance(v, ast.Attribute) else "" for v in assigned.get(node.id, ())}
+        else:
+            told = {node.attr} if isinstance(node, ast.Attribute) else set()
+        if not told:
+            return None
+        return True if told <= known else False if told == {"dtype"} else None
 
-    casts, others = [], []
+    casts: list[bool | None] = []
+    others: list[bool | None] = []
     for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
         function = call.func.attr if isinstance(call.func, ast.Attribute) else ""
-        given = [*call.args, *(k.value for k in call.keywords)]
-        if function in _CASTS:
-            casts.append(function == "float" or any(map(names, given)))
+        given = [*call.args, *(k.value for k in call.keywords if k.arg == "dtype")]
+        if function in ("float", "type_as"):
+            casts.append(function == "float")
+        elif function in _CASTS:
+            found = [names(value) for value in given if not _is_elsewhere(value)]
+            # Where only a device is given, the dtype stays what it is.
+            casts.append(next((f for f in found if f is not None), None) if found else False)
         elif dtype := next((k.value for k in call.keywords if k.arg == "dtype"), None):
             others.append(names(dtype))
     return casts, others
+
+
+def _is_elsewhere(argument: ast.expr) -> bool:
+    """Whether an argument of a cast is a device, or a flag."""
+    name = argument.attr if isinstance(argument, ast.Attribute) else getattr(argument, "id", None)
+    return name == "device" or isinstance(argument, ast.Constant)
+
+
+def _assigned(trace: str) -> dict[str, list[ast.expr]]:
+    """What the function that a trace ends in assigns to each of its variables, as far as its source is there."""
+    frames = _FRAME.findall(trace)
+    if not frames:
+        return {}
+    file, number = frames[-1]
+    inside = [f for f in _functions(file) if f.lineno <= int(number) <= (f.end_lineno or f.lineno)]
+    found: dict[str, list[ast.expr]] = {}
+    for node in ast.walk(max(inside, key=lambda f: f.lineno)) if inside else ():
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
+            for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+                if isinstance(target, ast.Name):
+                    found.setdefault(target.id, []).append(node.value)
+    return found
+
+
+@cache
+def _functions(file: str) -> list[ast.FunctionDef]:
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:  # the source has changed, or is none
+        return []
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]

@@ -18,7 +18,7 @@ from torch import Tensor
 from lorafx.adapter_files import IN, OUT, RANK, StoredAdapter, StoredSite, as_matrix, base_name
 from lorafx.errors import AdapterError, MergeError
 from lorafx.export.onnx_file import OnnxFile, Source
-from lorafx.export.onnx_targets import Target, Targets, Unmatched, Wanted
+from lorafx.export.onnx_targets import RMS_NORMS, Absent, Target, Targets, Unmatched, Wanted
 from lorafx.export.weights import Streamed
 from lorafx.ir import Site
 from lorafx.kernels.rounding import Rounding
@@ -124,13 +124,22 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else torch.float64
 
 
-def find_changes(base: OnnxFile, adapter: StoredAdapter, source: str) -> tuple[Change, ...]:
-    """All that an adapter changes in a file, in the file's order. No weight is computed.
+@dataclass(frozen=True)
+class Changes:
+    """All that an adapter changes in a file, in the file's order, and what of it the file has no place for."""
+
+    changes: tuple[Change, ...]
+    absent: tuple[str, ...] = ()
+
+
+def find_changes(base: OnnxFile, adapter: StoredAdapter, source: str, part: str | None = None) -> Changes:
+    """All that an adapter changes in a file. No weight is computed.
 
     Args:
         base: the file.
         adapter: the adapter.
         source: what to call the adapter in errors.
+        part: the module of the model that the file is the export of, where others are in other files.
 
     Raises:
         AdapterError: a tensor of the adapter has no place in the graph, or several, or does not fit it; or the adapter
@@ -140,17 +149,29 @@ def find_changes(base: OnnxFile, adapter: StoredAdapter, source: str) -> tuple[C
     _refuse_start(adapter.spec, source)
     paths = {site.path for site in adapter.sites} | {base_name(n).rpartition(".")[0] for n in adapter.whole}
     try:
-        targets = Targets(base.model, paths)
+        targets = Targets(base.model, paths, part)
     except Unmatched as why:
         raise AdapterError(f"{source}: {why}") from why
     problems: list[str] = []
+    absent: list[str] = []
     found: dict[str, list[Change]] = defaultdict(list)
+
+    def note(what: str, why: Unmatched) -> None:
+        if isinstance(why, Absent):
+            absent.append(what)
+        if part is None or not isinstance(why, Absent):
+            problems.append(f"{what}: {why}")
+
     for key, tensor in adapter.whole.items():
         try:
             for change in _whole(base, targets, adapter, key, tensor):
                 found[change.name].append(change)
         except Unmatched as why:
-            problems.append(f"{key}: {why}")
+            note(key, why)
+    problems += [
+        f"not of this graph's adapter: site '{site.path}', which adapter_config.json does not name"
+        for site in adapter.unnamed()
+    ]
     parts = [(site, _tensors(adapter, site, problems)) for site in adapter.sites]
     wanted = [_wanted(adapter.spec, site, tensors) for site, tensors in parts if tensors]
     everywhere = _meant_everywhere(adapter)
@@ -160,18 +181,24 @@ def find_changes(base: OnnxFile, adapter: StoredAdapter, source: str) -> tuple[C
         if not tensors or (target := layers.get(site.path)) is None:
             continue
         if isinstance(target, Unmatched):
-            problems.append(f"site '{site.path}': {target}")
+            note(f"site '{site.path}'", target)
             continue
         try:
             for change in _site_changes(base, targets, adapter.spec, site, tensors, target):
                 found[change.name].append(change)
         except Unmatched as why:
-            problems.append(f"site '{site.path}': {why}")
+            note(f"site '{site.path}'", why)
     changes = [_one(found[name], problems) for name in base.sources if name in found]
+    if not changes and absent and not problems:
+        problems.append(f"nothing of it is in the file: not {', '.join(absent[:4])}")
     if problems:
         listing = "\n  - ".join((f"{source} does not fit {base.path}; nothing was written:", *problems))
-        raise AdapterError(f"{listing}\nMerge into the export of the model that the adapter was trained on")
-    return tuple(changes)
+        several = part is None and changes and len(absent) == len(problems)
+        advice = (
+            ". If it was exported as several files, say which part of it this is (part=, --part)" if several else ""
+        )
+        raise AdapterError(f"{listing}\nMerge into the export of the model that the adapter was trained on{advice}")
+    return Changes(tuple(changes), tuple(absent))
 
 
 def _refuse_start(spec: LoraSpec, source: str) -> None:
@@ -190,7 +217,7 @@ def _tensors(adapter: StoredAdapter, site: StoredSite, problems: list[str]) -> d
     where = f"site '{site.path}'"
     try:
         site.refuse_absent(variant)
-        if site.depth or site.factor != 1.0 or _parameter(spec, site):
+        if site.depth or site.factor != 1.0 or site.of_parameter(spec):
             raise AdapterError(
                 f"{where}: it adapts parameters of a module (nn.MultiheadAttention or target_parameters), of which a "
                 "file does not tell what becomes of them. Use lorafx.merge_and_export with the model"
@@ -212,12 +239,6 @@ def _tensors(adapter: StoredAdapter, site: StoredSite, problems: list[str]) -> d
         problems.append(f"{where}: its tensors have rank {sizes[RANK]}, and adapter_config.json says {r}")
         return {}
     return tensors
-
-
-def _parameter(spec: LoraSpec, site: StoredSite) -> bool:
-    """Whether the site's module is adapted by its parameters."""
-    leaves = [t.rpartition(".")[2] for t in spec.target_parameters]
-    return any(matches(f"{site.path}.{leaf}", spec.target_parameters) for leaf in leaves)
 
 
 def _wanted(spec: LoraSpec, site: StoredSite, tensors: Mapping[str, Tensor]) -> Wanted:
@@ -343,15 +364,33 @@ def _whole(base: OnnxFile, targets: Targets, adapter: StoredAdapter, key: str, t
         )
     if not bool(torch.isfinite(value).all()):
         raise MergeError(f"{key} holds NaN or Inf, so it cannot be merged; go back to an earlier adapter")
-    if atoms[-1] == "weight" and atoms[-2:-1] == ["base_layer"]:
-        # PEFT repeats the embeddings it has adapted, which are the base's unless tokens were added.
-        if not torch.equal(value, source.tensor().to(value.dtype)):
+    if not adapter.trains(key):
+        # PEFT repeats the embeddings it has adapted, which are the base's unless tokens were added. One of the two may
+        # be the other in fewer bits.
+        stored = source.tensor()
+        narrow = min(stored.dtype, value.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(value.to(narrow), stored.to(narrow)):
             raise Unmatched(
                 f"the file repeats this weight of the base, and it differs from '{target.initializer}': the adapter "
-                "is of another base, or tokens were added to it. Export the base with them"
+                "is of another base, or tokens were added to it (export the base with them), or adapter_config.json "
+                "does not name what it trains"
             )
         return []
+    if any(use.node.op_type in RMS_NORMS for use in targets.uses(target.initializer)):
+        _refuse_offset(source.tensor().double(), value.double(), target)
     return [Change(target, Replacement(value))]
+
+
+def _refuse_offset(stored: Tensor, value: Tensor, target: Target) -> None:
+    """Refuse a norm of which the file holds 1 + weight, as onnxruntime-genai's model builder writes Gemma's.
+
+    Nothing in the graph tells, but a trained norm is near the one it started from.
+    """
+    if (value + 1 - stored).norm() < (value - stored).norm():
+        raise Unmatched(
+            f"'{target.initializer}' is nearer to 1 + this tensor than to it: the exporter has added 1 to the model's "
+            "norms (Gemma's). Merge into the model's checkpoint and export that"
+        )
 
 
 def _refuse_dtype(base: OnnxFile, target: Target) -> None:

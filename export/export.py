@@ -18,7 +18,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafx.errors import ExportError
 from lorafx.export.cast import cast_graph, file_dtype
@@ -38,14 +38,16 @@ from lorafx.export.pack import (
 from lorafx.export.parity import TOLERANCES, Tolerance, make_cases, precision
 from lorafx.export.provenance import digest, provenance
 from lorafx.export.report import ExportReport, Parity, TensorRounding
+from lorafx.export.settings import check_settings
 from lorafx.export.translate import Translation, output_names, structure, translate
 from lorafx.export.verify import check_graph, check_numbers, check_weights
 from lorafx.export.weights import fill
 from lorafx.export.widen import widen_graph, widen_tensor
 from lorafx.export.write import draft, parse_size
 from lorafx.graph import CapturedModule, get_path, rebind
-from lorafx.ir import Stage, sites, stage
+from lorafx.ir import Stage, active_layers, sites, stage
 from lorafx.kernels.rounding import Rounding
+from lorafx.passes.capture import capture
 from lorafx.passes.decoder import capture_decoder, longest_sequence, with_tensors
 from lorafx.passes.deviation import merge_deviation
 from lorafx.passes.example import ExampleInputs, make_example
@@ -136,6 +138,7 @@ def merge_and_export(
         ExportError: the graph cannot be expressed in ONNX, or not in this dtype, or the file cannot be written.
     """
     check_format(weight_format)
+    check_settings(opset, external_data, data_name, max_shard_size)
     run = Run(progress)
     options = Options(
         verify,
@@ -155,7 +158,7 @@ def merge_and_export(
 
 
 def export_base(
-    gm: CapturedModule,
+    model: nn.Module,
     path: str | os.PathLike[str],
     *,
     verify: bool = True,
@@ -170,16 +173,30 @@ def export_base(
     kv_cache: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Write the model without its adapters, as it was captured. Arguments as :func:`merge_and_export`.
+    """Write the model without its adapters, as it was captured. Other arguments as :func:`merge_and_export`.
+
+    The base of a weight that adapters are to leave for another use of it (``tied="untie"``) is apart too.
+
+    Args:
+        model: what :func:`lorafx.apply` returned; or a module, which is captured as :func:`lorafx.apply` would with
+            ``example_inputs`` (None: synthesised for Hugging Face models; others need them).
 
     Raises:
+        CaptureError: the module cannot be captured.
         ParityError, ExportError: as :func:`merge_and_export`.
     """
     check_format(weight_format)
+    check_settings(opset, external_data, data_name, max_shard_size)
     run = Run(progress)
+    if isinstance(model, CapturedModule):
+        gm = model
+    else:
+        with run.phase("capture"):
+            gm = capture(model, example_inputs).eval()
+            gm.meta["stage"] = Stage.CAPTURED
     options = Options(
         verify,
-        example_inputs,
+        example_inputs if gm is model else None,
         opset,
         file_dtype(dtype),
         external_data,
@@ -190,8 +207,21 @@ def export_base(
         weight_format=weight_format,
     )
     with run.phase("merge"):
-        base = unadapted(gm) if stage(gm) is Stage.INSERTED else gm
+        base = _base(gm)
     return export_graph(base, base, {}, path, run, options)
+
+
+def _base(gm: CapturedModule) -> CapturedModule:
+    """The graph that merged ones are the twins of: without adapters, weights apart that they keep apart."""
+    if stage(gm) is not Stage.INSERTED:
+        return gm
+    if not any(first.apart for first, *_ in active_layers(gm).values()):
+        return unadapted(gm)
+    base, folds = merge_lazily(gm)
+    for name, value in folds.items():
+        if isinstance(value, Fold) and value.sites[0].apart:
+            rebind(base, get_path(base, name), value.weight.detach().clone())
+    return base
 
 
 @dataclass(frozen=True)

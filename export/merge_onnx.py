@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,10 @@ from onnx import TensorProto
 
 from lorafx.adapter_files import StoredAdapter
 from lorafx.checks import format_bytes
-from lorafx.errors import ExportError
 from lorafx.export.edits import Change, find_changes
 from lorafx.export.onnx_file import DATA_FIELDS, OnnxFile, copy_fields, read_onnx, without_initializers
 from lorafx.export.prove import Proof, prove
+from lorafx.export.settings import check_settings
 from lorafx.export.write import draft
 
 Progress = Callable[[str, float], None]
@@ -60,7 +61,10 @@ class MergedTensor:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What :func:`merge_onnx` matched and wrote; ``proof`` is None where it was not asked for."""
+    """What :func:`merge_onnx` matched and wrote; ``proof`` is None where it was not asked for.
+
+    ``absent`` is what of the adapter is not in the file, which is an error unless the file is a part of the model.
+    """
 
     path: str
     data_paths: tuple[str, ...]
@@ -70,6 +74,7 @@ class MergeReport:
     tensors: tuple[MergedTensor, ...]
     proof: Proof | None
     seconds: Mapping[str, float] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data that JSON can hold."""
@@ -86,6 +91,7 @@ class MergeReport:
             "",
             *_table(self.tensors),
             "",
+            *(f"left out     {what}: not in this part of the model" for what in self.absent),
             "checked      " + ("nothing (verify=False)" if self.proof is None else str(self.proof)),
             "seconds      " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()),
         ]
@@ -97,6 +103,7 @@ def merge_onnx(
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    part: str | None = None,
     verify: bool = True,
     external_data: bool | None = None,
     data_name: str | None = None,
@@ -112,6 +119,8 @@ def merge_onnx(
         base: the ``.onnx`` file of the model that the adapter was trained on.
         adapter: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
         out: the file to write; what is there is replaced at the end, by a whole file.
+        part: if the model was exported as several files, the path of the module that this one is of, as ``"encoder"``
+            or ``"decoder"``. What of the adapter is not in it is left out, and listed.
         verify: prove the file before it gets its name, as :func:`lorafx.verify_onnx`.
         external_data: keep weights in a file beside; None: if the base does, or they exceed 1.5 GiB.
         data_name: what to call that file; None: by its content.
@@ -124,6 +133,7 @@ def merge_onnx(
         MergeError: the adapter holds NaN or Inf, or a merged weight overflows.
         ParityError: the proof failed. Nothing is written in any of these cases.
     """
+    check_settings(external_data=external_data, data_name=data_name)
     seconds: dict[str, float] = {}
 
     @contextmanager
@@ -141,20 +151,20 @@ def merge_onnx(
     proof = None
     with phase("match"):
         file = read_onnx(base)
-        if os.path.realpath(out) in map(os.path.realpath, (file.path, *file.data)):
-            raise ExportError(f"{out} is the base, which would be lost: give the merged file another name")
         stored = StoredAdapter.read(Path(adapter))
-        changes = find_changes(file, stored, str(adapter))
-    with draft(out, data_name) as written:
+        found = find_changes(file, stored, str(adapter), part)
+        changes = found.changes
+    kept = {file.path: "the base", **dict.fromkeys(file.data, "the base's file of weights")}
+    with draft(out, data_name, kept) as written:
         with phase("write") as done:
             model = _merged_model(file, changes)
             keep_outside = external_data if external_data is not None else (True if file.data else None)
             outside = [model.graph.initializers[n] for n, s in file.sources.items() if s.path is not None]
-            written.write(model, keep_outside, done, outside)
-            written.put(_with_messages(written.path, file, {c.name for c in changes}))
+            finish = partial(_with_messages, base=file, changed={c.name for c in changes})
+            written.write(model, keep_outside, done, outside, finish=finish)
         if verify:
             with phase("verify") as done:
-                proof = prove(read_onnx(written.path), file, changes, done)
+                proof = prove(read_onnx(written.path), file, found, done)
                 proof.raise_if_failed()
         written.commit()
     return MergeReport(
@@ -166,6 +176,7 @@ def merge_onnx(
         tensors=tuple(_reported(file, c) for c in changes),
         proof=proof,
         seconds=seconds,
+        absent=found.absent,
     )
 
 
@@ -178,9 +189,9 @@ def _merged_model(file: OnnxFile, changes: Sequence[Change]) -> ir.Model:
     return file.model
 
 
-def _with_messages(path: Path, base: OnnxFile, changed: set[str]) -> bytes:
-    """The file that was written with the base's own messages in it, but for where values are."""
-    written = {t.name: t for t in onnx.load(path, load_external_data=False).graph.initializer}
+def _with_messages(data: bytes, base: OnnxFile, changed: set[str]) -> bytes:
+    """A file with the base's own messages in it, but for where values are."""
+    written = {t.name: t for t in onnx.load_model_from_string(data).graph.initializer}
     proto = without_initializers(base.proto)
     for tensor in base.proto.graph.initializer:
         new, kept = written[tensor.name], proto.graph.initializer.add()
@@ -190,8 +201,8 @@ def _with_messages(path: Path, base: OnnxFile, changed: set[str]) -> bytes:
         else:
             copy_fields(tensor, kept, DATA_FIELDS)
             copy_fields(new, kept, {described.name for described in new.DESCRIPTOR.fields} - {*DATA_FIELDS})
-    data: bytes = proto.SerializeToString(deterministic=True)
-    return data
+    finished: bytes = proto.SerializeToString(deterministic=True)
+    return finished
 
 
 def _reported(file: OnnxFile, change: Change) -> MergedTensor:

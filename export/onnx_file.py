@@ -116,17 +116,7 @@ def read_onnx(path: str | os.PathLike[str]) -> OnnxFile:
             another size than declared. Names the tensor.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            proto = onnx.load_model_from_string(file.read())
-    except FileNotFoundError as error:
-        raise ExportError(f"there is no file {path}") from error
-    except OSError as error:
-        raise ExportError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # protobuf's decoding errors have no public base class
-        raise ExportError(f"{path} is no ONNX file: {error}") from error
-    if not proto.graph.node and not proto.graph.output:
-        raise ExportError(f"{path} is no ONNX file: it holds no graph")
+    proto = _parse(path)
     sources: dict[str, Source] = {}
     for tensor in proto.graph.initializer:
         if tensor.name in sources:
@@ -146,6 +136,33 @@ def read_onnx(path: str | os.PathLike[str]) -> OnnxFile:
             shape = ir.Shape(list(source.proto.dims))
             value.const_value = ir.LazyTensor(source.value, value.const_value.dtype, shape, name=name)
     return OnnxFile(path, proto, model, sources, data)
+
+
+def weight_files(path: Path) -> frozenset[Path]:
+    """The files in which an ONNX file says that it has weights, links resolved; nothing else of it is checked.
+
+    Raises:
+        ExportError: it cannot be read, or is no ONNX file.
+    """
+    proto = _parse(path)
+    outside = (t for t in (*proto.graph.initializer, *_inner_tensors(proto)) if t.data_location == TensorProto.EXTERNAL)
+    named = {entry.value for tensor in outside for entry in tensor.external_data if entry.key == "location"}
+    return frozenset(Path(os.path.realpath(path.parent / name)) for name in named if "\0" not in name)
+
+
+def _parse(path: Path) -> ModelProto:
+    try:
+        with path.open("rb") as file:
+            proto = onnx.load_model_from_string(file.read())
+    except FileNotFoundError as error:
+        raise ExportError(f"there is no file {path}") from error
+    except OSError as error:
+        raise ExportError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # protobuf's decoding errors have no public base class
+        raise ExportError(f"{path} is no ONNX file: {error}") from error
+    if not proto.graph.node and not proto.graph.output:
+        raise ExportError(f"{path} is no ONNX file: it holds no graph")
+    return proto
 
 
 def _source(path: Path, tensor: TensorProto) -> Source:

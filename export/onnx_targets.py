@@ -21,6 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import onnx
 import onnx_ir as ir
 
 from lorafx.checks import did_you_mean
@@ -36,6 +37,8 @@ _QUANTIZED = frozenset(
 )  # fmt: skip
 #: Operators that hold the weights of several layers as one matrix.
 _PACKED = frozenset({"Attention", "PackedAttention", "QAttention", "DecoderMaskedSelfAttention", "LongformerAttention"})
+#: Operators that scale by a vector of which a file may hold 1 + the model's weight.
+RMS_NORMS = frozenset({"RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"})
 #: What onnxruntime-genai's model builder calls ``attn``, in ``make_attention``; its MLPs have the model's own names.
 _GENAI = re.compile(r"((?:.*\.)?layers\.\d+)\.self_attn\.([qkvo]_proj)")
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -44,6 +47,10 @@ _LEAVES = (".weight", ".bias")
 
 class Unmatched(Exception):
     """A tensor of an adapter has no one place in the graph; says why."""
+
+
+class Absent(Unmatched):
+    """A tensor of an adapter has no place in the graph: nothing there has its name, or could hold it."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +103,14 @@ class Wanted:
 
 
 class Targets:
-    """Finds tensors in one graph; ``paths`` are those of all modules that will be asked for."""
+    """Finds tensors in one graph.
 
-    def __init__(self, model: ir.Model, paths: Collection[str]) -> None:
+    ``paths`` are those of all modules that will be asked for. ``part`` is the path of a module, if the graph is the
+    export of a part of the model that may lack others.
+    """
+
+    def __init__(self, model: ir.Model, paths: Collection[str], part: str | None = None) -> None:
+        self._part = part
         self._initializers = model.graph.initializers
         self._model = model
         self._uses = {name: tuple(_uses(value, len(value.shape or ()))) for name, value in self._initializers.items()}
@@ -109,7 +121,7 @@ class Targets:
             for scope in {use.scope for use in uses if use.kind and use.scope is not None}:
                 self._scoped[scope].append(name)
         known = {p.rpartition(".")[0] for p in self._named if p.endswith(_LEAVES)} | self._scoped.keys()
-        self._strip, self._prefix = _align(paths, known)
+        self._strip, self._prefix = _align(paths, known, part)
 
     def uses(self, initializer: str) -> tuple[Use, ...]:
         """All that read it."""
@@ -140,7 +152,9 @@ class Targets:
                 nameless.append(layer)
             else:
                 found[layer.path] = target
-        if nameless:
+        if self._part is not None:  # what is left has no order that a part of it need keep
+            found |= {layer.path: self._missing(layer) for layer in nameless}
+        elif nameless:
             taken = {t.initializer for t in found.values() if isinstance(t, Target)}
             found |= self._by_order(nameless, taken)
         return found
@@ -159,7 +173,7 @@ class Targets:
             return target
         if not names:
             self._refuse_copy(self._local(name))
-            raise Unmatched(f"the graph has no initializer '{self._local(name)}'{self._hint(self._local(name))}")
+            raise self._absent(f"initializer '{self._local(name)}'", path)
         return self._chosen(names, self._local(path), layer=False)
 
     def bias(self, path: str, weight: Target) -> Target:
@@ -289,17 +303,23 @@ class Targets:
         if found := mine or quantized:
             more = "" if mine else f"no weight of '{path}' is in the graph, of which parts are quantized: "
             return Unmatched(more + _advice(_listed(f"{n.op_type} '{n.name}'" for n in found)))
-        return Unmatched(f"the graph has no weight of '{path}'{self._hint(path)}{self._packed(path)}")
+        return self._absent(f"weight of '{path}'", layer.path)
+
+    def _absent(self, what: str, path: str) -> Unmatched:
+        """That the graph lacks something of a module; and why, if queries, keys and values are one matrix in it."""
+        packed = self._packed(self._local(path))
+        text = f"the graph has no {what}{self._hint(self._local(path))}{packed}"
+        return Unmatched(text) if packed else Absent(text)
 
     def _packed(self, path: str) -> str:
-        """That queries, keys and values are one matrix, if they are."""
         fused = [n for n in self._model.graph.all_nodes() if n.op_type in _PACKED]
         place = _GENAI.sub(r"\1.attn.\2", path).rpartition(".")[0]
         ours = [scope for scope in (f"{place}.qkv_proj",) if scope in self._scoped]
         if not fused and not ours:
             return ""
         what = f"'{ours[0]}'" if ours else _listed(f"{n.op_type} '{n.name}'" for n in fused)
-        return f"; {what} has queries, keys and values as one matrix. Merge into the file before it was optimized so"
+        instead = "build the base with fuse_qkv=false" if ours else "merge into the file before it was optimized so"
+        return f"; in {what} queries, keys and values are one matrix: {instead}"
 
     def _refuse_copy(self, name: str) -> None:
         """Refuse a parameter that has another's values, of which the older exporter stores one and copies the other."""
@@ -325,8 +345,10 @@ class Targets:
         return self._prefix + path.removeprefix(self._strip)
 
 
-def _align(paths: Collection[str], known: Collection[str]) -> tuple[str, str]:
+def _align(paths: Collection[str], known: Collection[str], part: str | None = None) -> tuple[str, str]:
     """What to take off the front of paths and what to put there, so that most of them are known.
+
+    Of a graph that is said to be a ``part``, no other module's path is taken off.
 
     Raises:
         Unmatched: there is more than one way.
@@ -337,7 +359,7 @@ def _align(paths: Collection[str], known: Collection[str]) -> tuple[str, str]:
         for name in known:
             if name.endswith(f".{path}"):
                 ways["", name.removesuffix(path)] += 1
-            elif name and path.endswith(f".{name}"):
+            elif name and path.endswith(f".{name}") and part in (None, path.removesuffix(f".{name}")):
                 ways[path.removesuffix(name), ""] += 1
     most = max(ways.values(), default=0)
     best = [way for way, count in ways.items() if count == most]
@@ -346,7 +368,8 @@ def _align(paths: Collection[str], known: Collection[str]) -> tuple[str, str]:
     if len(best) > 1:
         places = _listed(sorted(prefix or strip for strip, prefix in best))
         raise Unmatched(
-            f"the graph has these modules in several places ({places}), and it cannot be told which the adapter is for"
+            f"the graph has these modules in several places ({places}), and it cannot be told which the adapter is "
+            "for. If the model was exported as several files, say which part of it this is (part=, --part)"
         )
     return best[0]
 
@@ -395,9 +418,10 @@ def _scope(node: ir.Node) -> str | None:
         return str(found[-2]) if isinstance(found, list) and len(found) > 1 else ""
     if node.name is None or not node.name.startswith("/"):
         return None
-    atoms = node.name.strip("/").split("/")[:-1]
-    while atoms and re.match(r"[A-Z]\w*$", atoms[-1]):  # ONNX Runtime's fusions write operators behind one another
-        atoms.pop()
+    *atoms, last = node.name.strip("/").split("/")
+    if re.sub(r"_\d+$", "", last) != node.op_type:  # ONNX Runtime's fusions write theirs behind the operators' names
+        while atoms and onnx.defs.has(re.sub(r"_\d+$", "", atoms[-1])):
+            atoms.pop()
     return ".".join(atoms)
 
 

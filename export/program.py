@@ -12,6 +12,7 @@ leaves whole.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -36,7 +37,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, is_concrete_int
 from torch.fx.node import map_arg
 
+from lorafx.errors import ExportError
 from lorafx.graph import get_path
+
+aten = torch.ops.aten
+
+#: What takes operands of one dtype only, and in ONNX too.
+_ONE_DTYPE = frozenset(
+    {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "scaled_dot_product_attention"}
+    | {"conv1d", "conv2d", "conv3d", "convolution"}
+)
 
 
 class _Program(ExportedProgram):
@@ -51,7 +61,9 @@ class _Program(ExportedProgram):
         mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
         with torch.no_grad(), mode, enable_python_dispatcher():
             for node in list(self.graph.nodes):
-                if node.op == "call_function" and (node.target in table or _never_whole(node.target)):
+                if node.target is aten.sym_numel.default:
+                    _spell_numel(node)
+                elif node.op == "call_function" and (node.target in table or _never_whole(node.target)):
                     _decompose(node, table)
         self.graph_signature.output_specs = _output_specs(self.graph)
         self.graph.eliminate_dead_code()
@@ -84,6 +96,7 @@ def make_program(
         _find_shapes(lifted, mode)
         if any(isinstance(size, torch.SymInt) and is_concrete_int(size) for size in _sizes(lifted)):
             _find_shapes(lifted, mode)  # with what later calls told about earlier ones' sizes
+        _refuse_mixed(lifted)
         plain = all(_same_kind(result.meta["val"], node.meta["val"]) for result, node in written.items())
     if not plain:
         shapes = {name: dict.fromkeys(dynamic.get(name, ()), Dim.AUTO) for name in example}
@@ -207,6 +220,28 @@ def _find_shapes(graph: Graph, mode: FakeTensorMode) -> None:
                 node.meta["val"] = _call(node, {operand: operand.meta["val"] for operand in node.all_input_nodes})
 
 
+def _refuse_mixed(graph: Graph) -> None:
+    """Refuse products of values of several dtypes; fake tensors multiply them, and a model's own code never does.
+
+    Raises:
+        ExportError: there is one: the graph was cast, and where a cast did nothing when it was captured, its result
+            stands for what it was given too.
+    """
+    for node in graph.nodes:
+        if not isinstance(node.target, OpOverload) or node.target._schema.name.removeprefix("aten::") not in _ONE_DTYPE:
+            continue
+        values = [operand.meta["val"] for operand in node.all_input_nodes]
+        found = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()}
+        if len(found) > 1:
+            dtypes = sorted(map(str, found), key=lambda name: name == "torch.float32")
+            line = ((node.meta.get("stack_trace") or "").strip().splitlines() or [node.name])[-1].strip()
+            raise ExportError(
+                f"dtype={dtypes[0]}: '{line}' multiplies {' by '.join(dtypes)} once the graph is cast, because the "
+                "model's code uses a value both as it is and cast, and in the capture these are one. Convert the model "
+                f"(model.to({dtypes[0]})), apply and load the adapter there; adapters stay in float32"
+            )
+
+
 def _call(node: Node, values: Mapping[Node, Any]) -> Any:
     target: Any = node.target
     args: Any = map_arg(node.args, values.__getitem__)
@@ -218,6 +253,29 @@ def _sizes(graph: Graph) -> Iterator[int | torch.SymInt]:
     for node in graph.nodes:
         if isinstance(value := node.meta.get("val"), Tensor):
             yield from value.shape
+
+
+def _spell_numel(node: Node) -> None:
+    """Replace the number of a tensor's elements, for which torch.onnx has no translation, by the product of its sizes.
+
+    ::
+
+        n = sym_numel(x)   ->   n = mul(sym_size(x, 0), sym_size(x, 1))
+    """
+    tensor: Any = node.args[0]
+    shape = tensor.meta["val"].shape
+    count: Any = math.prod(size for size in shape if isinstance(size, int))
+    product: Any = count
+    with node.graph.inserting_before(node):
+        for dim, size in enumerate(shape):
+            if isinstance(size, torch.SymInt):
+                factor = node.graph.call_function(aten.sym_size.int, (tensor, dim))
+                factor.meta = {**node.meta, "val": size}
+                count = count * size
+                product = node.graph.call_function(operator.mul, (product, factor))
+                product.meta = {**node.meta, "val": count}
+    node.replace_all_uses_with(product)
+    node.graph.erase_node(node)
 
 
 def _never_whole(target: Any) -> bool:

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ from torch import Tensor
 from lorafx.adapter_files import IN, OUT, RANK, StoredAdapter
 from lorafx.errors import ParityError
 from lorafx.export.diff import graph_difference
-from lorafx.export.edits import Change, Replacement, Update, find_changes, wide_dtype
+from lorafx.export.edits import Change, Changes, Replacement, Update, find_changes, wide_dtype
 from lorafx.export.onnx_file import OnnxFile, read_onnx
 from lorafx.variants import VARIANTS
 
@@ -72,11 +72,15 @@ class TensorProof:
 
 @dataclass(frozen=True)
 class Proof:
-    """What :func:`verify_onnx` found: ``failure`` is None where the file is proved."""
+    """What :func:`verify_onnx` found: ``failure`` is None where the file is proved.
+
+    ``absent`` is what of the adapter is not in the file, which is a part of the model.
+    """
 
     merged: tuple[TensorProof, ...]
     unchanged: int
     failure: str | None = None
+    absent: tuple[str, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -107,6 +111,8 @@ class Proof:
                 f": at most {self.worst.error:.4f} of what rounding allows ('{self.worst.name}'); a flipped last bit "
                 f"would be seen in {self.seen:.4%} of the elements or more"
             )
+        if self.absent:
+            text += f". {len(self.absent)} parts of the adapter are not in this part of the model"
         return text
 
 
@@ -115,11 +121,13 @@ def verify_onnx(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
     *,
+    part: str | None = None,
     progress: Callable[[float], None] = lambda done: None,
 ) -> Proof:
     """Prove that ``merged`` is ``base`` with the adapter merged into it, and nothing else, from the files alone.
 
-    See :mod:`lorafx.export.prove` for what is allowed. ``progress`` is called with the share of the initializers done.
+    See :mod:`lorafx.export.prove` for what is allowed, and :func:`lorafx.merge_onnx` for ``part``. ``progress`` is
+    called with the share of the initializers done.
 
     Raises:
         ExportError: a file cannot be read, or is damaged.
@@ -127,34 +135,35 @@ def verify_onnx(
             :attr:`Proof.failure`.
     """
     first, second = read_onnx(merged), read_onnx(base)
-    changes = find_changes(second, StoredAdapter.read(Path(adapter)), str(adapter))
+    changes = find_changes(second, StoredAdapter.read(Path(adapter)), str(adapter), part)
     return prove(first, second, changes, progress)
 
 
-def prove(merged: OnnxFile, base: OnnxFile, changes: Sequence[Change], progress: Callable[[float], None]) -> Proof:
+def prove(merged: OnnxFile, base: OnnxFile, found: Changes, progress: Callable[[float], None]) -> Proof:
     """See :func:`verify_onnx`."""
     if (difference := graph_difference(merged, base)) is not None:
         return Proof((), 0, f"the graphs differ: {difference}")
-    expected = {change.name: change for change in changes}
+    expected = {change.name: change for change in found.changes}
     proofs: list[TensorProof] = []
     failures: list[str] = []
     unchanged = 0
     for index, (name, source) in enumerate(base.sources.items()):
-        found = merged.sources[name]
+        other = merged.sources[name]
         if name in expected:
-            proof = _prove_tensor(expected[name], source.tensor(), found.tensor())
+            proof = _prove_tensor(expected[name], source.tensor(), other.tensor())
             proofs.append(proof)
             if not proof.error <= 1.0:
                 failures.append(
                     f"initializer '{name}' ({proof.change}) is off by {proof.error:.4g} times what is allowed"
                 )
-        elif not source.same_bytes(found):
+        elif not source.same_bytes(other):
             failures.append(f"initializer '{name}' is not the base's, and the adapter does not change it")
         else:
             unchanged += 1
         progress((index + 1) / len(base.sources))
     more = f" (and {len(failures) - 5} more)" if len(failures) > 5 else ""
-    return Proof(tuple(proofs), unchanged, "; ".join(failures[:5]) + more if failures else None)
+    failure = "; ".join(failures[:5]) + more if failures else None
+    return Proof(tuple(proofs), unchanged, failure, found.absent)
 
 
 def _prove_tensor(change: Change, base: Tensor, merged: Tensor) -> TensorProof:

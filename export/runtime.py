@@ -18,11 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
 from lorafx.checks import did_you_mean
-from lorafx.errors import AdapterError, ExportError
+from lorafx.errors import AdapterError, ExportError, InputError
 
 Array = npt.NDArray[Any]
 
@@ -79,7 +80,8 @@ class AdapterSession:
 
     Args:
         path: the ``.onnx`` file.
-        adapters: files by the names to call them; None: all beside it that are for this base, by their files' names.
+        adapters: files by the names to call them; None: all beside it that are for this base, by their files' names
+            (one that cannot be read is an error only when it is asked for).
         providers, session_options: as for ``onnxruntime.InferenceSession``; None: the CPU, ONNX Runtime's defaults.
 
     Raises:
@@ -106,10 +108,9 @@ class AdapterSession:
         self._files: dict[str, AdapterFile] = {}
         self._loaded: dict[str, ort.LoraAdapter] = {}
         self._options: dict[tuple[str, ...], ort.RunOptions] = {}
+        self._damaged: dict[str, AdapterError] = {}  # of which nobody can tell what base they are for
         if adapters is None:
-            beside = sorted(self.path.parent.glob(f"*{ADAPTER_SUFFIX}"))
-            found = [load_adapter_file(p) for p in beside]
-            adapters = {f.path.name.removesuffix(ADAPTER_SUFFIX): f.path for f in found if f.version == self._version}
+            adapters = self._beside()
         for name, place in adapters.items():
             self.add(name, place)
 
@@ -133,6 +134,18 @@ class AdapterSession:
         loaded.Load(str(path))
         self._files[name], self._loaded[name] = file, loaded
 
+    def _beside(self) -> dict[str, Path]:
+        """The adapters for this base that lie beside it, by their files' names; those that cannot be read are noted."""
+        found = {}
+        for path in sorted(self.path.parent.glob(f"*{ADAPTER_SUFFIX}")):
+            name = path.name.removesuffix(ADAPTER_SUFFIX)
+            try:
+                if load_adapter_file(path).version == self._version:
+                    found[name] = path
+            except AdapterError as error:
+                self._damaged[name] = error
+        return found
+
     def remove(self, name: str) -> None:
         """Forget an adapter.
 
@@ -147,7 +160,9 @@ class AdapterSession:
         """The outputs by name, with an adapter (several, if they adapt different layers), or with none.
 
         Raises:
-            AdapterError: there is no such adapter, two have the same tensors, or the inputs are bound.
+            AdapterError: there is no such adapter, its file is damaged, two have the same tensors, or the inputs are
+                bound.
+            InputError: an input is missing, unknown, or no numpy array of its dtype and rank.
         """
         if isinstance(inputs, ort.IOBinding) or not isinstance(inputs, Mapping):
             raise AdapterError(
@@ -155,6 +170,7 @@ class AdapterSession:
                 "binding = session.binding('name'), which has the adapter's tensors bound as inputs, bind the others, "
                 "and call session.session.run_with_iobinding(binding)"
             )
+        self._check_inputs(inputs)
         names = [o.name for o in self.session.get_outputs()]
         found: Sequence[Array] = self.session.run(names, dict(inputs), self._run_options(_names(adapter)))
         return dict(zip(names, found, strict=True))
@@ -175,6 +191,22 @@ class AdapterSession:
             for tensor, value in self._find(name).values.items():
                 binding.bind_ortvalue_input(tensor, value)
         return binding
+
+    def _check_inputs(self, inputs: Mapping[str, object]) -> None:
+        wanted = {i.name: i for i in self.session.get_inputs()}
+        for name in dict.fromkeys((*wanted, *inputs)):
+            if name not in wanted and name not in self._optional:
+                raise InputError(f"the model has no input '{name}'{did_you_mean(name, wanted)}; it takes {[*wanted]}")
+            expected = wanted.get(name) or self._optional[name]
+            what = f"input '{name}' is to be a numpy array, {expected.type} of shape {expected.shape}"
+            if name not in inputs:
+                raise InputError(f"{what}, and is missing")
+            if not isinstance(value := inputs[name], np.ndarray):
+                hint = ": give its .numpy()" if hasattr(value, "numpy") else ""
+                raise InputError(f"{what}, and is a {type(value).__module__}.{type(value).__qualname__}{hint}")
+            given = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)).data_type()
+            if given != expected.type or value.ndim != len(expected.shape):
+                raise InputError(f"{what}, and is {given} of shape {[*value.shape]}")
 
     def _run_options(self, names: tuple[str, ...]) -> ort.RunOptions | None:
         if not names:
@@ -203,6 +235,8 @@ class AdapterSession:
 
     def _find(self, name: str) -> AdapterFile:
         if name not in self._files:
+            if name in self._damaged:
+                raise self._damaged[name]
             there = ", ".join(map(repr, self._files)) or "none"
             raise AdapterError(f"there is no adapter {name!r}{did_you_mean(name, self._files)}; there are {there}")
         return self._files[name]

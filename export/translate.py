@@ -183,6 +183,8 @@ def _optimized(
         for node in program.graph.nodes:
             node.meta["nn_module_stack"] = call_as_module(notes(node).get("call"))
         converted = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
+    except ExportError:
+        raise
     except Exception as error:  # whatever torch, or an operator's translation, raises ends up here
         raise _not_expressible(error) from error
     assert converted is not None

@@ -10,6 +10,9 @@ renamed together, so one rename is the commit:
                                                                        leaves weights that nobody names, and the next
                                                                        export to the same path finishes its work
 
+A file of weights that another ``.onnx`` in the folder names stays as it is: it is neither replaced nor removed. Renamed
+and copied files go on naming the weights that they had.
+
 What lies where in the files follows from names and shapes only. Values are made piece by piece while they are written.
 """
 
@@ -23,7 +26,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +35,7 @@ import onnx
 import onnx_ir as ir
 
 from lorafx.errors import ExportError
+from lorafx.export.onnx_file import weight_files
 from lorafx.export.pipe import Pipe
 from lorafx.export.uncached import open_for
 from lorafx.export.weights import Streamed, pieces_of
@@ -100,6 +104,7 @@ def write_model(
     data_name: str | None = None,
     limit: int | None = None,
     before: Callable[[], None] = lambda: None,
+    finish: Callable[[bytes], bytes] = lambda data: data,
 ) -> list[Path]:
     """Write a model, piece by piece; returns the files of weights, if there are any. The model is left as it is.
 
@@ -112,6 +117,7 @@ def write_model(
         data_name: what to call the file; None: by its content.
         limit: how large a file of weights may become.
         before: called when the ``.onnx`` is there and the weights are not, which only a ``data_name`` allows.
+        finish: makes what the ``.onnx`` is to hold of what it would.
     """
     values = [v for v in model.graph.initializers.values() if v.const_value is not None]
     if external_data is None:
@@ -127,7 +133,7 @@ def write_model(
                 "data_name= or max_shard_size="
             )
         names = [path.with_name(data_name)]
-        path.write_bytes(_serialize(model, places, names))
+        path.write_bytes(finish(_serialize(model, places, names)))
         before()
         _write_data(places, names, progress)
         return names
@@ -136,7 +142,7 @@ def write_model(
     names = [path.with_name(f"{path.name}.{digest[:16]}.data") for digest in digests]
     for old, new in zip(unnamed, names, strict=True):
         old.rename(new)
-    path.write_bytes(_serialize(model, places, names))
+    path.write_bytes(finish(_serialize(model, places, names)))
     return names
 
 
@@ -201,13 +207,14 @@ def _serialize(model: ir.Model, places: Sequence[Place], files: Sequence[Path]) 
 class Draft:
     """A file in the making: ``path`` is where it is until it is committed, ``data`` its files of weights.
 
-    ``data_name`` is the name that these (then one) are to have, None: by their content.
+    ``data_name`` is the name that these (then one) are to have, None: by their content. ``kept`` are files that stay.
     """
 
     target: Path
     path: Path
     data_name: str | None = None
     data: tuple[Path, ...] = ()
+    kept: Collection[Path] = ()
 
     def write(
         self,
@@ -216,11 +223,13 @@ class Draft:
         progress: Progress,
         weights: Collection[ir.Value] = (),
         limit: int | None = None,
+        finish: Callable[[bytes], bytes] = lambda data: data,
     ) -> None:
         """See :func:`write_model`.
 
         Raises:
-            ExportError: the files cannot be written; or weights under the fixed name are those of another graph.
+            ExportError: the files cannot be written; or weights under the fixed name are those of another graph or
+                file.
         """
         with _writing(self.target):
             found = write_model(
@@ -232,11 +241,12 @@ class Draft:
                 data_name=self.data_name,
                 limit=limit,
                 before=self._refuse_mixing,
+                finish=finish,
             )
         self.data = tuple(found)
 
     def put(self, data: bytes) -> None:
-        """Write these bytes as the file, in the place of what :meth:`write` made of it.
+        """Write these bytes as the file.
 
         Raises:
             ExportError: as :meth:`write`.
@@ -256,7 +266,7 @@ class Draft:
             raise ExportError(f"onnx.checker refuses the exported model: {error}") from error
 
     def commit(self) -> None:
-        """Flush the files to disk and put them in their place; then remove the weights of the file replaced.
+        """Flush the files to disk and put them in their place; then remove the weights that nothing names any more.
 
         Raises:
             ExportError: as :meth:`write`.
@@ -266,7 +276,7 @@ class Draft:
             for file in (*self.data, self.path):
                 _flush(file)
         with _writing(self.target), _locked(folder):
-            stale = set(_data_files(self.target))
+            there = set(_data_files(self.target))
             new = tuple(folder / file.name for file in self.data)
             if self.data_name is not None:
                 self._refuse_mixing()
@@ -281,16 +291,16 @@ class Draft:
                     self.path.replace(self.target)
             except BaseException:  # an interruption, too
                 if not same and self.path.exists():
-                    for place in set(new) - stale:
+                    for place in set(new) - there:
                         place.unlink(missing_ok=True)
                 raise
             _flush(folder)
-            for place in stale - set(new):
+            for place in self._unnamed(there - set(new)):
                 place.unlink(missing_ok=True)
         self.path, self.data = self.target, new
 
     def _refuse_mixing(self) -> None:
-        """Refuse to replace weights under a fixed name that are not those of the graph at the target."""
+        """Refuse to replace weights under a fixed name that are those of another graph or another file."""
         assert self.data_name is not None
         data = self.target.with_name(self.data_name)
         if data.exists() and not _same_bytes(self.path, self.target):
@@ -299,6 +309,23 @@ class Draft:
                 f"{data} exists, and {self.target} {what}: whoever reads these weights would read others under its own "
                 "graph. Give another data_name= or folder, or delete the files that are there first"
             )
+        for other, named in _named_beside(self.target):
+            if Path(os.path.realpath(data)) in (named or ()):
+                raise ExportError(
+                    f"{other} has its weights in {data} too, and would have those of {self.target.name}. Give another "
+                    f"data_name= or folder, or delete {other.name} first"
+                )
+
+    def _unnamed(self, files: set[Path]) -> set[Path]:
+        """Those of the files that no other ``.onnx`` in the folder names; none of them, if one cannot be read."""
+        if not files:
+            return set()
+        named = set(self.kept)
+        for _, found in _named_beside(self.target):
+            if found is None:
+                return set()
+            named |= found
+        return {file for file in files if Path(os.path.realpath(file)) not in named}
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -313,26 +340,37 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 @contextmanager
-def draft(path: str | os.PathLike[str], data_name: str | None = None) -> Iterator[Draft]:
+def draft(
+    path: str | os.PathLike[str], data_name: str | None = None, kept: Mapping[Path, str] | None = None
+) -> Iterator[Draft]:
     """Start a file at ``path``; what is not committed by the end leaves no trace.
 
-    What exports to the same path left behind when they were killed is removed.
+    What exports to the same path left behind when they were killed is removed. ``kept`` says of files that must stay
+    what they are, for people.
 
     Raises:
-        ExportError: the folder does not exist or cannot be written, or the disk is full.
+        ExportError: the folder does not exist or cannot be written, or the disk is full; or what is to be written is to
+            take the place of a file that must stay.
     """
+    kept = kept or {}
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise ExportError(f"cannot write {path}: it is a directory; give the name of a file in it")
     if data_name is not None and (Path(data_name).name != data_name or data_name in ("", ".", "..", target.name)):
         raise ExportError(f"data_name={data_name!r} must be the name of a file beside {target.name}, without a folder")
+    written = [target] if data_name is None else [target, target.with_name(data_name)]
+    for place, (file, what) in itertools.product(written, kept.items()):
+        if place.exists() and place.samefile(file):
+            raise ExportError(
+                f"{place} is {what}, which would be lost: give what is to be written another name or folder"
+            )
     prefix = f".{target.name}."
     with _writing(target):
         for left in target.parent.glob(f"{glob.escape(prefix)}*"):
             _remove_abandoned(left, target)
         scratch, lock = _scratch(target.parent, prefix)
     try:
-        yield Draft(target, scratch / target.name, data_name)
+        yield Draft(target, scratch / target.name, data_name, kept=[Path(os.path.realpath(file)) for file in kept])
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         if lock is not None:
@@ -428,6 +466,16 @@ def _size(value: ir.Value) -> int:
 
 def _same_bytes(a: Path, b: Path) -> bool:
     return b.exists() and a.read_bytes() == b.read_bytes()
+
+
+def _named_beside(target: Path) -> Iterator[tuple[Path, frozenset[Path] | None]]:
+    """The other ``.onnx`` files in a folder, each with the files of weights that it names; None: it cannot be read."""
+    for path in sorted(target.parent.glob("*.onnx")):
+        if path.is_file() and Path(os.path.realpath(path)) != target:
+            try:
+                yield path, weight_files(path)
+            except ExportError:
+                yield path, None
 
 
 def _data_files(target: Path) -> list[Path]:

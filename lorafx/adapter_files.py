@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from lorafx.errors import AdapterError, SpecError
 from lorafx.peft_files import ATTENTION_OUTPUT, PREFIX, SHARED_PREFIX
-from lorafx.spec import PEFT_CONFIG_NAME, LoraSpec
+from lorafx.spec import ALL_LINEAR, PEFT_CONFIG_NAME, LoraSpec, matches
 from lorafx.variants import VARIANTS
 from lorafx.variants.base import Variant
 
@@ -39,7 +40,7 @@ _KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)((?:\.base_layer)*)\.({'|'.join(map
 OUT, IN, RANK = -1, -2, -3
 
 
-@dataclass
+@dataclass(eq=False)
 class StoredSite:
     """The tensors of one site as they lie in a file.
 
@@ -60,6 +61,11 @@ class StoredSite:
     def factor(self) -> float:
         """How many times PEFT adds the change: see :data:`lorafx.peft_files.ATTENTION_OUTPUT`."""
         return ATTENTION_OUTPUT if self.wrapper.endswith(".base_layer.out_proj") else 1.0
+
+    def of_parameter(self, spec: LoraSpec) -> bool:
+        """Whether the module is adapted by its parameters."""
+        leaves = [t.rpartition(".")[2] for t in spec.target_parameters]
+        return any(matches(f"{self.path}.{leaf}", spec.target_parameters) for leaf in leaves)
 
     def variant(self, spec: LoraSpec) -> Variant:
         """The adapter's variant, or the one of rows that train whole."""
@@ -129,6 +135,43 @@ class StoredAdapter:
                 f"{directory}: the file has no site of an adapter, only {', '.join([*whole][:3]) or 'nothing'}"
             )
         return cls(spec, tuple(sorted(sites.values(), key=_by_number)), shared, whole)
+
+    def unnamed(self) -> list[StoredSite]:
+        """The sites that the settings do not name, so that PEFT does not read them. ``"all-linear"`` names any."""
+        named = [site for site in self.sites if _names(self.spec, site)]
+        leaders = named if self.spec.tied == "tie" else []
+        return [s for s in self.sites if s not in named and not any(_follows(s, leader) for leader in leaders)]
+
+    def trains(self, key: str) -> bool:
+        """Whether the settings name a tensor of :attr:`whole`; others in the file repeat the base's."""
+        *atoms, leaf = key.split(".")
+        if leaf == "weight" and atoms[-1:] == ["base_layer"]:
+            return False
+        if "bias" in leaf and self.spec.bias == "all":
+            return True
+        if (
+            leaf == "bias"
+            and self.spec.bias == "lora_only"
+            and base_name(".".join(atoms)) in {s.path for s in self.sites}
+        ):
+            return True
+        return any(matches(".".join(atoms[: i + 1]), self.spec.trained_modules) for i in range(len(atoms)))
+
+
+def _names(spec: LoraSpec, site: StoredSite) -> bool:
+    """Whether the settings name a site, as :func:`lorafx.passes.match.match` finds it with the model."""
+    if "trainable_tokens_delta" in site.tensors or site.wrapper != site.path or site.depth or site.of_parameter(spec):
+        return True
+    if spec.exclude_modules is not None and matches(site.path, spec.exclude_modules):
+        return False
+    meant = spec.target_modules == ALL_LINEAR or matches(site.path, spec.target_modules)
+    return meant and spec.takes_layer(site.path)
+
+
+def _follows(site: StoredSite, other: StoredSite) -> bool:
+    """Whether a linear layer has the adapter of an embedding, of whose weight its own is the same tensor."""
+    pairs = [(site.tensors.get(n), other.tensors.get(m)) for n, m in (("lora_A", "lora_B"), ("lora_B", "lora_A"))]
+    return all(a is not None and b is not None and torch.equal(a.transpose(0, -1), b) for a, b in pairs)
 
 
 def base_name(wrapped: str) -> str:

@@ -23,6 +23,10 @@ app = typer.Typer(
 )
 _console = Console()
 _errors = Console(stderr=True)
+_Part = Annotated[
+    str | None,
+    typer.Option(help="The module that the file is of, if the model was exported as several: encoder, decoder."),
+]
 
 
 def _version(show: bool) -> None:
@@ -113,11 +117,15 @@ def merge(
     base: Annotated[Path, typer.Argument(help="The ONNX file of the model that the adapter was trained on.")],
     adapter: Annotated[Path, typer.Argument(help="Folder of an adapter: adapter_config.json and its weights.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The ONNX file to write.")],
+    part: _Part = None,
+    data_name: Annotated[
+        str | None, typer.Option(help="Keep the weights in a file of this name beside it: the one to swap.")
+    ] = None,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove the file before it gets its name.")] = True,
 ) -> None:
     """Fold an adapter into an ONNX file, without the model. Lists what it matched; refuses what is ambiguous."""
     with Parts(_errors, transient=True) as parts, parts.part("merge"):
-        result = lorafx.merge_onnx(base, adapter, out, verify=check)
+        result = lorafx.merge_onnx(base, adapter, out, part=part, data_name=data_name, verify=check)
     _console.print(str(result), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -141,10 +149,11 @@ def verify(
     merged: Annotated[Path, typer.Argument(help="The ONNX file to prove.")],
     base: Annotated[Path, typer.Option(help="The ONNX file it was made from.")],
     adapter: Annotated[Path, typer.Option(help="Folder of the adapter that was merged into it.")],
+    part: _Part = None,
 ) -> None:
     """Prove, without the model, that an ONNX file is another one with an adapter merged. Status 1: it is not."""
     with Parts(_errors, transient=True) as parts, parts.part("verify"):
-        result = lorafx.verify_onnx(merged, base, adapter)
+        result = lorafx.verify_onnx(merged, base, adapter, part=part)
     _console.print(str(result), highlight=False, markup=False, soft_wrap=True)
     if not result.passed:
         raise typer.Exit(1)

@@ -20,6 +20,7 @@ from lorafx.export.cast import file_dtype
 from lorafx.export.export import Options, Progress, Run, export_graph, export_merged
 from lorafx.export.pack import WeightFormat, check_format
 from lorafx.export.report import ExportReport
+from lorafx.export.settings import check_settings
 from lorafx.export.write import parse_size
 from lorafx.graph import CapturedModule
 from lorafx.passes.decoder import capture_decoder
@@ -79,6 +80,7 @@ def export_checkpoint(
     wanted = file_dtype(dtype)
     limit = parse_size(max_shard_size)
     check_format(weight_format)
+    check_settings(opset, external_data, data_name, max_shard_size)
     if adapter_dir is None and (base != "dequantized" or original is not None or requantize):
         raise MergeError(
             "base, original and requantize say what an adapter is folded into, and adapter_dir is None: leave them out"

@@ -17,6 +17,7 @@ from lorafx.errors import AdapterError
 from lorafx.export.cast import file_dtype
 from lorafx.export.multi import MultiReport, Naming, export_tasks
 from lorafx.export.pack import WeightFormat
+from lorafx.export.settings import check_settings
 from lorafx.export.write import parse_size
 from lorafx.graph import CapturedModule, share
 from lorafx.ir import adapters as adapters_of
@@ -74,6 +75,7 @@ def export_multi(
     """
     stage(gm)  # refuses what is no graph of lorafx's
     wanted, limit = file_dtype(dtype), parse_size(max_shard_size)
+    check_settings(opset, external_data, max_shard_size=max_shard_size)
     there = adapters_of(gm)
     given: dict[str, str | os.PathLike[str]] = {n: n for n in there} if adapters is None else dict(adapters)
     work = share(gm)

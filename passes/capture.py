@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import keyword
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,10 +67,11 @@ def capture(
         eval_only: capture eval mode alone: a graph that is the same in both modes, and nothing to train.
 
     Raises:
-        CaptureError: the model cannot be traced, with the line of its code and what to do; or its
-            modes cannot be reconciled.
+        CaptureError: the model cannot be traced, with the line of its code and what to do; its modes cannot be
+            reconciled; or a module or tensor has a name that no graph can have.
         QuantizationError: the state of a layer of bitsandbytes is damaged.
     """
+    _refuse_keywords(model)
     model = with_packed_layers(model)
     with capture_config(model), _unchanged(model):
         gm = _captured(model, example_inputs, dynamic_shapes, eval_only)
@@ -78,6 +80,22 @@ def capture(
         gm.get_submodule(name).training = module.training
     gm.get_submodule(ROOT_MODE).training = model.training
     return gm
+
+
+def _refuse_keywords(model: nn.Module) -> None:
+    """Refuse what is called by a keyword of Python, as keys of an ``nn.ModuleDict`` may be.
+
+    The code that torch.fx writes for a graph, torch.export's too, reads tensors by their paths, and quotes only what is
+    no identifier: ``self.heads.class.weight``.
+    """
+    paths = [n for named in (model.named_modules(), model.named_parameters(), model.named_buffers()) for n, _ in named]
+    for path in paths:
+        found = next((name for name in path.split(".") if keyword.iskeyword(name)), None)
+        if found is not None:
+            raise CaptureError(
+                f"'{path}' cannot be captured: '{found}' is a keyword of Python, and neither torch.export nor torch.fx "
+                f"can write a graph that reads it. Give it another name in the model ('{found}_') and its checkpoint"
+            )
 
 
 def _captured(

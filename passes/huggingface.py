@@ -92,7 +92,10 @@ def output_layers(model: nn.Module) -> tuple[str, ...]:
 def input_embedding(model: nn.Module) -> str | None:
     """Path of a Hugging Face model's embedding of its input tokens; None where it has none."""
     find = getattr(model, "get_input_embeddings", None) if is_hf(model) else None
-    embedding = find() if callable(find) else None
+    try:
+        embedding = find() if callable(find) else None
+    except (NotImplementedError, AttributeError):  # as transformers says that there is none, or not one alone
+        return None
     return next((n for n, m in model.named_modules() if m is embedding), None)
 
 

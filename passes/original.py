@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,7 +48,8 @@ def _bare(module: nn.Module) -> nn.Module:
 
     def visit(source: nn.Module) -> nn.Module:
         if id(source) not in copies:
-            target = copies[id(source)] = copy.copy(source)
+            target = copies[id(source)] = object.__new__(type(source))
+            vars(target).update(vars(source))  # copy.copy refuses parametrized modules
             for store in _STORES:
                 setattr(target, store, dict.fromkeys(getattr(source, store)))
             target._modules = {n: None if c is None else visit(c) for n, c in source._modules.items()}

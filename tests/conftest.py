@@ -123,6 +123,16 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def both(gm: nn.Module, model: nn.Module, call: Callable[[nn.Module], Any]) -> tuple[Any, Any]:
+    """What a call gives on each from the same random state, which must also be left the same."""
+    torch.manual_seed(7)
+    actual, after = call(gm), torch.get_rng_state()
+    torch.manual_seed(7)
+    expected = call(model)
+    assert torch.equal(after, torch.get_rng_state()), "the graph draws other random numbers than the model"
+    return actual, expected
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two nests of values are of the same classes and hold equal (bit for bit) values."""
     if isinstance(a, Tensor):

@@ -9,11 +9,16 @@ from typing import Any
 
 import numpy as np
 import onnx
+import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from torch import Tensor
 
+import lorafx
+
+#: Modules of the files here.
+LAYERS = ("encoder.0.proj", "encoder.1.proj", "encoder.2.proj")
 ONNX_DTYPES = {
     torch.float64: TensorProto.DOUBLE,
     torch.float32: TensorProto.FLOAT,
@@ -74,7 +79,8 @@ def chain(
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], r: int = 2, alpha: float = 4, **config: Any) -> Path:
     """An adapter in PEFT's format; keys are without the prefix."""
     folder.mkdir(exist_ok=True)
-    settings = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": ["any"], **config}
+    modules = sorted({key.partition(".lora_")[0] for key in tensors if ".lora_" in key}) or ["any"]
+    settings = {"peft_type": "LORA", "r": r, "lora_alpha": alpha, "target_modules": modules, **config}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     prefixed = {f"base_model.model.{key}": tensor.contiguous() for key, tensor in tensors.items()}
     save_file(prefixed, folder / "adapter_model.safetensors")
@@ -107,3 +113,22 @@ def weights(path: Path) -> dict[str, Tensor]:
         else:
             found[tensor.name] = torch.from_numpy(array.copy())
     return found
+
+
+def merged(tmp_path: Path, model: onnx.ModelProto, tensors: dict[str, Tensor], **config: Any) -> dict[str, Tensor]:
+    """The weights of the file that an adapter was merged into."""
+    tmp_path.mkdir(exist_ok=True)
+    base = save(model, tmp_path / "base.onnx")
+    adapter = save_adapter(tmp_path / "adapter", tensors, **config)
+    lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx")
+    return weights(tmp_path / "merged.onnx")
+
+
+def refused(tmp_path: Path, model: onnx.ModelProto, tensors: dict[str, Tensor], message: str, **config: Any) -> None:
+    """Hold a merge to an error, which leaves the folder as it was."""
+    base = save(model, tmp_path / "base.onnx")
+    adapter = save_adapter(tmp_path / "adapter", tensors, **config)
+    there = sorted(p.name for p in tmp_path.iterdir())
+    with pytest.raises(lorafx.LorafxError, match=message):
+        lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == there

@@ -108,6 +108,22 @@ def test_merge_and_verify_an_onnx_file(here: Path) -> None:
     assert "NOT PROVED: initializer '0.weight" in shown
 
 
+def test_merge_swaps_one_file_of_weights(here: Path) -> None:
+    """A base and what is merged into it differ in the file of weights alone."""
+    folder = adapter(here / "mine")
+    model, _ = find_model("my_models:build")
+    for name in ("base", "tuned"):
+        (here / name).mkdir()
+    gm = lorafx.apply(model, lorafx.LoraSpec(r=2), (torch.ones(2, 6),))
+    lorafx.export_base(gm, here / "base" / "model.onnx", data_name="weights.data")
+    code, _ = run("merge", "base/model.onnx", str(folder), "-o", "tuned/model.onnx", "--data-name", "weights.data")
+    assert code == 0
+    files = {p.name: p.read_bytes() for p in (here / "base").iterdir()}
+    tuned = {p.name: p.read_bytes() for p in (here / "tuned").iterdir()}
+    assert files.keys() == tuned.keys() == {"model.onnx", "weights.data"}
+    assert [name for name in files if files[name] != tuned[name]] == ["weights.data"]
+
+
 def adapter(path: Path, variant: str = "lora") -> Path:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import shutil
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 import lorafx
 from conftest import Zoo, leaves
 from lorafx import AdapterSession, LoraSpec
-from lorafx.errors import AdapterError, ExportError, LorafxError, MergeError, ParityError
+from lorafx.errors import AdapterError, ExportError, InputError, LorafxError, MergeError, ParityError
 from lorafx.export import multi
-from lorafx.export.adapter_inputs import GAIN, A, B, genai_name
+from lorafx.export.adapter_inputs import GAIN, WHOLE, A, B, genai_name
 from lorafx.export.multi import MultiReport, write_adapter
 from lorafx.export.parity import TOLERANCES, difference
 from lorafx.export.runtime import load_adapter_file
@@ -209,6 +210,7 @@ def test_names_of_genai(tmp_path: Path, zoo: Zoo) -> None:
         ("model.layers.0.mlp.fc1", B),
         ("model.layers.0.self_attn.q_proj", GAIN),
         ("lm_head", A),
+        ("model.layers.0.input_layernorm.weight", WHOLE),
     ],
 )
 def test_what_genai_has_no_name_for(site: str, role: str) -> None:
@@ -356,6 +358,36 @@ def test_files_that_are_none(tmp_path: Path, exported: tuple[Path, MultiReport])
         session.add("new", tmp_path / "gone.onnx_adapter")
     with pytest.raises(ExportError, match="cannot load"):
         AdapterSession(tmp_path / "new.onnx_adapter")
+
+
+def test_a_damaged_file_beside_is_an_error_when_it_is_asked_for(
+    tmp_path: Path, exported: tuple[Path, MultiReport]
+) -> None:
+    shutil.copytree(exported[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "torn.onnx_adapter").write_bytes((tmp_path / "small.onnx_adapter").read_bytes()[:40])
+    session = AdapterSession(tmp_path / "model.onnx")
+    assert "torn" not in session.adapters
+    session.run({"ids": IDS.numpy()}, "small")
+    with pytest.raises(AdapterError, match=r"torn\.onnx_adapter is no adapter of ONNX Runtime's, or damaged"):
+        session.run({"ids": IDS.numpy()}, "torn")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({}, r"input 'ids' is to be a numpy array, tensor\(int64\) of shape \[.*\], and is missing"),
+        ({"ids": IDS}, r"'ids' .* and is a torch\.Tensor: give its \.numpy\(\)"),
+        ({"ids": IDS.tolist()}, r"'ids' .* and is a builtins\.list$"),
+        ({"ids": IDS.int().numpy()}, r"'ids' .* and is tensor\(int32\) of shape"),
+        ({"ids": IDS[0].numpy()}, r"'ids' .* and is tensor\(int64\) of shape"),
+        ({"ids": IDS.numpy(), "idx": IDS.numpy()}, "the model has no input 'idx'.* it takes \\['ids'\\]"),
+    ],
+)
+def test_inputs_that_the_model_does_not_take_are_named(
+    inputs: dict[str, Any], message: str, exported: tuple[Path, MultiReport]
+) -> None:
+    with pytest.raises(InputError, match=message):
+        AdapterSession(exported[0] / "model.onnx").run(inputs, "small")
 
 
 # Files, and what leaves them as they are.

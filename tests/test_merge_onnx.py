@@ -7,7 +7,7 @@ import dataclasses
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,11 @@ import lorafx
 from conftest import randomize
 from lorafx.export.diff import graph_difference
 from lorafx.export.onnx_file import read_onnx
-from onnx_files import chain, delta, lora, make_model, save, save_adapter, weights
+from onnx_files import LAYERS, chain, delta, lora, refused, save, save_adapter, weights
 from tolerances import assert_close
 from zoo import FAMILIES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # exporters' and PEFT's; lorafx's own are tested elsewhere
-
-LAYERS = ("encoder.0.proj", "encoder.1.proj", "encoder.2.proj")
 
 
 def run_onnx(path: Path, inputs: dict[str, Tensor]) -> Tensor:
@@ -172,7 +170,7 @@ def test_a_file_with_fused_operators(trained: Callable[[str], Trained], optimize
     with torch.no_grad():
         expected = Logits(model)(**found.inputs)
     assert_close("model", run_onnx(tmp_path / "merged.onnx", found.inputs), expected)
-    with pytest.raises(lorafx.AdapterError, match=r"no weight of .*query'.*Attention .* as one matrix\. Merge into"):
+    with pytest.raises(lorafx.AdapterError, match=r"no weight of .*query'.*Attention .* are one matrix: merge into"):
         lorafx.merge_onnx(optimized, found.adapter, tmp_path / "other.onnx")
 
 
@@ -280,235 +278,6 @@ def test_merging_into_our_export_gives_the_bits_of_merge_and_export(
     assert len(report.tensors) == len(lorafx.sites(gm)) + {"lora_bias": 2, "whole": 6}.get(kind, 0)
 
 
-# Which initializer is which layer.
-
-
-def merged(tmp_path: Path, model: onnx.ModelProto, tensors: dict[str, Tensor], **config: Any) -> dict[str, Tensor]:
-    tmp_path.mkdir(exist_ok=True)
-    base = save(model, tmp_path / "base.onnx")
-    adapter = save_adapter(tmp_path / "adapter", tensors, **config)
-    lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx")
-    return weights(tmp_path / "merged.onnx")
-
-
-def refused(tmp_path: Path, model: onnx.ModelProto, tensors: dict[str, Tensor], message: str, **config: Any) -> None:
-    base = save(model, tmp_path / "base.onnx")
-    adapter = save_adapter(tmp_path / "adapter", tensors, **config)
-    there = sorted(p.name for p in tmp_path.iterdir())
-    with pytest.raises(lorafx.LorafxError, match=message):
-        lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx")
-    assert sorted(p.name for p in tmp_path.iterdir()) == there
-
-
-def layer(op: str, name: str = "/a/b/Op", **attributes: Any) -> onnx.ModelProto:
-    """One square layer of module ``a.b``, read as the operator reads it."""
-    weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(3))
-    reader = "a.b.weight"
-    nodes = []
-    if op == "Transpose, MatMul":
-        nodes.append(helper.make_node("Transpose", [reader], ["t"], name="/a/b/Transpose", perm=[1, 0]))
-        reader, op = "t", "MatMul"
-    if op == "Cast, MatMul":
-        nodes.append(helper.make_node("Cast", [reader], ["c"], name="/a/b/Cast", to=TensorProto.FLOAT))
-        reader, op = "c", "MatMul"
-    first = (reader, "x") if op == "Gemm, first" else ("x", reader)
-    nodes.append(helper.make_node(op.removesuffix(", first"), first, ["y"], name=name, **attributes))
-    return make_model(nodes, {"a.b.weight": weight}, 6)
-
-
-@pytest.mark.parametrize(
-    ("op", "attributes", "swapped"),
-    [
-        ("MatMul", {}, True),
-        ("Gemm", {}, True),
-        ("Gemm", {"transB": 1}, False),
-        ("Gemm, first", {}, False),
-        ("Gemm, first", {"transA": 1}, True),
-        ("Transpose, MatMul", {}, False),
-        ("Cast, MatMul", {}, True),
-    ],
-)
-def test_how_a_square_weight_is_stored_is_told_by_its_reader(
-    tmp_path: Path, op: str, attributes: dict[str, int], swapped: bool
-) -> None:
-    model, tensors = layer(op, **attributes), lora(["a.b"])
-    save(model, tmp_path / "base.onnx")
-    before = weights(tmp_path / "base.onnx")["a.b.weight"].double()
-    change = delta(tensors, "a.b")
-    after = merged(tmp_path, model, tensors)["a.b.weight"]
-    assert torch.equal(after, (before + (change.mT if swapped else change)).float())
-
-
-@pytest.mark.parametrize("named", ["name", "scope", "nothing"])
-def test_layers_are_found_by_name_scope_or_order(tmp_path: Path, named: str) -> None:
-    model = chain([f"layers.{i}.proj" for i in range(11)], named=named)
-    paths = [f"layers.{i}.proj" for i in range(11)]  # as text, 10 comes before 2
-    tensors = lora(paths)
-    before = weights(save(model, tmp_path / "base.onnx"))
-    after = merged(tmp_path, model, tensors)
-    for index, (name, old) in enumerate(before.items()):
-        assert torch.equal(after[name], (old.double() + delta(tensors, paths[index]).mT).float())
-
-
-@pytest.mark.parametrize(
-    ("inside", "paths"),
-    [("outer.", LAYERS), ("", tuple(f"model.{p}" for p in LAYERS)), ("", LAYERS)],
-    ids=["a wrapper", "a part", "the same"],
-)
-@pytest.mark.parametrize("named", ["name", "scope"])
-def test_the_exported_module_may_hold_the_adapted_one_or_be_a_part_of_it(
-    tmp_path: Path, inside: str, paths: Sequence[str], named: str
-) -> None:
-    model, tensors = chain([f"{inside}{p}" for p in LAYERS], named=named), lora(paths)
-    before = weights(save(model, tmp_path / "base.onnx"))
-    after = merged(tmp_path, model, tensors)
-    for path, (name, old) in zip(paths, before.items(), strict=True):
-        assert torch.equal(after[name], (old.double() + delta(tensors, path).mT).float())
-
-
-def test_two_places_for_the_same_modules_are_refused(tmp_path: Path) -> None:
-    model = chain([f"{side}.{p}" for side in ("left", "right") for p in LAYERS])
-    refused(tmp_path, model, lora(LAYERS), r"several places \(left\., right\.\)")
-
-
-@pytest.mark.parametrize(
-    ("paths", "message"),
-    [
-        (["l.0.q", "l.1.q"], "3 nameless weights of its shape .*w0, w1, w2.* for 2 layers"),
-        (["l.0.q", "l.0.v", "l.1.q"], r"for 3 layers of the adapter \(l\.#\.q, l\.#\.v\)"),
-    ],
-    ids=["too few", "two kinds"],
-)
-def test_what_order_alone_cannot_tell_is_refused(tmp_path: Path, paths: list[str], message: str) -> None:
-    refused(tmp_path, chain(LAYERS, named="nothing"), lora(paths), message)
-
-
-@pytest.mark.parametrize("named", ["name", "scope"])
-def test_an_adapter_for_other_layers_is_refused(tmp_path: Path, named: str) -> None:
-    tensors = lora(["encoder.3.proj", *LAYERS[:2]])
-    refused(tmp_path, chain(LAYERS, named=named), tensors, r"no weight of 'encoder\.3\.proj' \(did you mean")
-    # Not even where as many of the same shape are there: the graph says that they are others.
-    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
-    others = lora([p.replace("encoder", "decoder") for p in LAYERS])
-    refused(tmp_path, chain(LAYERS, named=named), others, "the graph has no weight of 'decoder")
-
-
-def test_a_shared_weight_is_refused_unless_one_layer_reads_it_several_times(tmp_path: Path) -> None:
-    model = chain(LAYERS[:2], named="scope")
-    model.graph.node[1].input[1] = "w0"
-    refused(tmp_path, model, lora(LAYERS[:1]), "initializer 'w0' is shared: .*encoder.0.proj.*encoder.1.proj")
-    model.graph.node[1].name = "/encoder/0/proj/MatMul_1"
-    merged(tmp_path, model, lora(LAYERS[:1]))
-
-
-def tied(tensors: dict[str, Tensor]) -> onnx.ModelProto:
-    """An embedding and a head with one initializer, and an index of the embedding's rows."""
-    nodes = [
-        helper.make_node("Cast", ["x"], ["i"], name="/Cast", to=TensorProto.INT64),
-        helper.make_node("Gather", ["embed.weight", "i"], ["e"], name="/embed/Gather", axis=0),
-        # As optimum ties again what its exporter stored twice.
-        helper.make_node("Transpose", ["embed.weight"], ["embed.weight_transposed"], name="Transpose_5"),
-        helper.make_node("MatMul", ["e", "embed.weight_transposed"], ["y"], name="/head/MatMul"),
-    ]
-    return make_model(nodes, tensors, 4)
-
-
-def test_tied_weights_change_only_where_the_adapter_means_every_use(tmp_path: Path) -> None:
-    weight, a, b = torch.randn(9, 6), torch.randn(2, 9), torch.randn(6, 2)
-    embedding = {"embed.lora_embedding_A": a, "embed.lora_embedding_B": b}
-    refused(tmp_path, tied({"embed.weight": weight}), embedding, "'embed.weight' is shared")
-    head = {"head.lora_A.weight": b.mT, "head.lora_B.weight": a.mT}
-    after = merged(tmp_path, tied({"embed.weight": weight}), embedding | head, ensure_weight_tying=True)
-    assert torch.equal(after["embed.weight"], (weight.double() + 2 * (b.double() @ a.double()).mT).float())
-    head["head.lora_B.weight"] = 2 * a.mT
-    (tmp_path / "merged.onnx").unlink()
-    refused(
-        tmp_path, tied({"embed.weight": weight}), embedding | head, "changed more than once", ensure_weight_tying=True
-    )
-
-
-def test_trained_rows_of_an_embedding(tmp_path: Path) -> None:
-    weight, rows = torch.randn(9, 6), torch.randn(2, 6)
-    tensors = {"embed.token_adapter.trainable_tokens_delta": rows}
-    settings = {"trainable_token_indices": {"embed": [7, 3]}}
-    after = merged(tmp_path, tied({"embed.weight": weight}), tensors, **settings)["embed.weight"]
-    weight[[7, 3]] = rows
-    assert torch.equal(after, weight)
-
-
-@pytest.mark.parametrize("op", ["MatMulNBits", "DequantizeLinear"])
-def test_quantized_weights_are_refused_with_advice(tmp_path: Path, op: str) -> None:
-    if op == "MatMulNBits":
-        node = helper.make_node(
-            op, ["x", "a.b.weight_Q4", "s"], ["y"], "/a/b/MatMul_Q4", domain="com.microsoft", K=6, N=6
-        )
-        model = make_model([node], {"a.b.weight_Q4": torch.zeros(6, 1, 16), "s": torch.ones(6)}, 6)
-    else:
-        nodes = [
-            helper.make_node(op, ["a.b.weight", "s"], ["w"], name="/a/b/DequantizeLinear"),
-            helper.make_node("MatMul", ["x", "w"], ["y"], name="/a/b/MatMul"),
-        ]
-        model = make_model(nodes, {"s": torch.ones(())}, 6)
-        model.graph.initializer.append(helper.make_tensor("a.b.weight", TensorProto.INT8, [6, 6], [1] * 36))
-    refused(tmp_path, model, lora(["a.b"]), f"quantized \\({op} .*quantize the result")
-
-
-def test_weights_that_branches_of_the_graph_read(tmp_path: Path) -> None:
-    """As in the merged decoders that optimum makes: both branches call the same layer."""
-    branches = {}
-    for name in ("then", "else"):
-        node = helper.make_node("MatMul", ["x", "a.b.weight"], [f"{name}_y"], name="/a/b/MatMul")
-        out = helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, None)
-        branches[f"{name}_branch"] = helper.make_graph([node], name, [], [out])
-    nodes = [
-        helper.make_node("ReduceMax", ["x"], ["m"], name="m", keepdims=0),
-        helper.make_node("Cast", ["m"], ["c"], name="c", to=TensorProto.BOOL),
-        helper.make_node("If", ["c"], ["y"], name="if", **branches),
-    ]
-    weight, tensors = torch.randn(6, 6), lora(["a.b"])
-    after = merged(tmp_path, make_model(nodes, {"a.b.weight": weight}, 6), tensors)
-    assert torch.equal(after["a.b.weight"], (weight.double() + delta(tensors, "a.b").mT).float())
-
-
-GENAI = ("attn.q_proj", "attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
-
-
-def genai(packed: bool = False, seed: int = 2) -> tuple[onnx.ModelProto, dict[str, Tensor]]:
-    """As onnxruntime-genai's model builder names nodes and weights, and stores them: ``[in, out]``."""
-    generator = torch.Generator().manual_seed(seed)
-    nodes, tensors, last = [], {}, "x"
-    names = ("attn.qkv_proj", *GENAI[1:]) if packed else GENAI
-    for place in (*(f"/model/layers.0/{n.replace('.', '/')}" for n in names), "/lm_head"):
-        weight = f"{place[1:].replace('/', '.')}.MatMul.weight"
-        tensors[weight] = torch.randn(6, 6, generator=generator)
-        nodes.append(helper.make_node("MatMul", [last, weight], [f"{place}/MatMul/output_0"], f"{place}/MatMul"))
-        last = nodes[-1].output[0]
-    bias = "model.layers.0.attn.q_proj.Add.bias"
-    tensors[bias] = torch.randn(6, generator=generator)
-    first = nodes[0].output[0]
-    nodes.insert(1, helper.make_node("Add", [first, bias], ["biased"], "/model/layers.0/attn/q_proj/Add"))
-    nodes[2].input[0] = "biased"
-    return make_model(nodes, tensors, 6), tensors
-
-
-def test_the_layout_of_onnxruntime_genais_model_builder(tmp_path: Path) -> None:
-    model, before = genai()
-    paths = [f"model.layers.0.{'self_' if n.startswith('attn') else ''}{n}" for n in GENAI]
-    head, shift = torch.randn(6, 6), torch.randn(6)
-    tensors = lora(paths) | {"lm_head.weight": head}
-    after = merged(tmp_path, model, tensors, modules_to_save=["lm_head"])
-    for name, path in zip(GENAI, paths, strict=True):
-        weight = f"model.layers.0.{name}.MatMul.weight"
-        assert torch.equal(after[weight], (before[weight].double() + delta(tensors, path).mT).float())
-    assert torch.equal(after["lm_head.MatMul.weight"], head.mT)
-    tensors = lora(paths[:1]) | {f"{paths[0]}.lora_B.bias": shift}
-    bias = merged(tmp_path / "bias", model, tensors, lora_bias=True)["model.layers.0.attn.q_proj.Add.bias"]
-    assert torch.equal(bias, (before["model.layers.0.attn.q_proj.Add.bias"].double() + 2 * shift.double()).float())
-    (tmp_path / "packed").mkdir()
-    message = r"no weight of 'model\.layers\.0\.self_attn\.q_proj'.*layers\.0\.attn\.qkv_proj' has .* as one matrix"
-    refused(tmp_path / "packed", genai(packed=True)[0], lora(paths), message)
-
-
 # What does not fit.
 
 
@@ -542,6 +311,49 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, T
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
     refused(tmp_path, chain(LAYERS), lora(LAYERS), message, **config)
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({"target_modules": ["0.proj", "2.proj"]}, True),
+        ({"target_modules": r".*\.[02]\.proj"}, True),
+        ({"exclude_modules": ["1.proj"]}, True),
+        ({"target_modules": ["proj"], "layers_to_transform": [0, 2], "layers_pattern": "encoder"}, True),
+        ({"target_modules": "all-linear"}, False),
+    ],
+)
+def test_what_the_settings_do_not_name_is_refused(config: dict[str, Any], names: bool, tmp_path: Path) -> None:
+    """As lorafx.load_adapter does; PEFT leaves it out without a word. A proof holds to the same."""
+    base = save(chain(LAYERS), tmp_path / "base.onnx")
+    merged = tmp_path / "merged.onnx"
+    lorafx.merge_onnx(base, save_adapter(tmp_path / "all", lora(LAYERS)), merged)
+    adapter = save_adapter(tmp_path / "adapter", lora(LAYERS), **config)
+    if not names:
+        assert lorafx.verify_onnx(merged, base, adapter).passed
+        return
+    message = "not of this graph's adapter: site 'encoder.1.proj', which adapter_config.json does not name"
+    with pytest.raises(lorafx.AdapterError, match=message):
+        lorafx.verify_onnx(merged, base, adapter)
+    with pytest.raises(lorafx.AdapterError, match=message) as refusal:
+        lorafx.merge_onnx(base, adapter, tmp_path / "other.onnx")
+    assert str(refusal.value).count("not of this") == 1
+    assert not (tmp_path / "other.onnx").exists()
+
+
+def test_a_whole_tensor_that_the_settings_do_not_name_is_the_bases(tmp_path: Path) -> None:
+    base = save(chain(LAYERS), tmp_path / "base.onnx")
+    kept = weights(base)["encoder.2.proj.weight.T"].mT
+    whole: dict[str, Any] = {"modules_to_save": ["2.proj"]}
+    for extra, config, passes in ((kept, {}, True), (kept + 1, whole, True), (kept + 1, {}, False)):
+        tensors = lora(LAYERS[:2]) | {"encoder.2.proj.weight": extra}
+        adapter = save_adapter(tmp_path / "adapter", tensors, **config)
+        if passes:
+            lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx")
+            assert torch.equal(weights(tmp_path / "merged.onnx")["encoder.2.proj.weight.T"].mT, extra)
+        else:
+            with pytest.raises(lorafx.AdapterError, match=r"or adapter_config\.json does not name what it trains"):
+                lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx")
 
 
 def test_the_base_is_never_overwritten(tmp_path: Path) -> None:
