@@ -26,12 +26,10 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import checkpoint
 
 from lorafx.errors import PassError
+from lorafx.memory import memory_of, written
 
 #: A layer is what a dotted path names up to its first number: ``model.layers.3`` of ``model.layers.3.mlp``.
 _LAYER = re.compile(r"(?:[^.]+\.)*?\d+(?=\.|$)")
-
-#: Operators that write running statistics, though their schemas don't say so.
-_UPDATE_STATISTICS = frozenset({torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default})
 
 
 @dataclass(frozen=True)
@@ -127,19 +125,14 @@ def _runs(graph: Graph, scopes: Mapping[Node, str], fixed: frozenset[Node]) -> S
 
 def _may_run_twice(nodes: Sequence[Node]) -> bool:
     """Whether a second run changes nothing: whatever the nodes write in place, they have made themselves."""
-    own: set[Any] = set()
+    own: set[Node] = set()
     for node in nodes:
-        aliased: Sequence[Any] = node.all_input_nodes
-        if isinstance(node.target, OpOverload) and node.target not in _UPDATE_STATISTICS:
-            arguments = node.target._schema.arguments
-            given = dict(zip((a.name for a in arguments), node.args, strict=False)) | node.kwargs
-            aliased = [given.get(a.name) for a in arguments if a.alias_info is not None]
-            written = [given.get(a.name) for a in arguments if a.is_write]
-            if not all(isinstance(w, Node) and w in own for w in written):
-                return False
-        elif getattr(node.target, "__module__", "") != "_operator":  # sizes, and one of several results
+        # what is no operator is a size or one of several results; or the trace is symbolic, and calls modules
+        if not isinstance(node.target, OpOverload) and getattr(node.target, "__module__", "") != "_operator":
             return False
-        if all(isinstance(a, Node) and a in own for a in aliased):
+        if not own.issuperset(written(node)):
+            return False
+        if own.issuperset(memory_of(node)):
             own.add(node)
     return True
 

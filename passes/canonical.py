@@ -4,6 +4,7 @@ _assert_tensor_metadata(x, dtype=float32)       ->  (gone: it would refuse autoc
 wrap_with_set_grad_enabled(False, sub, x)       ->  sub's nodes inline, outputs detached   # and autocast: regions.py
 sym_size(labels, 1)                             ->  sym_size(input_ids, 1)   # the same symbol
 linear(x, <embed.weight>)  # called by lm_head  ->  linear(x, <lm_head.weight>)   # its own alias
+matmul(x, numpy_T(<q.weight>))  # the code of q ->  linear(x, <q.weight>)   # where q is an nn.Linear
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from lorafx.graph import annotate, named_tensors, notes
+from lorafx.memory import written
 from lorafx.passes.frontends import Trace
 from lorafx.passes.regions import inline_regions
 
@@ -28,6 +30,7 @@ def canonicalize(trace: Trace, model: nn.Module, last_inputs: frozenset[str] = f
     _name_modules_once(graph, model)
     share_sizes(graph, last_inputs)
     _name_weights_by_use(graph, model)
+    _call_linear_layers(graph, model)
     for node in reversed(list(graph.nodes)):
         drop = node.op == "get_attr" or (node.op == "call_function" and not _matters(node))
         if drop and not node.users:
@@ -36,7 +39,7 @@ def canonicalize(trace: Trace, model: nn.Module, last_inputs: frozenset[str] = f
 
 def _matters(node: Node) -> bool:
     """Whether a node without users must stay: it writes, checks, or draws random numbers."""
-    if node.is_impure():
+    if node.is_impure() or written(node):
         return True
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded in tags
@@ -87,3 +90,20 @@ def _name_weights_by_use(graph: Graph, model: nn.Module) -> None:
                     made[alias] = graph.create_node("get_attr", alias)
                 made[alias].meta = dict(node.meta)
             user.replace_input_with(node, made[alias])
+
+
+def _call_linear_layers(graph: Graph, model: nn.Module) -> None:
+    """Write the product of a subclass of ``nn.Linear`` that multiplies itself, as Falcon's does, as other ones'.
+
+    A bias that its code adds stays an addition.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.matmul.default):
+        x, factor = node.args
+        if not isinstance(factor, Node) or factor.target is not aten.numpy_T.default:
+            continue
+        (weight,) = factor.all_input_nodes
+        path, _, name = str(weight.target).rpartition(".")
+        if weight.op != "get_attr" or name != "weight" or path != notes(node).get("scope"):
+            continue
+        if isinstance(model.get_submodule(path), nn.Linear):
+            node.target, node.args = aten.linear.default, (x, weight)

@@ -25,7 +25,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
 from lorafx.errors import CaptureError, FixedDimensionWarning
-from lorafx.graph import ROOT_MODE, CapturedModule, Scope, mark_own
+from lorafx.graph import ROOT_MODE, CapturedModule, Scope, get_path, mark_own, named_tensors
 from lorafx.passes import optional
 from lorafx.passes.bitsandbytes import settle_dtypes, with_packed_layers
 from lorafx.passes.canonical import canonicalize
@@ -194,15 +194,19 @@ def _build(model: nn.Module, trace: Trace, signature: Signature, example: dict[s
     graph = trace.graph
     called = {str(n.target) for n in graph.nodes if n.op == "call_module"}
     root = mirror(model, called)
-    for node in graph.nodes:
-        if node.op in ("get_attr", "call_module") and "." not in str(node.target):
-            name = str(node.target)
-            value = getattr(trace.holder, name, None)
-            if isinstance(value, nn.Module) and name not in root._modules:
-                root.add_module(name, value)
-            elif isinstance(value, Tensor) and name not in root._buffers and name not in root._parameters:
-                root.register_buffer(name, value.detach().clone(), persistent=False)
     root.add_module(ROOT_MODE, Scope())
+    known = {name for name, _ in (*named_tensors(root), *root.named_modules(remove_duplicate=False))}
+    for node in graph.nodes:
+        path = str(node.target)
+        if node.op not in ("get_attr", "call_module") or path in known:
+            continue
+        known.add(path)
+        value = get_path(trace.holder, path)
+        if isinstance(value, nn.Module):
+            root.add_module(path, value)
+        elif isinstance(value, Tensor):  # a constant: torch.export puts it below the module whose code makes it
+            parent, _, name = path.rpartition(".")
+            get_path(root, parent).register_buffer(name, value.detach().clone(), persistent=False)
     graph.set_codegen(SignatureCodeGen(signature))
     gm = CapturedModule(root, graph, type(model).__name__)
     gm.meta["example"] = example

@@ -19,9 +19,9 @@ from torch.fx import Graph, Node
 
 from lorafx.checkpointing import layer_of
 from lorafx.graph import by_mode, notes
+from lorafx.memory import memory_of, written
 from lorafx.ops import ADAPTED, ADAPTER_ARGUMENTS, LAYERS
 from lorafx.passes.layers import arguments_of, find_operands
-from lorafx.passes.views import memory_of, written
 from lorafx.variants import VARIANTS
 
 #: The kinds that are a product with a matrix.
@@ -58,6 +58,15 @@ class Member:
         place = LAYERS[self.kind].bias
         return None if place is None else self.arguments[place]
 
+    @property
+    def is_copied(self) -> bool:
+        """Whether it hands on a copy: the gradient of a gain reads the result again, which somebody may have changed.
+
+        Whoever called the graph may as well: ``gm(x).div_(temperature)``. A copy costs less than another product.
+        """
+        scales = self.adapters is not None and any(VARIANTS[v].scales_rows for v in self.adapters[1])
+        return scales and _may_change(self.node)
+
 
 def find_groups(graph: Graph) -> list[list[Member]]:
     """The groups of a graph with adapted calls, in order; each has at least one call with adapters.
@@ -68,7 +77,7 @@ def find_groups(graph: Graph) -> list[list[Member]]:
     groups: list[list[Member]] = []
     current: dict[tuple[Node, str], list[Member]] = {}
     for node in graph.nodes:
-        if _writes(node):
+        if written(node):
             current = {}
         elif (member := _member(node)) is not None:
             key = (member.x, layer_of(notes(node).get("scope", "")))
@@ -100,8 +109,6 @@ def why_left(node: Node) -> str | None:
     adapters: tuple[Any, ...] = node.args[-ADAPTER_ARGUMENTS:]
     if adapters[-1] is not None:
         return "each row of a batch goes through its own adapter"
-    if any(VARIANTS[v].scales_rows for v in adapters[1]) and _is_written(node):
-        return f"%{node.name} is written to in place, and the gradient of its magnitudes would read it again"
     if (operand := _computed_operand(node, node.args[LAYERS[kind].x])) is not None:
         return f"its operand %{operand.name} is computed from the inputs"
     return None
@@ -116,7 +123,7 @@ def is_fixed(node: Node) -> bool:
     """Whether a node depends on no input: a tensor of the graph's, a mode, or something made of these alone."""
     if node.op == "get_attr":
         return True
-    pure = node.target is by_mode or (isinstance(node.target, OpOverload) and not node.target._schema.is_mutable)
+    pure = node.target is by_mode or (isinstance(node.target, OpOverload) and not written(node))
     return node.op == "call_function" and pure and all(map(is_fixed, node.all_input_nodes))
 
 
@@ -128,10 +135,15 @@ def fixed_inputs(node: Node) -> Iterator[Node]:
             yield source
 
 
-def _is_written(node: Node) -> bool:
-    """Whether something writes into a result, which the gradient of a gain reads again."""
-    return any(node in written(user) or (memory_of(user) is node and _is_written(user)) for user in node.users)
-
-
-def _writes(node: Node) -> bool:
-    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+def _may_change(node: Node) -> bool:
+    """Whether something may write to a result, in the graph or outside."""
+    found, pending = {node}, [node]  # what lies in its memory
+    while pending:
+        value = pending.pop()
+        for user in value.users:
+            if user.op == "output" or value in written(user):
+                return True
+            if user not in found and value in memory_of(user):
+                found.add(user)
+                pending.append(user)
+    return False

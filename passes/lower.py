@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
@@ -35,6 +36,8 @@ from lorafx.ops import STORAGE, updates
 from lorafx.passes.activation import find_activation
 from lorafx.passes.group import Member, find_groups, fixed_inputs
 from lorafx.passes.recompute import Kept, trained_nodes
+
+aten = torch.ops.aten
 
 #: What calls a site where nothing else does.
 REFERENCE = "reference"
@@ -62,6 +65,7 @@ class Lowering:
         if self.backend == REFERENCE or not find_groups(graph):
             return graph
         derived = copy.deepcopy(graph)
+        derived.owning_module = gm  # whose modules it calls
         decisions = decide(gm, derived, self.backend)
         kept = Kept(derived, trained_nodes(gm, derived))
         for decision in decisions:
@@ -203,8 +207,12 @@ def _rewrite(graph: Graph, decision: Decision, kept: Kept) -> None:
         group = graph.call_function(grouped, tuple(Arguments(**given)))
     if scope := notes(first).get("scope"):
         annotate(group, scope=scope)
-    for index, member in enumerate(members):
+    copied = [m.is_copied for m in members]
+    for index, member in reversed(list(enumerate(members))):
         node = member.node
+        group.append(node)
         node.target, node.args, node.kwargs = operator.getitem, (group, index), {}
-    for member in reversed(members):
-        group.append(member.node)
+        if copied[index]:
+            with graph.inserting_before(node):
+                result = graph.call_function(operator.getitem, (group, index))
+            node.target, node.args = aten.clone.default, (result,)

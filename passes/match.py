@@ -396,6 +396,8 @@ def warn_of_frozen_heads(gm: CapturedModule, choices: Sequence[Choice]) -> None:
 
 def _looks_untrained(weight: Tensor, bias: Tensor | None, columns: int, initializer: float) -> bool:
     """Whether values are as transformers (normal, zero bias) or nn.Linear (uniform) initialise them."""
+    if weight.numel() < 2:
+        return False  # one value has no distribution
     std = float(weight.detach().float().std())
     if abs(std - initializer) < 0.1 * initializer and (bias is None or not bool(bias.detach().any())):
         return True

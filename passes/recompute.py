@@ -16,7 +16,8 @@ from torch.fx.node import map_aggregate
 
 from lorafx.graph import CapturedModule, get_path
 from lorafx.kernels.recipe import Value, write_recipe
-from lorafx.passes.views import ALIASES, behind_views, memory_of, written
+from lorafx.memory import memory_of, written
+from lorafx.passes.views import ALIASES, behind_views
 
 aten = torch.ops.aten
 
@@ -89,12 +90,12 @@ class Kept:
             aliased = node.args[0] if node.target in ALIASES and node.args else None
             roots[node] = roots[aliased] if isinstance(aliased, Node) else node
         self._roots = roots
-        memory: dict[Node, Node] = {}
+        memory: dict[Node, frozenset[Node]] = {}
         for node in graph.nodes:
-            source = memory_of(node)
-            memory[node] = node if source is None else memory[source]
+            memory[node] = frozenset().union(*(memory[source] for source in memory_of(node))) or frozenset({node})
         self._memory = memory
-        self._written = {memory[value] for node in graph.nodes for value in written(node)}
+        changed = (memory[value] for node in graph.nodes for value in written(node))
+        self._written: frozenset[Node] = frozenset().union(*changed)
         self._kept = {
             roots[value]
             for node in grads
@@ -119,15 +120,18 @@ class Kept:
     def recipe_from(self, x: Node, sources: Sequence[Node]) -> tuple[list[Node], str]:
         """As :meth:`recipe`, from just these values."""
         given, steps = dict.fromkeys(sources), dict[Node, None]()
-        if any(self._memory[node] in self._written for node in given):
+        if any(self._is_written(node) for node in given):
             return [], ""
         return _write(given, steps) if self._collect(behind_views(x), given, steps, only=True) else ([], "")
+
+    def _is_written(self, node: Node) -> bool:
+        return not self._written.isdisjoint(self._memory[node])
 
     def _collect(self, node: Node, sources: dict[Node, None], steps: dict[Node, None], only: bool = False) -> bool:
         """Add a value to the sources, or what makes it to the steps; False if it cannot be computed again."""
         if node in sources or node in steps:
             return True
-        if self._memory[node] in self._written:
+        if self._is_written(node):
             return False  # backward would read something else
         if not only and self.keeps(node):
             sources[node] = None

@@ -614,6 +614,14 @@ def test_a_fresh_head_that_stays_frozen_is_warned_of() -> None:
     assert caught[0].filename == __file__, "the warning points elsewhere than at the call"
 
 
+def test_a_head_of_one_weight_says_nothing() -> None:
+    """It has no deviation that could be looked at, and torch's own warning of that is not the user's."""
+    model = nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lorafx.apply(model, LoraSpec(r=1, target_modules=["0"]), (X,))
+
+
 def test_a_fresh_classification_head_is_warned_of(zoo: Zoo) -> None:
     """As from_pretrained leaves it: normal with initializer_range, zero bias."""
     gm = zoo.captured(FAMILIES["bert"])
