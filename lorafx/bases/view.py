@@ -20,12 +20,12 @@ class ReadAsDense(Tensor):
 
     def dequantize(self) -> Tensor:
         """The dense tensor that it reads as."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: torch's metaclass of tensors is not ABCMeta
 
     @property
     def origin(self) -> str:
         """What it is a part of, for messages."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: torch's metaclass of tensors is not ABCMeta
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # torch's stub: a method
 
