@@ -7,7 +7,6 @@
 
 namespace {
 
-inline vec all(float v) { return vec{} + v; }
 // exp to about one unit in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; 0 below -87, inf above 88.
 inline vec exponential(vec x) {
   const vec above = x < -87.0f ? all(-87.0f) : x, clamped = above > 88.0f ? all(88.0f) : above;

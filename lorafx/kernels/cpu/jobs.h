@@ -57,11 +57,11 @@ struct Job {
   void *x = nullptr, *du = nullptr;
 };
 
-constexpr int64_t BLOCK = 64;       // rows that one thread works on together
-constexpr int64_t SPAN = 512;       // columns, likewise
-constexpr int64_t PACKED = 128;     // columns (or rows) that it packs together
-constexpr int64_t SMALL = 1 << 16;  // multiplications that are not worth a second thread
-constexpr int64_t KEPT = 1 << 26;   // bytes of scratch memory that are kept for the next call
+constexpr int64_t BLOCK = 64 / ROWS * ROWS;  // rows that one thread works on together
+constexpr int64_t SPAN = 512;                // columns, likewise
+constexpr int64_t PACKED = 128;              // columns (or rows) that it packs together
+constexpr int64_t SMALL = 1 << 16;           // multiplications that are not worth a second thread
+constexpr int64_t KEPT = 1 << 26;            // bytes of scratch memory that are kept for the next call
 
 // Memory, at a multiple of 64 bytes. New pages would cost as much as the products, so what is not too much is kept.
 struct Scratch {
@@ -176,7 +176,7 @@ inline float *own(int64_t floats) {
 
 template <typename T> void narrow(const Task<T> &task) {
   const Job &job = *task.prepared->job;
-  const int64_t chunks = (job.columns + LANES - 1) / LANES;
+  const int64_t chunks = (job.columns + WORD - 1) / WORD;
   const T *x = static_cast<const T *>(job.big);
   for (int64_t m = task.from; m < task.to; m += ROWS) {
     const int64_t rows = std::min(ROWS, task.to - m);
@@ -206,7 +206,7 @@ template <typename T> void expand(const Task<T> &task) {
   using O = OperandOf<T>;
   constexpr int64_t W = Operand<T>::width;
   const Job &job = *task.prepared->job;
-  const int64_t chunks = (job.columns + LANES - 1) / LANES;
+  const int64_t chunks = (job.columns + WORD - 1) / WORD;
   T *y = static_cast<T *>(job.big);
   const T *s = static_cast<const T *>(job.s);
   for (int64_t m = task.from; m < task.to; m += ROWS) {
@@ -232,7 +232,7 @@ template <typename T> void expand(const Task<T> &task) {
     }
     for (int64_t i = m; job.h && i < m + rows; ++i) {
       const auto row = [&](auto *p) { return p ? static_cast<const T *>(p) + i * job.columns : nullptr; };
-      ACTIVATE<T>[job.f](row(job.h), row(job.u), y + i * job.ld, const_cast<T *>(row(job.x)),
+      ACTIVATE<T>[job.f](row(job.h), row(job.u), y + i *job.ld, const_cast<T *>(row(job.x)),
                          const_cast<T *>(row(job.du)), job.columns);
     }
   }
@@ -272,7 +272,7 @@ template <typename T> void write_outer(const Prepared<T> &prepared, int64_t from
 template <typename T> void outer(const Task<T> &task) {
   constexpr int64_t W = Operand<T>::width, COUNT = STEPS * W;
   const Job &job = *task.prepared->job;
-  const int64_t chunks = (job.columns + LANES - 1) / LANES;
+  const int64_t chunks = (job.columns + WORD - 1) / WORD;
   int64_t ranks = 0;
   for (const Panel<T> &panel : task.prepared->panels) ranks += panel.packed.n;
   const int64_t size = (ranks + 2) * WIDTH, tiles = (task.to - task.from + WIDTH - 1) / WIDTH;
@@ -287,7 +287,7 @@ template <typename T> void outer(const Task<T> &task) {
       float *g = sums + i * size;
       for (const Panel<T> &panel : task.prepared->panels) {
         const uint16_t *bits = panel.adapters->bits;
-        outer_block<T>(x, job.ld, ahead, count, n, bits ? bits + m * chunks + at / LANES : nullptr, chunks,
+        outer_block<T>(x, job.ld, ahead, count, n, bits ? bits + m * chunks + at / WORD : nullptr, chunks,
                        panel.packed.row(m / W), panel.packed.n, panel.r, g);
         g += panel.packed.n * WIDTH;
       }
@@ -324,7 +324,7 @@ template <typename T> void run(const std::vector<Job> &jobs, int64_t threads) {
     const int64_t length = by_column ? job.columns : job.rows, share = (length + threads - 1) / threads;
     cut(packing, one, by_column ? job.rows : job.columns, PACKED);
     cut(working, one, length,
-        by_column ? std::clamp(round_up(share, share < WIDTH ? LANES : WIDTH), LANES, SPAN)
+        by_column ? std::clamp(round_up(share, share < WIDTH ? WORD : WIDTH), WORD, SPAN)
                   : std::clamp(round_up(share, ROWS), ROWS, BLOCK));
   }
   static void (*const DO[])(const Task<T> &) = {narrow<T>, expand<T>, outer<T>};

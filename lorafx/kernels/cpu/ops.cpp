@@ -81,7 +81,7 @@ std::vector<Tensor> forward(const Tensor &x, at::TensorList tensors, c10::List<s
   const Scaled scaled = scale(gains, lefts, counts, x);
   const int64_t drop = std::count_if(p.begin(), p.end(), [](double chance) { return chance > 0.0; });
   const Alike alike(rights, p, scales);
-  const Tensor bits = x.new_empty({drop, m, (x.size(-1) + LANES - 1) / LANES}, x.options().dtype(at::kShort));
+  const Tensor bits = x.new_empty({drop, m, (x.size(-1) + WORD - 1) / WORD}, x.options().dtype(at::kShort));
   std::vector<Adapter> adapters = masked(small, p, bits);
   for (size_t j = 0; j < adapters.size(); ++j) adapters[j].factor *= float(scales[j]);
   adapters = alike.select(std::move(adapters));

@@ -24,7 +24,7 @@ from lorafx.bases.tensor import parts
 from lorafx.ops import LIBRARY
 
 #: Elements that share one word of a mask.
-LANES = 16
+WORD = 16
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -74,7 +74,7 @@ def _sizes(tensors: Sequence[Tensor], formats: Sequence[str], layouts: Sequence[
 
 def _forward(x: Tensor, tensors: Any, formats: Any, layouts: Any, *others: Any) -> list[Tensor]:
     _, _, _, rights, _, p, *_ = others
-    rows, words = math.prod(x.shape[:-1]), (x.shape[-1] + LANES - 1) // LANES
+    rows, words = math.prod(x.shape[:-1]), (x.shape[-1] + WORD - 1) // WORD
     s = x.new_empty(rows, sum(right.shape[0] for right in rights))
     bits = x.new_empty(sum(chance > 0.0 for chance in p), rows, words, dtype=torch.int16)
     outs = [height for height, _ in _sizes(tensors, formats, layouts)]

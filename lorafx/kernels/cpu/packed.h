@@ -10,12 +10,12 @@
 
 namespace {
 
-// 16 values of a float32 each, in whatever they are rounded to.
+// Values of a float32 each, in whatever they are rounded to.
 inline uvec rounded(vec v) {
   const uvec bits = uvec(v);  // finite, so that rounding is one addition
   return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
 }
-// 32 values, those at even places and those at odd ones.
+// Two vectors of values, those at even places and those at odd ones.
 inline void store_alternating(bf16 *out, vec even, vec odd) {
   const uvec both = rounded(even) | rounded(odd) << 16;
   std::memcpy(out, &both, sizeof both);
@@ -26,6 +26,11 @@ inline void store_alternating(float *out, vec even, vec odd) {
   store(out, vec(_mm512_permutex2var_ps(__m512(even), low, __m512(odd))));
   store(out + LANES,
         vec(_mm512_permutex2var_ps(__m512(even), _mm512_add_epi32(low, _mm512_set1_epi32(8)), __m512(odd))));
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_unpacklo_ps(__m256(even), __m256(odd)),
+               high = _mm256_unpackhi_ps(__m256(even), __m256(odd));
+  store(out, vec(_mm256_permute2f128_ps(low, high, 0x20)));
+  store(out + LANES, vec(_mm256_permute2f128_ps(low, high, 0x31)));
 #else
   for (int64_t l = 0; l < LANES; ++l) out[2 * l] = even[l], out[2 * l + 1] = odd[l];
 #endif
@@ -87,6 +92,20 @@ struct Nf4 {
     return product + offset;
   }
 
+  // LANES bytes, and the table's values at the lowest 4 bits of each.
+#if defined(__AVX512F__)
+  static uvec bytes_of(const uint8_t *p) { return uvec(_mm512_cvtepu8_epi32(bytes<__m128i>(p))); }
+  static vec look_up(uvec at) { return vec(_mm512_permutexvar_ps(__m512i(at), _mm512_load_ps(TABLE))); }
+#elif defined(__AVX2__)
+  static uvec bytes_of(const uint8_t *p) { return uvec(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bytes<int64_t>(p)))); }
+  static vec look_up(uvec at) {  // by the lowest 3 bits, and the highest of those 4
+    const __m256i i = __m256i(at);
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(TABLE), i);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(TABLE + 8), i);
+    return vec(_mm256_blendv_ps(low, high, __m256(_mm256_slli_epi32(i, 28))));
+  }
+#endif
+
   // Values [from, to) of all of them, row after row.
   template <typename T> void read(int64_t from, int64_t to, T *out) const {
     const auto one = [&](int64_t i, float by) {
@@ -96,14 +115,10 @@ struct Nf4 {
       const int64_t end = std::min(to, (from / block + 1) * block);
       const float by = scale(from / block);
       if (from % 2) one(from++, by);
-#if defined(__AVX512F__)
-      const __m512 table = _mm512_load_ps(TABLE);
+#if defined(__AVX2__)
       for (; from + 2 * LANES <= end; from += 2 * LANES, out += 2 * LANES) {
-        const __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(codes + from / 2)));
-        // The look-up takes the lowest 4 bits of each.
-        const vec even = vec(_mm512_permutexvar_ps(_mm512_srli_epi32(pair, 4), table));
-        const vec odd = vec(_mm512_permutexvar_ps(pair, table));
-        store_alternating(out, even * by, odd * by);
+        const uvec pair = bytes_of(codes + from / 2);
+        store_alternating(out, look_up(pair >> 4) * by, look_up(pair) * by);
       }
 #endif
       while (from < end) one(from++, by);

@@ -12,9 +12,12 @@
 
 namespace {
 
-constexpr int64_t ROWS = 8;     // rows of a register tile
+// A register tile is rows of vectors, and beside it there are a row's vectors and an operand of a column.
+constexpr bool MANY = REGISTERS >= 32;
+constexpr int64_t ROWS = MANY ? 8 : 6;                 // rows of a register tile
+constexpr int64_t VECTORS = MANY ? 3 : 2;              // vectors of its rows, at most
+constexpr int64_t RANKS = MANY && LANES >= 8 ? 8 : 4;  // rows of a register tile of an outer product
 constexpr int64_t DEPTH = 256;  // columns of a tile's rows that are copied together: they stay in the first-level cache
-constexpr int64_t RANKS = 8;    // rows of a register tile of an outer product
 constexpr int64_t WIDTH = 64;   // columns that an outer product works on together
 constexpr int64_t STEPS = 64;   // operands a column of them: a tile of both stays in the first-level cache
 
@@ -24,7 +27,7 @@ template <> struct Operand<float> {
   using type = float;
   static constexpr int64_t width = 1;
   static vec multiply(vec sum, vec left, vec right) { return sum + left * right; }
-  static vec spread(const float *p) { return vec{} + *p; }
+  static vec spread(const float *p) { return all(*p); }
 };
 #if defined(__AVX512BF16__)
 template <> struct Operand<bf16> {
@@ -108,37 +111,38 @@ template <typename T> struct Packed {
 
 // ---- narrow -------------------------------------------------------------------------------------------------------
 
-// sums[ROWS, VECTORS * LANES] += x[ROWS, depth] packed
-template <typename T, int VECTORS, typename O>
+// sums[ROWS, WIDE * LANES] += x[ROWS, depth] packed
+template <typename T, int WIDE, typename O>
 inline void narrow_tile(const O *x, int64_t stride, const O *packed, int64_t n, int64_t depth, float *sums) {
-  vec sum[ROWS][VECTORS];
+  vec sum[ROWS][WIDE];
   UNROLL
   for (int64_t m = 0; m < ROWS; ++m) {
     UNROLL
-    for (int v = 0; v < VECTORS; ++v) sum[m][v] = load(sums + m * n + v * LANES);
+    for (int v = 0; v < WIDE; ++v) sum[m][v] = load(sums + m * n + v * LANES);
   }
   for (int64_t d = 0; d < depth; ++d) {
-    vec right[VECTORS];
+    vec right[WIDE];
     UNROLL
-    for (int v = 0; v < VECTORS; ++v) right[v] = bytes<vec>(packed + d * n + v * LANES);
+    for (int v = 0; v < WIDE; ++v) right[v] = bytes<vec>(packed + d * n + v * LANES);
     UNROLL
     for (int64_t m = 0; m < ROWS; ++m) {
       const vec left = Operand<T>::spread(x + m * stride + d);
       UNROLL
-      for (int v = 0; v < VECTORS; ++v) sum[m][v] = Operand<T>::multiply(sum[m][v], left, right[v]);
+      for (int v = 0; v < WIDE; ++v) sum[m][v] = Operand<T>::multiply(sum[m][v], left, right[v]);
     }
   }
   UNROLL
   for (int64_t m = 0; m < ROWS; ++m) {
     UNROLL
-    for (int v = 0; v < VECTORS; ++v) store(sums + m * n + v * LANES, sum[m][v]);
+    for (int v = 0; v < WIDE; ++v) store(sums + m * n + v * LANES, sum[m][v]);
   }
 }
 
 template <typename T, typename O>
 inline void narrow_tiles(const O *x, int64_t stride, const O *packed, int64_t n, int64_t depth, float *sums) {
   int64_t j = 0;
-  for (; j + 3 * LANES <= n; j += 3 * LANES) narrow_tile<T, 3>(x, stride, packed + j, n, depth, sums + j);
+  if constexpr (VECTORS > 2)
+    for (; j + 3 * LANES <= n; j += 3 * LANES) narrow_tile<T, 3>(x, stride, packed + j, n, depth, sums + j);
   for (; j + 2 * LANES <= n; j += 2 * LANES) narrow_tile<T, 2>(x, stride, packed + j, n, depth, sums + j);
   for (; j < n; j += LANES) narrow_tile<T, 1>(x, stride, packed + j, n, depth, sums + j);
 }
@@ -147,13 +151,13 @@ inline void narrow_tiles(const O *x, int64_t stride, const O *packed, int64_t n,
 inline void copy_row(float *out, const float *x, int64_t n, const uint16_t *bits) {
   for (int64_t j = 0; j < n; j += LANES) {
     const vec v = load(x + j, n - j);
-    store(out + j, bits ? keep(v, bits[j / LANES]) : v);
+    store(out + j, bits ? keep(v, mask_of(bits, j)) : v);
   }
 }
 inline void copy_row(float *out, const bf16 *x, int64_t n, const uint16_t *bits) {
   for (int64_t j = 0; j < n; j += LANES) {
     const vec v = load(x + j, n - j);
-    store(out + j, bits ? keep(v, bits[j / LANES]) : v);
+    store(out + j, bits ? keep(v, mask_of(bits, j)) : v);
   }
 }
 #if defined(__AVX512BF16__)
@@ -189,7 +193,7 @@ void narrow_rows(const T *x, int64_t ldx, int64_t rows, int64_t K, const Packed<
     const int64_t depth = std::min(DEPTH, K - k);
     for (int64_t i = 0; i < ROWS; ++i)
       if (i < rows)
-        copy_row(tile + i * stride, x + i * ldx + k, depth, bits ? bits + i * chunks + k / LANES : nullptr);
+        copy_row(tile + i * stride, x + i * ldx + k, depth, bits ? bits + i * chunks + k / WORD : nullptr);
       else
         std::fill_n(tile + i * stride, stride, O(0));
     narrow_tiles<T>(tile, stride, packed.row(k / W), n, round_up(depth, W) / W, sums);
@@ -198,18 +202,18 @@ void narrow_rows(const T *x, int64_t ldx, int64_t rows, int64_t K, const Packed<
 
 // ---- expand -------------------------------------------------------------------------------------------------------
 
-// sum[ROWS, VECTORS * LANES] += s packed
-template <typename T, int VECTORS, typename O>
-inline void expand_sums(vec (&sum)[ROWS][VECTORS], const O *s, int64_t depth, const O *packed, int64_t ld) {
+// sum[ROWS, WIDE * LANES] += s packed
+template <typename T, int WIDE, typename O>
+inline void expand_sums(vec (&sum)[ROWS][WIDE], const O *s, int64_t depth, const O *packed, int64_t ld) {
   for (int64_t d = 0; d < depth; ++d) {
-    vec right[VECTORS];
+    vec right[WIDE];
     UNROLL
-    for (int v = 0; v < VECTORS; ++v) right[v] = bytes<vec>(packed + d * ld + v * LANES);
+    for (int v = 0; v < WIDE; ++v) right[v] = bytes<vec>(packed + d * ld + v * LANES);
     UNROLL
     for (int64_t m = 0; m < ROWS; ++m) {
       const vec left = Operand<T>::spread(s + m * depth + d);
       UNROLL
-      for (int v = 0; v < VECTORS; ++v) sum[m][v] = Operand<T>::multiply(sum[m][v], left, right[v]);
+      for (int v = 0; v < WIDE; ++v) sum[m][v] = Operand<T>::multiply(sum[m][v], left, right[v]);
     }
   }
 }
@@ -247,7 +251,8 @@ inline void expand_full(T *y, int64_t ldy, int64_t n, const O *s, int64_t depth,
       load_two(y + m * ldy + n, value[0], value[1]);
       UNROLL
       for (int v = 0; v < 2; ++v) {
-        if constexpr (BITS) sum[m][v] = keep(sum[m][v], rest.bits[m * rest.chunks + n / LANES + v]) * rest.scale;
+        if constexpr (BITS)
+          sum[m][v] = keep(sum[m][v], mask_of(rest.bits + m * rest.chunks, n + v * LANES)) * rest.scale;
         if constexpr (GAIN) value[v] += excess[v] * (value[v] - shift[v]);
         sum[m][v] += value[v];
       }
@@ -266,7 +271,7 @@ inline void expand_any(T *y, int64_t ldy, int64_t rows, int64_t n, int64_t colum
   const vec shift = rest.bias ? load(rest.bias + n, columns) : vec{};
   for (int64_t m = 0; m < rows; ++m) {
     vec value = load(y + m * ldy + n, columns), low = sum[m][0];
-    if (rest.bits) low = keep(low, rest.bits[m * rest.chunks + n / LANES]) * rest.scale;
+    if (rest.bits) low = keep(low, mask_of(rest.bits + m * rest.chunks, n)) * rest.scale;
     if (rest.gain) value += excess * (value - shift);
     store(y + m * ldy + n, value + low, columns);
   }
@@ -291,25 +296,25 @@ void expand_rows(T *y, int64_t ldy, int64_t rows, int64_t N, const OperandOf<T> 
 
 // ---- outer --------------------------------------------------------------------------------------------------------
 
-// g[RANKS, VECTORS * LANES] += s^T x, both as operands that pair up rows: s [steps, ld], x [steps, WIDTH]
-template <typename T, int VECTORS, typename O>
+// g[RANKS, WIDE * LANES] += s^T x, both as operands that pair up rows: s [steps, ld], x [steps, WIDTH]
+template <typename T, int WIDE, typename O>
 inline void outer_tile(const O *x, const O *s, int64_t ld, int64_t steps, float *g) {
-  vec sum[RANKS][VECTORS] = {};
+  vec sum[RANKS][WIDE] = {};
   for (int64_t d = 0; d < steps; ++d) {
-    vec right[VECTORS];
+    vec right[WIDE];
     UNROLL
-    for (int v = 0; v < VECTORS; ++v) right[v] = bytes<vec>(x + d * WIDTH + v * LANES);
+    for (int v = 0; v < WIDE; ++v) right[v] = bytes<vec>(x + d * WIDTH + v * LANES);
     UNROLL
     for (int64_t r = 0; r < RANKS; ++r) {
       const vec left = Operand<T>::spread(s + d * ld + r);
       UNROLL
-      for (int v = 0; v < VECTORS; ++v) sum[r][v] = Operand<T>::multiply(sum[r][v], left, right[v]);
+      for (int v = 0; v < WIDE; ++v) sum[r][v] = Operand<T>::multiply(sum[r][v], left, right[v]);
     }
   }
   UNROLL
   for (int64_t r = 0; r < RANKS; ++r) {
     UNROLL
-    for (int v = 0; v < VECTORS; ++v) store(g + r * WIDTH + v * LANES, load(g + r * WIDTH + v * LANES) + sum[r][v]);
+    for (int v = 0; v < WIDE; ++v) store(g + r * WIDTH + v * LANES, load(g + r * WIDTH + v * LANES) + sum[r][v]);
   }
 }
 
@@ -362,6 +367,8 @@ void outer_block(const T *x, int64_t ldx, int64_t ahead, int64_t count, int64_t 
   const int64_t steps = round_up(count, W) / W;
   for (int64_t j = 0; j < r; j += RANKS) {
     int64_t v = 0;
+    if constexpr (RANKS < 8)
+      for (; v + 2 * LANES < n; v += 3 * LANES) outer_tile<T, 3>(tile + v, s + j, ld, steps, g + j * WIDTH + v);
     for (; v + LANES < n; v += 2 * LANES) outer_tile<T, 2>(tile + v, s + j, ld, steps, g + j * WIDTH + v);
     for (; v < n; v += LANES) outer_tile<T, 1>(tile + v, s + j, ld, steps, g + j * WIDTH + v);
   }
@@ -371,16 +378,16 @@ void outer_block(const T *x, int64_t ldx, int64_t ahead, int64_t count, int64_t 
 template <typename T>
 void scale_and_sum(const T *dy, int64_t ld, const T *y, int64_t ldy, int64_t count, int64_t n, const float *gain,
                    T *base, int64_t ldb, float *total, float *dot) {
-  constexpr int64_t VECTORS = WIDTH / LANES;
-  vec sum[VECTORS], product[VECTORS], factor[VECTORS];
-  for (int64_t v = 0; v < VECTORS; ++v) {
+  constexpr int64_t COUNT = WIDTH / LANES;
+  vec sum[COUNT], product[COUNT], factor[COUNT];
+  for (int64_t v = 0; v < COUNT; ++v) {
     sum[v] = load(total + v * LANES), product[v] = load(dot + v * LANES);
     factor[v] = gain && v * LANES < n ? load(gain + v * LANES, n - v * LANES) : vec{};
   }
   for (int64_t m = 0; m < count; ++m) {
     if (y) __builtin_prefetch(y + (m + 16) * ldy);
     UNROLL
-    for (int64_t v = 0; v < VECTORS; ++v) {
+    for (int64_t v = 0; v < COUNT; ++v) {
       const int64_t at = v * LANES, rest = n - at;
       if (rest <= 0) break;
       const vec d = load(dy + m * ld + at, rest);
@@ -389,7 +396,7 @@ void scale_and_sum(const T *dy, int64_t ld, const T *y, int64_t ldy, int64_t cou
       if (gain) store(base + m * ldb + at, d * factor[v], rest);
     }
   }
-  for (int64_t v = 0; v < VECTORS; ++v) store(total + v * LANES, sum[v]), store(dot + v * LANES, product[v]);
+  for (int64_t v = 0; v < COUNT; ++v) store(total + v * LANES, sum[v]), store(dot + v * LANES, product[v]);
 }
 
 }  // namespace

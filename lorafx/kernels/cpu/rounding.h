@@ -30,6 +30,8 @@ template <typename Wide, typename T> inline Many<Wide> widened(const T *p) {
     vec v;
 #if defined(__AVX512F__)
     v = vec(_mm512_cvtph_ps(bytes<__m256i>(p)));
+#elif defined(__F16C__)
+    v = vec(_mm256_cvtph_ps(bytes<__m128i>(p)));
 #else
     for (int64_t l = 0; l < LANES; ++l) v[l] = static_cast<float>(p[l]);
 #endif
@@ -48,6 +50,9 @@ inline void round_to(c10::BFloat16 *p, vec v) {
 inline void round_to(c10::Half *p, vec v) {
 #if defined(__AVX512F__)
   const __m256i h = _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  std::memcpy(p, &h, sizeof h);
+#elif defined(__F16C__)
+  const __m128i h = _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT);
   std::memcpy(p, &h, sizeof h);
 #else
   for (int64_t l = 0; l < LANES; ++l) p[l] = static_cast<c10::Half>(v[l]);

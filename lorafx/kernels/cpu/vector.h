@@ -1,9 +1,9 @@
-// Vectors of 16 floats, and bfloat16.
+// Vectors of floats as wide as the processor's own, and bfloat16.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
-#if defined(__AVX512F__)
+#if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -12,7 +12,17 @@
 
 namespace {
 
-constexpr int64_t LANES = 16;
+// Wider ones than the processor has would be taken apart in memory, at a thirtieth of the speed.
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16, REGISTERS = 32;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8, REGISTERS = 16;
+#elif defined(__aarch64__)
+constexpr int64_t LANES = 4, REGISTERS = 32;
+#else
+constexpr int64_t LANES = 4, REGISTERS = 16;
+#endif
+constexpr int64_t WORD = 16;  // elements that share a word of a mask
 
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef uint32_t uvec __attribute__((vector_size(LANES * sizeof(uint32_t))));
@@ -46,16 +56,19 @@ template <typename V> inline V bytes(const void *p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+// A difference, since v - 0 is v of any sign: the sum with 0 would be computed.
+inline vec all(float v) { return v - vec{}; }
 inline vec load(const float *p) { return bytes<vec>(p); }
 inline vec load(const bf16 *p) { return vec(__builtin_convertvector(bytes<hvec>(p), uvec) << 16); }
 inline void store(float *p, vec v) { std::memcpy(p, &v, sizeof v); }
 inline void store(bf16 *p, vec v) {
 #if defined(__AVX512BF16__)
   const __m256bh h = _mm512_cvtneps_pbh(__m512(v));
-  std::memcpy(p, &h, sizeof h);
 #else
-  for (int64_t l = 0; l < LANES; ++l) round_to(p[l], v[l]);
+  const uvec bits = uvec(v), nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const hvec h = __builtin_convertvector(v != v ? (bits >> 16) | 0x40u : nearest, hvec);  // as above
 #endif
+  std::memcpy(p, &h, sizeof h);
 }
 // Two vectors.
 inline void load_two(const float *p, vec &a, vec &b) { a = load(p), b = load(p + LANES); }
@@ -80,40 +93,46 @@ template <typename T> inline void store(T *p, vec v, int64_t n) {
   if (n >= LANES) return store(p, v);
   for (int64_t l = 0; l < n; ++l) round_to(p[l], v[l]);
 }
-// A square of LANES vectors, transposed.
-inline void turn(vec (&v)[LANES]) {
-#if defined(__AVX512F__)
-  const auto halves = [&](int64_t by, __m512i low, __m512i high) {
-    UNROLL
-    for (int64_t i = 0; i < LANES; ++i)
-      if (!(i & by)) {
-        const __m512 a = __m512(v[i]), b = __m512(v[i + by]);
-        v[i] = vec(_mm512_permutex2var_ps(a, low, b));
-        v[i + by] = vec(_mm512_permutex2var_ps(a, high, b));
-      }
-  };
-  halves(1, _mm512_setr_epi32(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-         _mm512_setr_epi32(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31));
-  halves(2, _mm512_setr_epi32(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-         _mm512_setr_epi32(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31));
-  halves(4, _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-         _mm512_setr_epi32(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31));
-  halves(8, _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-         _mm512_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31));
+// Lanes of two vectors, those of the second counted on from LANES.
+inline vec pick(vec a, vec b, uvec from) {
+#if defined(__clang__)
+  vec v;
+  for (int64_t l = 0; l < LANES; ++l) v[l] = int64_t(from[l]) < LANES ? a[from[l]] : b[int64_t(from[l]) - LANES];
+  return v;
 #else
-  for (int64_t i = 0; i < LANES; ++i)
-    for (int64_t j = 0; j < i; ++j) {
-      const float other = v[i][j];
-      v[i][j] = v[j][i], v[j][i] = other;
-    }
+  return __builtin_shuffle(a, b, from);
 #endif
 }
+// A square of LANES vectors, transposed: blocks of 1, then of 2, 4 and so on change places across the diagonal.
+template <int64_t BY = 1> inline void turn(vec (&v)[LANES]) {
+  uvec low, high;
+  UNROLL
+  for (int64_t l = 0; l < LANES; ++l) {
+    low[l] = uint32_t(l & BY ? LANES + l - BY : l);
+    high[l] = uint32_t(l & BY ? LANES + l : l + BY);
+  }
+  UNROLL
+  for (int64_t i = 0; i < LANES; ++i)
+    if (!(i & BY)) {
+      const vec a = v[i], b = v[i + BY];
+      v[i] = pick(a, b, low), v[i + BY] = pick(a, b, high);
+    }
+  if constexpr (2 * BY < LANES) turn<2 * BY>(v);
+}
+// The numbers of the lanes.
+inline uvec lanes() {
+  uvec v;
+  UNROLL
+  for (int64_t l = 0; l < LANES; ++l) v[l] = uint32_t(l);
+  return v;
+}
+// A bit a lane of those from j on, of a row's words.
+inline uint16_t mask_of(const uint16_t *bits, int64_t j) { return uint16_t(bits[j / WORD] >> j % WORD); }
 inline vec keep(vec v, uint16_t mask) {
 #if defined(__AVX512F__)
   return vec(_mm512_maskz_mov_ps(mask, __m512(v)));
 #else
-  for (int64_t l = 0; l < LANES; ++l) v[l] = (mask >> l) & 1 ? v[l] : 0.0f;
-  return v;
+  return ((uvec{} + mask) >> lanes() & 1u) != 0 ? v : vec{};
 #endif
 }
 
