@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
 from collections.abc import Callable
@@ -16,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 import lorafx
+from dense_weights import most_dense
 from lorafx import LoraSpec, MergeError
 from lorafx.bases import FORMATS
 from lorafx.bases.tensor import QuantizedTensor
@@ -242,23 +241,6 @@ def requantized() -> CapturedModule:
     return lorafx.merge(wide(), requantize=True)
 
 
-def most_dense(call: Callable[[], object]) -> float:
-    """How many dense weights, in float32, the tensors of a weight's size came to that were there at once."""
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        call()
-    assert found.profiler is not None
-    events: Any = found.profiler.kineto_results
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events.events() if e.name() == "[memory]")
-    assert len(changes) > 50
-    weight, live, most = 4 * WIDTH**2, 0, 0
-    for _, size in changes:
-        if abs(size) > weight // 2:
-            live += size
-            most = max(most, live)
-    return most / weight
-
-
 PATHS: dict[str, tuple[float, Callable[[Path], object]]] = {
     "dense": (1, lambda path: lorafx.merge_and_export(wide(), path, external_data=True)),
     "bnb4": (0, lambda path: lorafx.export_base(wide(), path, weight_format="bnb4")),
@@ -283,11 +265,11 @@ def test_at_most_one_weight_is_dense(case: str, tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(name, size)
     limit, call = PATHS[case]
     requantized()
-    assert most_dense(lambda: call(tmp_path / "m.onnx")) <= limit
+    assert most_dense(lambda: call(tmp_path / "m.onnx"), 4 * WIDTH**2) <= limit
 
 
 def test_dense_weights_are_counted() -> None:
-    assert most_dense(lambda: lorafx.merge(wide())) == 2
+    assert most_dense(lambda: lorafx.merge(wide()), 4 * WIDTH**2) == 2
 
 
 def test_int4_values() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorafx.bases import FORMATS
-from lorafx.bases.base import Packed
+from lorafx.bases.base import PANEL_BYTES, Packed
 
 _LIBRARY: Any = torch.library.Library("lorafx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _PACKED = "Tensor[] tensors, str format, int[] layout, ScalarType dtype"
@@ -47,6 +47,24 @@ def _fake_rows(tensors: Sequence[Tensor], name: str, layout: Any, dtype: torch.d
     return tensors[0].new_empty(stop - start, layout[1], dtype=dtype)
 
 
+def row_parts(height: int, width: int, dtype: torch.dtype) -> list[slice]:
+    """The rows of a matrix in parts of a panel's size, so that never more of it need be dense."""
+    step = max(1, PANEL_BYTES // (width * dtype.itemsize))
+    return [slice(start, min(start + step, height)) for start in range(0, height, step)]
+
+
+def _cast(tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: torch.dtype, to: torch.dtype) -> Tensor:
+    height, width, *_ = layout
+    found = torch.empty(height, width, dtype=to, device=tensors[0].device)
+    for part in row_parts(height, width, dtype):
+        found[part] = packed_rows(tensors, name, layout, dtype, part.start, part.stop)
+    return found
+
+
+def _fake_cast(tensors: Sequence[Tensor], name: str, layout: Any, dtype: torch.dtype, to: torch.dtype) -> Tensor:
+    return tensors[0].new_empty(layout[0], layout[1], dtype=to)
+
+
 def _linear(x: Tensor, bias: Tensor | None, *packed: Any) -> Tensor:
     return F.linear(x, dense(*packed), bias)
 
@@ -75,6 +93,8 @@ _SOME = f"{_PACKED}, int start, int stop"
 packed_reference = _define("packed_reference", _SOME, _rows, _fake_rows)
 #: Rows ``start`` to ``stop``.
 packed_rows = _define("packed_rows", _SOME, _rows, _fake_rows)
+#: All rows, cast to another dtype after they were rounded to their own, which they are in a panel at a time.
+packed_cast = _define("packed_cast", f"{_PACKED}, ScalarType to", _cast, _fake_cast)
 #: ``x [M, in] W^T + bias``.
 packed_linear = _define("packed_linear", f"Tensor x, Tensor? bias, {_PACKED}", _linear, _fake_linear)
 #: ``x [M, out] W``.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorafx.bases import FORMATS
 from lorafx.bases.base import DTYPES, Packed, damaged
-from lorafx.bases.ops import dense, describe, packed_linear, packed_mm
+from lorafx.bases.ops import dense, describe, packed_cast, packed_linear, packed_mm, packed_rows
 from lorafx.bases.view import ReadAsDense, unwritable
 from lorafx.errors import QuantizationError
 
@@ -79,8 +79,9 @@ class QuantizedTensor(ReadAsDense):
     def dequantize(self) -> Tensor:
         """The dense weight."""
         packed, turned = self.packed, self.turned
-        found = dense(*describe(packed)).view(packed.shape).to(self.dtype)
-        return found.mT if turned else found
+        same = self.dtype is packed.dtype
+        found = dense(*describe(packed)) if same else packed_cast(*describe(packed), self.dtype)
+        return found.view(packed.shape).mT if turned else found.view(packed.shape)
 
     def over(self, packed: Packed, *, turned: bool | None = None, dtype: torch.dtype | None = None) -> QuantizedTensor:
         """The same view of other bytes; turned, or of another dtype, if given."""
@@ -171,9 +172,15 @@ def parts(weight: Tensor) -> tuple[list[Tensor], str, list[int], torch.dtype]:
     return ([weight], "", [], weight.dtype) if packed is None else describe(packed)
 
 
-def whole(tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The dense weight of which these are the :func:`parts`; of a stack ``[experts * out, in]``."""
-    return dense(tensors, name, layout, dtype) if name else tensors[0]
+def some_rows(rows: slice, tensors: Sequence[Tensor], name: str, layout: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """These rows of the weight of which the others are the :func:`parts`, dense."""
+    found: Tensor = packed_rows(tensors, name, layout, dtype, rows.start, rows.stop) if name else tensors[0][rows]
+    return found
+
+
+def is_cast(weight: Tensor) -> bool:
+    """Whether it is packed and read in another dtype than its values were rounded to, which no kernel does."""
+    return isinstance(weight, QuantizedTensor) and weight.dtype is not weight.packed.dtype
 
 
 def _as_parameter(weight: QuantizedTensor, is_parameter: bool) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lorafx.bases.tensor import whole
+from lorafx.bases.ops import row_parts
+from lorafx.bases.tensor import some_rows
 from lorafx.ops import LIBRARY
 
 
@@ -34,8 +35,8 @@ def _grad_gain(
 ) -> Tensor:
     """``sum_M dy * (x W^T)``, without that product where the output tells it: ``gain * x W^T = y - s left^T - b``.
 
-    For rows whose gain is small, or 0, by the product of those rows instead. ``dot`` and ``total`` are the sums of
-    ``dy * y`` and ``dy``, and ``weight`` its :func:`~lorafx.bases.tensor.parts`.
+    For rows whose gain is small, or 0, by the product of those rows instead, some at a time. ``dot`` and ``total`` are
+    the sums of ``dy * y`` and ``dy``, and ``weight`` its :func:`~lorafx.bases.tensor.parts`.
     """
     rest = dot
     for dleft, left in zip(dlefts, lefts, strict=True):
@@ -44,8 +45,11 @@ def _grad_gain(
         rest = rest - bias * total
     small = gain.abs() < smallest_gain(dy.dtype)
     found = rest / torch.where(small, 1.0, gain)
-    if bool(small.any()):
-        found[small] = (dy[:, small] * F.linear(x, whole(*weight)[small])).sum(0, dtype=found.dtype)
+    for part in row_parts(len(gain), x.shape[-1], x.dtype) if bool(small.any()) else ():
+        mine = small[part]
+        if bool(mine.any()):
+            products = dy[:, part][:, mine] * F.linear(x, some_rows(part, *weight)[mine])
+            found[part][mine] = products.sum(0, dtype=found.dtype)
     return found.to(gain.dtype)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from lorafx.bases.tensor import is_cast
 from lorafx.kernels.base import Adapters, Call, Operands, quantised
 from lorafx.kernels.function import LowRankLinear, make_group
 from lorafx.kernels.providers import provider
@@ -153,18 +154,19 @@ def grouped_reference(*arguments: Any) -> list[Tensor]:
     if autocast:
         dtype = torch.get_autocast_dtype(device)
         x, sources, recipe, activation = x.to(dtype), [], "", ""  # the recipe would give the input before the cast
+    weights = [s.weight.to(x.dtype) if autocast else s.weight for s in siblings]
     rights = [right for s in siblings for right in s.rights]
     ranks = tuple(int(right.shape[0]) for right in rights)  # of factors that are inputs they may be symbols
     chosen = provider(given.provider)
     call = Call(x.device, x.dtype, x.shape[-1], tuple(s.weight.shape[0] for s in siblings), sum(ranks))
-    if chosen.rejects(call) is not None:
-        chosen = provider("torch")
+    if chosen.rejects(call) is not None or any(is_cast(weight) for weight in weights):
+        chosen = provider("torch")  # which makes dense what is cast, a weight at a time
     if activation not in chosen.activations or not all(_alike(source, sources[0]) for source in sources):
         activation = ""  # the sources get their gradients by autograd, as where factors broadcast
     adapters = Adapters(counts, ranks, p, tuple(scale for s in siblings for scale in s.scales))
     group = make_group(chosen, adapters, recipe, activation)
     operands = (
-        *[s.weight.to(x.dtype) if autocast else s.weight for s in siblings],
+        *weights,
         *[s.bias if s.bias is None or s.bias.dtype is x.dtype else s.bias.to(x.dtype) for s in siblings],
         *[gain for s in siblings for gain in s.gains],
         *[left for s in siblings for left in s.lefts],

@@ -27,15 +27,15 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lorafx.bases.base import PANEL_BYTES
-from lorafx.bases.ops import describe, packed_rows
+from lorafx.bases.ops import describe, packed_rows, row_parts
 from lorafx.bases.tensor import quantized
 from lorafx.variants.base import full_precision
 
 #: How a tensor lies in its storage: offset, shape, strides and dtype.
 View = tuple[Any, tuple[int, ...], tuple[int, ...], torch.dtype]
 
-#: About how many elements of a base are converted at once, on the CPU: few enough to stay in its caches.
-_PART = 2**19
+#: About how many elements of a base are converted at once, on the CPU: a panel in float64, which stays in its caches.
+_PART = PANEL_BYTES // 8
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 def compute_squares(weight: Tensor) -> Tensor:
     """The square of each row's norm, in float64."""
-    norm: Tensor = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float64)
-    return norm.square()
+    norms = [torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in _parts(weight)]
+    return torch.cat(norms, -1).square()
 
 
 def compute_norm(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -103,10 +103,14 @@ def factored_norm(squares: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling
 
 def _product(weight: Tensor, right: Tensor) -> Tensor:
     """``weight right^T`` in the dtype of ``right``."""
-    if weight.dtype == right.dtype or not weight.is_cpu:
-        return weight.to(right.dtype) @ right.mT
-    parts = weight.chunk(max(1, weight.numel() // _PART), -2)
-    return torch.cat([part.to(right.dtype) @ right.mT for part in parts], -2)
+    if weight.dtype == right.dtype:
+        return weight @ right.mT
+    return torch.cat([part.to(right.dtype) @ right.mT for part in _parts(weight)], -2)
+
+
+def _parts(weight: Tensor) -> Sequence[Tensor]:
+    """All rows; on the CPU, where a copy in another dtype is made of them, so many that it stays small."""
+    return weight.chunk(max(1, weight.numel() // _PART), -2) if weight.is_cpu else (weight,)
 
 
 def _compute(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -143,8 +147,7 @@ def _kept_packed_norm(
     """The same for a packed weight, some rows of which are dequantised at a time; what is kept goes by its codes."""
     a, b = a.detach(), b.detach()
     out, width, *_ = layout
-    step = max(1, PANEL_BYTES // (width * dtype.itemsize))
-    parts = [slice(i, min(i + step, out)) for i in range(0, out, step)]
+    parts = row_parts(out, width, dtype)
 
     def rows(part: slice) -> Tensor:
         found: Tensor = packed_rows(tensors, name, layout, dtype, part.start, part.stop)

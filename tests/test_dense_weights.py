@@ -1,0 +1,82 @@
+"""Of packed weights at most one is dense at a time, whatever reads them: where kernels do not, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import lorafx
+from conftest import randomize
+from dense_weights import most_dense
+from lorafx import LoraSpec
+from lorafx.bases import FORMATS
+from lorafx.bases.tensor import QuantizedTensor, parts
+from lorafx.graph import CapturedModule
+from lorafx.kernels.gain import _grad_gain
+from lowered import derived
+from tolerances import assert_close
+
+WIDTH = 1024
+X = torch.randn(1, 2, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+class Siblings(nn.Module):
+    """Three layers that read one input, and one that reads theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.o(self.q(x) + self.k(x) * self.v(x))
+        return out
+
+
+def packed(dtype: torch.dtype) -> Siblings:
+    torch.manual_seed(0)
+    model = Siblings().to(dtype)
+    for layer in model.children():
+        assert isinstance(layer, nn.Linear)
+        held = QuantizedTensor(FORMATS["nf4"].quantize(layer.weight))
+        layer.weight = nn.Parameter(held, requires_grad=False)
+    return model
+
+
+def step(gm: CapturedModule, dtype: torch.dtype) -> Callable[[], None]:
+    x = X.to(dtype).requires_grad_()
+    return lambda: gm(x).float().sum().backward()
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_values_that_were_rounded_to_half_precision_read_in_full(variant: str) -> None:
+    gm = lorafx.apply(packed(torch.bfloat16).float(), LoraSpec(r=2, variant=variant), (X,))
+    assert derived(gm) == ["cpu"]
+    randomize(gm)
+    assert most_dense(step(gm, torch.float32), 4 * WIDTH**2) == 1
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_autocast_from_one_half_precision_to_the_other(backend: str) -> None:
+    gm = lorafx.apply(packed(torch.float16), LoraSpec(r=2), (X.half(),), backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert most_dense(step(gm, torch.float16), 2 * WIDTH**2) == 1
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("form", [None, "nf4"])
+def test_the_gradient_of_small_gains_without_the_compiled_kernels(form: str | None, every: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, dy, dense = (torch.randn(*size, generator=generator) for size in ((2, WIDTH), (2, WIDTH), (WIDTH, WIDTH)))
+    weight = dense if form is None else QuantizedTensor(FORMATS[form].quantize(dense))
+    expected = (dy * F.linear(x, dense if form is None else weight.dequantize())).sum(0)
+    gain = torch.where(torch.arange(WIDTH) % every == 0, 0.01, 2.0)
+    sums = expected * gain, dy.sum(0)
+    found: list[Tensor] = []
+    call = partial(_grad_gain, *sums, [], [], None, gain, dy, x, *parts(weight))
+    assert most_dense(lambda: found.append(call()), 4 * WIDTH**2) == 0
+    assert_close("layer", found[0], expected)
