@@ -131,6 +131,7 @@ def merge_onnx(
             cannot be written.
         AdapterError: a tensor of the adapter has no one place in the file, or does not fit it. All in one list.
         MergeError: the adapter holds NaN or Inf, or a merged weight overflows.
+        NotFiniteError: an initializer that is merged into holds NaN or Inf.
         ParityError: the proof failed. Nothing is written in any of these cases.
     """
     check_settings(external_data=external_data, data_name=data_name)

@@ -21,11 +21,12 @@ import onnx
 import onnx_ir as ir
 import torch
 from onnx.reference import ReferenceEvaluator
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorafx.bases.ops import describe, packed_rows
 from lorafx.bases.tensor import QuantizedTensor, as_dense
-from lorafx.kernels.rounding import round_once
+from lorafx.errors import ExportError, NotFiniteError
+from lorafx.kernels.rounding import all_finite, round_once
 from lorafx.passes.fold import Fold, one_thread
 
 #: Above this many elements, an operator other than Transpose is left to the runtime, and so is a
@@ -99,14 +100,24 @@ def fold_weights(model: ir.Model, weights: Collection[ir.Value]) -> tuple[Folded
 
 
 class Stored:
-    """A tensor as it is, or rounded to another dtype, in pieces; as :class:`~lorafx.passes.fold.Fold` has them."""
+    """A tensor as it is, or rounded to another dtype, in pieces; as :class:`~lorafx.passes.fold.Fold` has them.
 
-    def __init__(self, tensor: Tensor, dtype: torch.dtype) -> None:
+    ``parameter`` is the name of the parameter that it is, of which every number must be one that the dtype has; None:
+    it is none (a mask in a buffer may be -Inf).
+    """
+
+    def __init__(self, tensor: Tensor, dtype: torch.dtype, parameter: str | None = None) -> None:
         self.tensor = tensor.detach()
         self.dtype = dtype
+        self.parameter = parameter
 
     def panels(self, order: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """The tensor with its dimensions in this order, in contiguous pieces in the order in which memory holds it."""
+        """The tensor with its dimensions in this order, in contiguous pieces in the order in which memory holds it.
+
+        Raises:
+            NotFiniteError: the parameter holds NaN or Inf.
+            ExportError: a number of it is beyond the dtype's.
+        """
         tensor = self.tensor
         if isinstance(tensor, QuantizedTensor) and _order_of_rows(tensor) == (order or tuple(range(tensor.dim()))):
             yield from self._packed_rows(tensor)
@@ -133,7 +144,17 @@ class Stored:
             yield self._round(piece.to(weight.dtype))
 
     def _round(self, piece: Tensor) -> Tensor:
-        return round_once(piece, self.dtype) if piece.is_floating_point() else piece.to(self.dtype)
+        if not piece.is_floating_point():
+            return piece.to(self.dtype)
+        rounded = round_once(piece, self.dtype)
+        if self.parameter is not None and not all_finite(rounded):
+            if not all_finite(piece):
+                raise NotFiniteError(self.parameter)
+            raise ExportError(
+                f"weight '{self.parameter}' does not fit in {self.dtype}: it has numbers beyond "
+                f"{torch.finfo(self.dtype).max:.3g}. Export with another dtype, as bf16 or fp32"
+            )
+        return rounded
 
 
 def _order_of_rows(weight: QuantizedTensor) -> tuple[int, ...]:
@@ -180,12 +201,16 @@ def pieces_of(tensor: ir.TensorProtocol) -> Iterator[memoryview]:
 def fill(weights: Mapping[str, ir.Value], folded: Iterable[Folded], source: Callable[[str], Tensor | Fold]) -> None:
     """Give every weight a value that is made when it is needed, from ``source(name)``, in the dtype that it has there.
 
-    Expressions follow. Nothing is read here.
+    Expressions follow. Nothing is read here. Making a value raises what :class:`Stored` and
+    :class:`~lorafx.passes.fold.Fold` do where it is a parameter's and not finite.
     """
     for name, value in weights.items():
         assert value.dtype is not None
         found, dtype = source(name), ir.tensor_adapters.to_torch_dtype(value.dtype)
-        made = Stored(found, dtype) if isinstance(found, Tensor) else dataclasses.replace(found, dtype=dtype)
+        if isinstance(found, Tensor):
+            made: Stored | Fold = Stored(found, dtype, name if isinstance(found, nn.Parameter) else None)
+        else:
+            made = dataclasses.replace(found, dtype=dtype)
         value.const_value = Streamed(made, value)
     for expression in folded:
         value, order = expression.value, expression.order

@@ -15,7 +15,7 @@ from torch import nn
 
 from lorafx.adapter_files import read_spec
 from lorafx.api import apply, captured
-from lorafx.errors import MergeError
+from lorafx.errors import CheckpointError, MergeError, NotFiniteError
 from lorafx.export.cast import file_dtype
 from lorafx.export.export import Options, Progress, Run, export_graph, export_merged
 from lorafx.export.pack import WeightFormat, check_format
@@ -27,7 +27,7 @@ from lorafx.passes.decoder import capture_decoder
 from lorafx.passes.example import ExampleInputs
 from lorafx.passes.merge_base import Original
 from lorafx.pretrained import Places, model_on_meta, model_over, read_weights
-from lorafx.shards import main_dtype, reading_ahead
+from lorafx.shards import file_of, main_dtype, reading_ahead
 from lorafx.state import load_adapter
 
 
@@ -73,7 +73,9 @@ def export_checkpoint(
 
     Raises:
         CheckpointError: the files are damaged, or do not fit the model: missing, extra and wrongly shaped tensors are
-            listed.
+            listed, and a parameter that holds NaN or Inf is named with its file. (A flipped bit that makes another
+            number is not seen: the format has no checksums. ``report.provenance["base_sha256"]`` tells such files
+            apart.)
         AdapterError, MergeError, ParityError, ExportError: as :func:`lorafx.load_adapter` and
             :func:`lorafx.merge_and_export`. Nothing is written.
     """
@@ -119,9 +121,12 @@ def export_checkpoint(
             step=step,
             weight_format=weight_format,
         )
-        if spec is None:
-            return export_graph(gm, gm, {}, path, run, options)
-        return export_merged(gm, path, run, options, base, original, requantize)
+        try:
+            if spec is None:
+                return export_graph(gm, gm, {}, path, run, options)
+            return export_merged(gm, path, run, options, base, original, requantize)
+        except NotFiniteError as error:
+            raise CheckpointError(f"{file_of(Path(weights_dir), error.weight)}: {error}") from error
 
 
 def _blank(model: nn.Module) -> nn.Module:

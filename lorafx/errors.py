@@ -52,6 +52,17 @@ class CheckpointError(LorafxError):
     """The weights of a model on disk cannot be read, or do not fit the model."""
 
 
+class NotFiniteError(LorafxError):
+    """A weight of the model, whose name is in ``weight``, holds NaN or Inf, and so would what is made of it."""
+
+    def __init__(self, weight: str) -> None:
+        self.weight = weight
+        super().__init__(
+            f"weight '{weight}' holds NaN or Inf: its file was damaged, or its training diverged. Copy the checkpoint "
+            "again, or go back to an earlier one (numbers that are meant so, as a mask's, belong into a buffer)"
+        )
+
+
 class QuantizationError(LorafxError):
     """A weight cannot be stored in a base format, or what is stored is damaged."""
 

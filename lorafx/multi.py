@@ -69,6 +69,7 @@ def export_multi(
     Raises:
         AdapterError: a task cannot be the name of a file, or its adapter does not exist or cannot be loaded.
         MergeError: an adapter holds NaN or Inf, or is merged in place.
+        NotFiniteError: a weight does.
         ParityError: a file is not what torch computes; says for which adapter, where and by how much.
         ExportError: the graph cannot be expressed, an adapter cannot be an input (names the site), a file of a task's
             name belongs to another model, or the files cannot be written. Nothing is changed.

@@ -59,6 +59,13 @@ def read_shards(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def file_of(folder: Path, tensor: str) -> Path:
+    """The file of a checkpoint that has a tensor of this name; the folder itself, if none is said to."""
+    if not (folder / INDEX_NAME).exists():
+        return folder / WEIGHTS_NAME
+    return folder / _read_index(folder / INDEX_NAME).get(tensor, "")
+
+
 @contextmanager
 def reading_ahead(folder: Path, limit: int) -> Iterator[None]:
     """Meanwhile bring up to so many bytes of a checkpoint's files into the system's cache, in a thread.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,11 +24,11 @@ from torch import Tensor
 from lorafx.bases import FORMATS
 from lorafx.bases.ops import describe, packed_rows
 from lorafx.bases.tensor import QuantizedTensor, quantized
-from lorafx.errors import MergeError
+from lorafx.errors import MergeError, NotFiniteError
 from lorafx.graph import CapturedModule
 from lorafx.ir import Site
 from lorafx.kernels.cpu.build import load_built
-from lorafx.kernels.rounding import Rounding
+from lorafx.kernels.rounding import Rounding, all_finite
 from lorafx.ops import STORAGE, add_updates, updates
 from lorafx.passes.samples import refuse_changed
 from lorafx.variants import VARIANTS
@@ -93,6 +93,7 @@ class Fold:
 
         Raises:
             MergeError: it overflows its dtype.
+            NotFiniteError: ``weight`` holds NaN or Inf.
         """
         shape = self.shape if order is None else [self.shape[dim] for dim in order]
         result = torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -106,8 +107,7 @@ class Fold:
         """The weight, rounded to its dtype, in the format of ``like`` with its settings. Meanwhile it is held dense.
 
         Raises:
-            MergeError: as :meth:`compute`.
-            QuantizationError: it has NaN or Inf, which come from ``weight``.
+            MergeError, NotFiniteError: as :meth:`compute`.
         """
         packed, dims = like.packed, range(len(self.shape))
         again = FORMATS[packed.format].quantize(
@@ -125,7 +125,7 @@ class Fold:
             order: of the stored weight with its dimensions in this order (None: as they are).
 
         Raises:
-            MergeError: as :meth:`compute`.
+            MergeError, NotFiniteError: as :meth:`compute`.
         """
         load_built()
         storage = STORAGE[self.sites[0].kind]
@@ -190,13 +190,20 @@ class Fold:
             values, added = parts[0][0].left @ parts[0][0].right, True
         else:
             values, added = add_updates(stored_base.to(self._wide), parts), False
-        if out.is_meta or counted.round(out, values, stored_base, added=added):
-            return
-        if bool((stored_base.isfinite() & ~out.isfinite()).any()):
-            raise MergeError(
-                f"site '{self.sites[0].name}': the merged weight does not fit in {self.dtype} (it overflows to "
-                "Inf). Merge into a wider copy of the model, or lower the adapter's scaling"
-            )
+        if not (out.is_meta or counted.round(out, values, stored_base, added=added) or all_finite(out)):
+            self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        """Say why a tile is not finite: of the whole weight, since the factor of a row is made of all of it."""
+        matrix = STORAGE[self.sites[0].kind].matrix(self.weight)
+        *stack, height, _ = matrix.shape
+        for index, first in itertools.product(itertools.product(*map(range, stack)), range(0, height, TILE)):
+            if not all_finite(_rows(matrix, index, slice(first, min(first + TILE, height)))):
+                raise NotFiniteError(self.sites[0].weight)
+        raise MergeError(
+            f"site '{self.sites[0].name}': the merged weight does not fit in {self.dtype} (it overflows to "
+            "Inf). Merge into a wider copy of the model, or lower the adapter's scaling"
+        )
 
     @property
     def _wide(self) -> torch.dtype:

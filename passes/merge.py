@@ -136,6 +136,7 @@ def merge(
 
     Raises:
         MergeError: an adapter holds NaN or Inf; names the site.
+        NotFiniteError: a weight that is merged into does.
         AdapterError: there is no such adapter, or they cannot be active together.
         PassError: the graph has no adapters (any more).
     """
@@ -194,11 +195,11 @@ def changed_tensors(gm: CapturedModule, base: MergeBase | None = None) -> dict[s
         MergeError: an adapter holds NaN or Inf; or the base was overwritten after apply.
     """
     values: dict[str, Fold | Tensor] = {
-        name: get_path(gm, f"{FOLDED}.{name}").detach() for name in gm.meta.get("folded", ())
+        name: _frozen(get_path(gm, f"{FOLDED}.{name}")) for name in gm.meta.get("folded", ())
     }
     for adapter in active_adapters(gm):
         for name in (*adapter.trained, *adapter.residual):
-            values[name] = get_path(gm, adapter.own_name(name)).detach()
+            values[name] = _frozen(get_path(gm, adapter.own_name(name)))
     for found in active_layers(gm).values():
         first = found[0]
         fold = Fold.of(gm, found, _own_or_base(gm, first.weight))
@@ -206,8 +207,13 @@ def changed_tensors(gm: CapturedModule, base: MergeBase | None = None) -> dict[s
             fold = _into_original(gm, fold, original)
         values[first.name if first.apart else first.weight] = fold
         if first.bias is not None and (bias := merged_bias(gm, found)) is not None:
-            values[first.bias] = bias
+            values[first.bias] = nn.Parameter(bias, requires_grad=False)
     return values
+
+
+def _frozen(tensor: Tensor) -> Tensor:
+    """The same without gradients; a parameter stays one."""
+    return nn.Parameter(tensor, requires_grad=False) if isinstance(tensor, nn.Parameter) else tensor.detach()
 
 
 def _into_original(gm: CapturedModule, fold: Fold, original: Tensor) -> Fold:

@@ -75,6 +75,12 @@ def not_a_number() -> None:
     lorafx.merge(gm)
 
 
+def damaged_weight() -> None:
+    base = model()
+    base.get_parameter("0.weight").data[0, 0] = torch.nan
+    lorafx.merge(lorafx.apply(base, LoraSpec(r=2), (X,)))
+
+
 @dataclass(frozen=True)
 class Case:
     """A mistake, and the parts that its message must have."""
@@ -174,6 +180,9 @@ CASES = {
     ),
     "diverged training": Case(
         errors.MergeError, not_a_number, ("site '0': lora_B holds NaN or Inf", "lower the learning rate")
+    ),
+    "damaged weight": Case(
+        errors.NotFiniteError, damaged_weight, ("weight '0.weight' holds NaN or Inf", "Copy the checkpoint again")
     ),
 }
 

@@ -28,6 +28,14 @@ def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return odd.view(torch.float32).to(dtype)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether none of these numbers, of any floating dtype, is NaN or Inf: at the speed of the memory."""
+    if not tensor.numel():
+        return True
+    ends = torch.aminmax(tensor if tensor.itemsize > 1 else tensor.float())  # which has no float8
+    return all(math.isfinite(end) for end in ends)  # a NaN is both
+
+
 def _round_into(out: Tensor, values: Tensor, base: Tensor, added: bool) -> Tensor:
     """Write ``values`` (float32 or float64), or where ``added`` ``base + values``, to ``out``, rounded once.
 
