@@ -110,7 +110,8 @@ def settle_dtypes(gm: CapturedModule, model: nn.Module) -> None:
         t = to(<q.weight>, float32)     # of bfloat16
         y = linear(x, t)                                       ->    y = linear(x, <q.weight>)    # q.weight in float32
 
-    Where the inputs have several dtypes, the weight is in float32, and each call reads it through a cast.
+    Where the inputs have several dtypes, the weight is in float32, and each call reads it through a cast. So it is
+    where a layer is called as a module (traced without inputs, with hooks of its own), which casts when it runs.
 
     Args:
         gm: ``model`` as it was captured.
@@ -120,10 +121,11 @@ def settle_dtypes(gm: CapturedModule, model: nn.Module) -> None:
     reads: dict[int, list[tuple[Node, Node]]] = {}
     for read in gm.graph.find_nodes(op="get_attr") if layers else ():
         reads.setdefault(id(get_path(gm, str(read.target))), []).extend((read, user) for user in read.users)
+    called = {node.target for node in gm.graph.find_nodes(op="call_module")}
     for name in layers:
         weight = get_path(gm, f"{name}.weight" if name else "weight")
         found = reads.get(id(weight), [])
-        dtypes = {_cast_to(user) or weight.dtype for _, user in found}
+        dtypes = {_cast_to(user) or weight.dtype for _, user in found} | ({torch.float32} if name in called else set())
         if dtypes <= {weight.dtype}:
             continue
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32

@@ -292,6 +292,22 @@ def test_a_layer_that_runs_in_two_dtypes_rounds_once_to_each() -> None:
     assert torch.equal(half, x.bfloat16() @ values.bfloat16().T)
 
 
+@pytest.mark.parametrize("make", [four_bits(), eight_bits])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_with_hooks_rounds_once_without_inputs_too(make: Make, given: torch.dtype) -> None:
+    """It is called as a module there: it meets its input's dtype when it runs."""
+    model = with_layers(nn.Sequential(nn.Linear(64, 48, bias=False, dtype=torch.bfloat16)), make)
+    layer: Any = model[0]
+    layer.register_forward_hook(lambda module, args, output: output * 2)
+    gm = captured(model, None, None)
+    assert [node.target for node in gm.graph.find_nodes(op="call_module")] == ["0"]
+    form = FORMATS["nf4" if isinstance(layer, bnb.nn.Linear4bit) else "int8"]
+    values = form.dequantize(form.from_state_dict(layer.state_dict()), torch.float32).to(given)
+    x = torch.randn(5, 64).to(given)
+    assert torch.equal(gm(x), nn.functional.linear(x, values) * 2)
+    assert_same_bytes(gm, model)
+
+
 def test_int8_after_it_ran_and_without_a_bias() -> None:
     """The scales start at the weight and move to the layer's state."""
     model = with_layers(Mlp(), eight_bits)
