@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from lorafx.checks import format_bytes
-from lorafx.errors import ExportError, MergeError, ParityError
+from lorafx.errors import AdapterError, ExportError, MergeError, ParityError
 from lorafx.export.adapter_inputs import (
     A,
     Inputs,
@@ -269,7 +269,7 @@ def export_tasks(
             placed = _commit(file, files, stale)
     warnings = [f"{place} came out fixed: the file takes this size only" for place in translation.fixed]
     warnings += dense_notes(translation.dense)
-    warnings += [_missing(name) for name in _orphans(target, placed, sha256)]
+    warnings += _orphans(target, placed, sha256)
     return MultiReport(
         path=os.fspath(path),
         data_paths=tuple(map(str, file.data)),
@@ -410,12 +410,17 @@ def _stale(target: Path, files: Mapping[str, Path], sha256: str) -> list[Path]:
 
 
 def _orphans(target: Path, placed: Mapping[str, Path], sha256: str) -> list[str]:
-    others = sorted(p for p in target.parent.glob(f"*{ADAPTER_SUFFIX}") if p not in placed.values())
-    return [p.name for p in others if load_adapter_file(p).version != model_version(sha256)]
-
-
-def _missing(name: str) -> str:
-    return f"{name} lies beside the file and is for another base; AdapterSession refuses it"
+    """What is to be said of other adapters beside. All is in its place by now, so that none of them is an error."""
+    found = []
+    for path in sorted(set(target.parent.glob(f"*{ADAPTER_SUFFIX}")).difference(placed.values())):
+        try:
+            if load_adapter_file(path).version == model_version(sha256):
+                continue
+            why = "is for another base"
+        except AdapterError:
+            why = "cannot be read"
+        found.append(f"{path.name} lies beside the file and {why}; AdapterSession refuses it")
+    return found
 
 
 def _commit(file: Draft, files: Mapping[str, Path], stale: Iterable[Path]) -> dict[str, Path]:

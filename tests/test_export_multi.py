@@ -407,6 +407,18 @@ def test_the_same_base_gives_the_same_bytes_and_only_the_task_changes(tmp_path: 
     assert [name for name in before if before[name] != after[name]] == ["s.onnx_adapter"]
 
 
+def test_what_lies_beside_and_cannot_be_read_is_no_error_of_the_export(tmp_path: Path) -> None:
+    """It is found when all is in its place already: the export succeeded, and says so."""
+    (tmp_path / "torn.onnx_adapter").write_bytes(b"no adapter")
+    (tmp_path / "folder.onnx_adapter").mkdir()
+    report = lorafx.export_multi(several(), tmp_path / "model.onnx", {"s": "small"}, verify=False)
+    assert report.warnings == tuple(
+        f"{name}.onnx_adapter lies beside the file and cannot be read; AdapterSession refuses it"
+        for name in ("folder", "torn")
+    )
+    assert AdapterSession(tmp_path / "model.onnx").adapters == ("s",)
+
+
 def other_base(gm: CapturedModule) -> CapturedModule:
     other = copy.deepcopy(gm)
     state = {"norm.weight": torch.full((6,), 2.0)}
