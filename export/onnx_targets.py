@@ -41,6 +41,8 @@ _PACKED = frozenset({"Attention", "PackedAttention", "QAttention", "DecoderMaske
 RMS_NORMS = frozenset({"RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"})
 #: What onnxruntime-genai's model builder calls ``attn``, in ``make_attention``; its MLPs have the model's own names.
 _GENAI = re.compile(r"((?:.*\.)?layers\.\d+)\.self_attn\.([qkvo]_proj)")
+#: Modules of which a model has several with the same names inside, and which are exported as files of their own.
+_SIDE = re.compile(r"(?:.*\.)?(?:\w*(?:encoder|decoder)|(?:text|vision|audio|image|speech)_\w+)\.(?:.*\.)?")
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _LEAVES = (".weight", ".bias")
 
@@ -348,10 +350,11 @@ class Targets:
 def _align(paths: Collection[str], known: Collection[str], part: str | None = None) -> tuple[str, str]:
     """What to take off the front of paths and what to put there, so that most of them are known.
 
-    Of a graph that is said to be a ``part``, no other module's path is taken off.
+    Of a graph that is said to be a ``part``, no other module's path is taken off. Of one that is not, a wrapper's is
+    (``model.``, ``bert.``), and not a side's (``decoder.``): the graph may be the other one's, with the same names.
 
     Raises:
-        Unmatched: there is more than one way.
+        Unmatched: there is more than one way, or it cannot be told whether it is one.
     """
     ways: Counter[tuple[str, str]] = Counter()
     for path in paths:
@@ -371,7 +374,14 @@ def _align(paths: Collection[str], known: Collection[str], part: str | None = No
             f"the graph has these modules in several places ({places}), and it cannot be told which the adapter is "
             "for. If the model was exported as several files, say which part of it this is (part=, --part)"
         )
-    return best[0]
+    strip, prefix = best[0]
+    if part is None and _SIDE.fullmatch(strip):
+        raise Unmatched(
+            f"the graph has these modules without '{strip}', so that it may be the export of another part of the "
+            f"model, in which modules have the same names. If it is that of '{strip[:-1]}', say so "
+            f"(part='{strip[:-1]}', --part {strip[:-1]})"
+        )
+    return strip, prefix
 
 
 def _uses(value: ir.Value, rank: int, transposed: bool = False) -> Iterator[Use]:

@@ -251,6 +251,23 @@ def test_a_model_in_several_files(tmp_path: Path) -> None:
         assert f"{len(SIDES) - len(held)} parts of the adapter are not in this part" in str(proof)
 
 
+@pytest.mark.parametrize("inside", ["", "stack."])
+@pytest.mark.parametrize("side", ["decoder", "model.decoder", "text_model", "question_encoder", "vision_tower.model"])
+def test_a_side_does_not_go_into_another_ones_file(tmp_path: Path, side: str, inside: str) -> None:
+    """An encoder's file, exported by itself, has the names of a decoder's self-attention too."""
+    layers = [f"{inside}{n}" for n in ("0.q", "1.q")]
+    base = save(sides(layers), tmp_path / "base.onnx")
+    tensors = lora([f"{side}.{n}" for n in layers])
+    adapter = save_adapter(tmp_path / "adapter", tensors)
+    with pytest.raises(lorafx.AdapterError, match=rf"without '{side}\.', so that .* say so \(part='{side}', --part"):
+        lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx")
+    assert not (tmp_path / "merged.onnx").exists()
+    lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx", part=side)
+    before, after = weights(base), weights(tmp_path / "merged.onnx")
+    for index, path in enumerate(f"{side}.{n}" for n in layers):
+        assert torch.equal(after[f"w{index}"], (before[f"w{index}"].double() + delta(tensors, path).mT).float())
+
+
 def test_a_part_must_hold_something_of_the_adapter_and_leave_out_nothing_else(tmp_path: Path) -> None:
     adapter = save_adapter(tmp_path / "adapter", lora(SIDES[:2]))
     base = save(sides(SIDES[2:]), tmp_path / "base.onnx")
