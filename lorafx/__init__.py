@@ -56,6 +56,7 @@ from lorafx.inspection.plot import plot_inspection
 from lorafx.inspection.report import Inspection
 from lorafx.ir import Site, sites
 from lorafx.multi import export_multi
+from lorafx.packed_files import packed_state_dict
 from lorafx.passes.allocate import Allocation, allocate_ranks, with_ranks
 from lorafx.passes.deviation import Deviation, merge_deviation
 from lorafx.passes.explain import Explanation, explain
@@ -132,6 +133,7 @@ __all__ = [
     "merge_deviation",
     "merge_onnx",
     "merged_state_dict",
+    "packed_state_dict",
     "plan",
     "plot_inspection",
     "quantize",

@@ -4,7 +4,8 @@
     q.weight.absmax, .quant_map, ...                                                  q.SCB      float32 [out]
     q.weight.quant_state.bitsandbytes__nf4   the bytes of a JSON text
 
-Here they become one, ``q.weight [out, in]``, over the memory of those in the files. bitsandbytes is not needed.
+Here they become one, ``q.weight [out, in]``, over the memory of those in the files, and back again. bitsandbytes is not
+needed.
 """
 
 from __future__ import annotations
@@ -82,3 +83,33 @@ def as_held(tensor: Tensor, held: Tensor, owner: nn.Module) -> Tensor:
     if not isinstance(tensor, QuantizedTensor):
         return tensor
     return QuantizedTensor(replace(tensor.packed, dtype=held.dtype), turned=type(owner).__name__ == "Conv1D")
+
+
+def packed_state_dict(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with each packed weight as bitsandbytes' layers save it, which is what files can hold.
+
+        merged = lorafx.merge(gm, requantize=True)
+        model.save_pretrained(folder, state_dict=lorafx.packed_state_dict(merged.state_dict()))
+
+    Memory is shared with ``tensors``. A weight that is read transposed (transformers' Conv1D) is saved as
+    ``[out, in]``, as transformers does.
+
+    Raises:
+        QuantizationError: a packed weight is not that of a linear layer (a stack of experts), which bitsandbytes has
+            no layer for.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, QuantizedTensor):
+            found[name] = tensor
+            continue
+        layer, _, last = name.rpartition(".")
+        if last != "weight" or tensor.dim() != 2:
+            raise QuantizationError(
+                f"'{name}' {list(tensor.shape)} is stored as {tensor.packed.format} and is no linear layer's weight: "
+                "bitsandbytes has no way to save it. Put a dense one in its place (weight.dequantize()), or keep "
+                "the state dict with torch.save"
+            )
+        own = FORMATS[tensor.packed.format].state_dict(tensor.packed)
+        found |= {f"{layer}.{key}" if layer else key: value for key, value in own.items()}
+    return found

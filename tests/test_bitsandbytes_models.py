@@ -236,6 +236,43 @@ def test_what_from_pretrained_makes(settings: dict[str, Any], tmp_path: Path) ->
         assert all(torch.equal(tensor, held[key]) for key, tensor in weight.packed.tensors.items())
 
 
+@pytest.mark.parametrize("case", ["nf4", "int8", "gpt2"])
+def test_a_requantized_merge_is_a_checkpoint_for_transformers(case: str, tmp_path: Path) -> None:
+    """What it loads from there computes what the merged graph does, and holds its bytes."""
+    base, ids = "int8" if case == "int8" else "nf4", torch.arange(3, 17).view(2, 7)
+    config: Any = copy.deepcopy(LLAMA)
+    config.tie_word_embeddings = case == "nf4"
+    if case == "gpt2":
+        dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        config = hf.GPT2Config(vocab_size=80, n_embd=64, n_layer=1, n_head=4, n_positions=32, **dropout)
+    model: Any = hf.AutoModelForCausalLM.from_config(config)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    gm = lorafx.apply(model, LoraSpec(r=2, base=base), inputs).eval()
+    randomize(gm)
+    merged = lorafx.merge(gm, requantize=True)
+    bits = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    model.config.quantization_config = {
+        "quant_method": "bitsandbytes",
+        **(bits if base == "nf4" else {"load_in_8bit": True}),
+    }
+    model.save_pretrained(tmp_path, state_dict=lorafx.packed_state_dict(merged.state_dict()))
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_close("model", loaded.train()(**inputs, use_cache=False).logits, merged(**inputs).logits)
+    for name, weight in quantized(lorafx.load_pretrained(tmp_path)).items():
+        assert torch.equal(weight, merged.get_parameter(name))
+    assert_close(
+        "model", captured(lorafx.load_pretrained(tmp_path), inputs, None)(**inputs).logits, merged(**inputs).logits
+    )
+
+
+def test_a_stack_of_experts_has_no_layer_to_be_saved_as() -> None:
+    stack = QuantizedTensor(FORMATS["nf4"].quantize(torch.randn(3, 8, 8)))
+    with pytest.raises(
+        QuantizationError, match=r"'experts.stack' \[3, 8, 8\] is stored as nf4 and is no linear layer's"
+    ):
+        lorafx.packed_state_dict({"experts.stack": stack})
+
+
 def test_nothing_is_dequantised_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("a weight was read")

@@ -101,7 +101,8 @@ class QuantizedTensor(ReadAsDense):
         raise QuantizationError(
             f"{self.origin} has no memory of its dtype that could be written to a file: keep adapters with "
             "lorafx.save_adapter (LoraTrainer does, in place of transformers' Trainer), a training with "
-            "lorafx.save_checkpoint, the whole state with torch.save, and dense values with weight.dequantize()"
+            "lorafx.save_checkpoint, the whole state with torch.save, a file that bitsandbytes reads by way of "
+            "lorafx.packed_state_dict, and dense values with weight.dequantize()"
         )
 
     def share_memory_(self) -> QuantizedTensor:
