@@ -4,7 +4,7 @@ In the order in which data goes through: :mod:`~lorafx.export.export` (the calls
 :mod:`~lorafx.export.cast` (another precision),
 :mod:`~lorafx.export.translate` and :mod:`~lorafx.export.weights` (a graph becomes an ONNX model, its weights last),
 :mod:`~lorafx.export.pack` (those that stay packed),
-:mod:`~lorafx.export.write` with :mod:`~lorafx.export.pipe` (the file),
+:mod:`~lorafx.export.write` with :mod:`~lorafx.export.pipe` (the files), :mod:`~lorafx.export.commit` (their names),
 :mod:`~lorafx.export.verify` with :mod:`~lorafx.export.compare`,
 :mod:`~lorafx.export.parity` and :mod:`~lorafx.export.widen` (the checks), :mod:`~lorafx.export.report`,
 :mod:`~lorafx.export.provenance`; and

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorafx.errors import ExportError
 from lorafx.export.cast import cast_graph, file_dtype
+from lorafx.export.commit import draft
 from lorafx.export.decoder import check_generation, make_prompts, translate_step
 from lorafx.export.pack import (
     WeightFormat,
@@ -43,7 +44,7 @@ from lorafx.export.translate import Translation, output_names, structure, transl
 from lorafx.export.verify import check_graph, check_numbers, check_weights
 from lorafx.export.weights import fill
 from lorafx.export.widen import widen_graph, widen_tensor
-from lorafx.export.write import draft, parse_size
+from lorafx.export.write import parse_size
 from lorafx.graph import CapturedModule, get_path, rebind
 from lorafx.ir import Stage, active_layers, sites, stage
 from lorafx.kernels.rounding import Rounding

@@ -25,11 +25,11 @@ from onnx import TensorProto
 
 from lorafx.adapter_files import StoredAdapter
 from lorafx.checks import format_bytes
+from lorafx.export.commit import draft
 from lorafx.export.edits import Change, find_changes
 from lorafx.export.onnx_file import DATA_FIELDS, OnnxFile, copy_fields, read_onnx, without_initializers
 from lorafx.export.prove import Proof, prove
 from lorafx.export.settings import check_settings
-from lorafx.export.write import draft
 
 Progress = Callable[[str, float], None]
 

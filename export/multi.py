@@ -11,7 +11,7 @@ Several files cannot be renamed at one moment. Everything is written, flushed an
 target; then, in this order, so that nobody finds a base beside an adapter of another one under these names:
 
     1. where the base changes, the adapters of these names that are there go
-    2. weights, then the ``.onnx`` (:mod:`lorafx.export.write`): the commit
+    2. weights, then the ``.onnx`` (:mod:`lorafx.export.commit`): the commit
     3. each adapter, by one rename
 
 The same base gives the same ``.onnx`` to the byte: then nothing is missing at any time, and each task changes at one
@@ -46,6 +46,7 @@ from lorafx.export.adapter_inputs import (
     site_name,
 )
 from lorafx.export.cast import cast_graph
+from lorafx.export.commit import Draft, draft
 from lorafx.export.export import BFLOAT16_OPSET, Run, flat_example, usual_dims
 from lorafx.export.pack import (
     WeightFormat,
@@ -65,7 +66,6 @@ from lorafx.export.translate import output_names, translate
 from lorafx.export.verify import Runtime, check_weights, open_runtime
 from lorafx.export.weights import fill
 from lorafx.export.widen import widen_graph, widen_tensor
-from lorafx.export.write import Draft, draft
 from lorafx.graph import CapturedModule, get_path, share
 from lorafx.ir import adapters, find_adapter
 from lorafx.passes.activate import activate

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorafx.checks import format_bytes
-from lorafx.export.write import write_text
+from lorafx.export.commit import write_text
 from lorafx.passes.deviation import Deviation
 
 

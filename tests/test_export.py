@@ -26,13 +26,13 @@ import lorafx
 from conftest import Zoo, leaves, randomize, same, train
 from lorafx.errors import ExportError, InputError, MergeError, ParityError
 from lorafx.export import export, parity, verify
+from lorafx.export.commit import Draft
 from lorafx.export.compare import compare
 from lorafx.export.diff import diff_onnx
 from lorafx.export.export import merge_and_export
 from lorafx.export.parity import TOLERANCES, NoKernelError, difference
 from lorafx.export.translate import Translation, structure, translate
 from lorafx.export.weights import fill
-from lorafx.export.write import Draft
 from lorafx.graph import CapturedModule, get_path
 from lorafx.passes.fold import Fold
 from lorafx.passes.inference import inference

@@ -25,7 +25,7 @@ import lorafx
 from disk import room_for
 from lorafx.errors import ExportError
 from lorafx.export import uncached
-from lorafx.export.write import draft
+from lorafx.export.commit import draft
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork, POSIX signals and limits")
 

@@ -23,10 +23,10 @@ from lorafx import AdapterSession, LoraSpec
 from lorafx.errors import AdapterError, ExportError, InputError, LorafxError, MergeError, ParityError
 from lorafx.export import multi
 from lorafx.export.adapter_inputs import GAIN, WHOLE, A, B, genai_name
+from lorafx.export.commit import Draft
 from lorafx.export.multi import MultiReport, write_adapter
 from lorafx.export.parity import TOLERANCES, difference
 from lorafx.export.runtime import load_adapter_file
-from lorafx.export.write import Draft
 from lorafx.graph import CapturedModule
 from lorafx.ir import adapters
 from several import IDS, SPECS, build, filled
