@@ -164,6 +164,7 @@ def export_base(
     *,
     verify: bool = True,
     example_inputs: ExampleInputs = None,
+    dynamic_shapes: Mapping[str, Any] | None = None,
     opset: int | None = None,
     dtype: torch.dtype | str | None = None,
     weight_format: WeightFormat = "dense",
@@ -180,20 +181,25 @@ def export_base(
 
     Args:
         model: what :func:`lorafx.apply` returned; or a module, which is captured as :func:`lorafx.apply` would with
-            ``example_inputs`` (None: synthesised for Hugging Face models; others need them).
+            ``example_inputs`` (None: synthesised for Hugging Face models; others need them) and ``dynamic_shapes``.
 
     Raises:
         CaptureError: the module cannot be captured.
+        ExportError: ``dynamic_shapes`` is given for what was captured already.
         ParityError, ExportError: as :func:`merge_and_export`.
     """
     check_format(weight_format)
     check_settings(opset, external_data, data_name, max_shard_size)
     run = Run(progress)
     if isinstance(model, CapturedModule):
+        if dynamic_shapes is not None:
+            raise ExportError(
+                "dynamic_shapes is for a module that is yet to be captured, and this graph is: give it to lorafx.apply"
+            )
         gm = model
     else:
         with run.phase("capture"):
-            gm = capture(model, example_inputs).eval()
+            gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes).eval()
             gm.meta["stage"] = Stage.CAPTURED
     options = Options(
         verify,
