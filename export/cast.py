@@ -63,6 +63,7 @@ def weights_dtype(gm: CapturedModule) -> torch.dtype | None:
 def cast_graph(gm: CapturedModule, dtype: torch.dtype) -> CapturedModule:
     """A graph for inference as that of the model in another precision; its weights hold no values, and take no memory.
 
+    What its code does in one precision only (``if x.dtype == torch.float16: clamp``) is as in the captured one.
     Buffers that are computed, not saved, keep their dtype under a float32 model, as ``from_pretrained(dtype=...)`` has
     it; those of a half-precision model are converted with it.
 
@@ -138,8 +139,6 @@ def _asks_for(node: Node, old: torch.dtype, new: torch.dtype) -> bool:
     named = casts if is_cast or not others else others
     if set(named) in ({True}, {False}):
         return bool(named[0])
-    if is_cast and not named and all(user.op == "output" for user in node.users):
-        return False  # of the loss: where a cast did nothing, a capture takes its result for what it was given
     raise ExportError(
         f"dtype={new}: '{line or node.name}' casts to {old}, which may be what it names or the model's own dtype. "
         f"Convert the model (model.to({new})), apply and load the adapter there; adapters stay in float32"

@@ -224,8 +224,8 @@ def _refuse_mixed(graph: Graph) -> None:
     """Refuse products of values of several dtypes; fake tensors multiply them, and a model's own code never does.
 
     Raises:
-        ExportError: there is one: the graph was cast, and where a cast did nothing when it was captured, its result
-            stands for what it was given too.
+        ExportError: there is one: the graph was cast, and a value that the model computes in its own dtype whatever
+            that of its weights, such as a buffer that is not saved, met one of theirs.
     """
     for node in graph.nodes:
         if not isinstance(node.target, OpOverload) or node.target._schema.name.removeprefix("aten::") not in _ONE_DTYPE:
@@ -236,8 +236,8 @@ def _refuse_mixed(graph: Graph) -> None:
             dtypes = sorted(map(str, found), key=lambda name: name == "torch.float32")
             line = ((node.meta.get("stack_trace") or "").strip().splitlines() or [node.name])[-1].strip()
             raise ExportError(
-                f"dtype={dtypes[0]}: '{line}' multiplies {' by '.join(dtypes)} once the graph is cast, because the "
-                "model's code uses a value both as it is and cast, and in the capture these are one. Convert the model "
+                f"dtype={dtypes[0]}: '{line}' multiplies {' by '.join(dtypes)} once the graph is cast: one of "
+                "them is computed in a dtype of its own, not in that of the weights. Convert the model "
                 f"(model.to({dtypes[0]})), apply and load the adapter there; adapters stay in float32"
             )
 

@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from lorafx.errors import CaptureError
 from lorafx.graph import annotate
 from lorafx.passes.bitsandbytes import PackedLinear
+from lorafx.passes.casts import CastsApart, without_copies
 from lorafx.passes.example import Example
 from lorafx.serialize import plain_containers
 
@@ -62,10 +63,12 @@ def export_trace(model: nn.Module, example: Example) -> Trace:
     kwargs, shapes = example.trace_inputs()
     with _quiet():
         try:
-            program = torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
+            with CastsApart():
+                program = torch.export.export(model, (), kwargs, dynamic_shapes=shapes, strict=False)
             module = program.module(check_guards=False)
         except Exception as error:  # whatever the model's own code raises under tracing ends up here
             raise _not_traceable(model, error, "torch.export") from error
+    without_copies(module)
     graph = module.graph
     leaves, specs = _name_placeholders(graph, kwargs, example)
     for node in graph.nodes:

@@ -3,7 +3,10 @@ weights."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -14,7 +17,9 @@ from torch import Tensor, nn
 import lorafx
 from conftest import randomize
 from lorafx import ExportError, LoraSpec
+from lorafx.api import captured
 from lorafx.export.export import export_base, merge_and_export
+from lorafx.export.report import ExportReport
 from lorafx.graph import CapturedModule
 
 
@@ -45,6 +50,28 @@ class Held(Named):
         return out
 
 
+class Wide(Named):
+    """Uses a value as it is and in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        mean = h.float().mean(-1, keepdim=True)
+        out: Tensor = self.b(h * h * h) + mean
+        return out
+
+
+class Computed(Named):
+    """Multiplies by a buffer that is not saved, and so not converted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mix", torch.eye(16), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x) @ self.mix)
+        return out
+
+
 class Counted(Named):
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.b(self.a(x)) / x.numel()
@@ -59,6 +86,16 @@ def adapt(model: nn.Module, dtype: torch.dtype = torch.float32) -> CapturedModul
     gm = lorafx.apply(model.eval().to(dtype), SPEC, torch.randn(3, 16).to(dtype), seed=0).eval()
     randomize(gm)
     return gm
+
+
+def same_graphs(folder: Path, *exports: Callable[[Path], ExportReport]) -> list[ExportReport]:
+    """What exports report that write the same graph, each to a folder of its own."""
+    reports = []
+    for index, export in enumerate(exports):
+        (folder / str(index)).mkdir()
+        reports.append(export(folder / str(index) / "m.onnx"))
+    assert len({report.onnx_sha256 for report in reports}) == 1
+    return reports
 
 
 def kinds(path: Path) -> list[str]:
@@ -77,20 +114,50 @@ def test_a_dtype_that_nothing_tells_is_refused(tmp_path: Path) -> None:
         merge_and_export(adapt(Held()), tmp_path / "model.onnx", dtype="fp16")
 
 
-def test_values_used_as_they_are_and_cast_are_refused_with_advice(tmp_path: Path) -> None:
-    config = hf.Gemma3TextConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
+SIZES: dict[str, Any] = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+IDS = {"input_ids": torch.arange(12).reshape(2, 6)}
+DECODERS: dict[str, Callable[[], tuple[type[hf.PreTrainedModel], hf.PreTrainedConfig]]] = {
+    "llama": lambda: (hf.LlamaForCausalLM, hf.LlamaConfig(**SIZES)),
+    "gemma3": lambda: (hf.Gemma3ForCausalLM, hf.Gemma3TextConfig(**SIZES, head_dim=8)),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_graph_is_that_of_the_converted_model(name: str, tmp_path: Path) -> None:
+    """The residual stream too: a float32 model's norms cast it to what it is, and read one value where there are two."""
+    made, config = DECODERS[name]()
+    model = made(config).eval()
+    gm = lorafx.apply(model, LoraSpec(r=2, target_modules=["q_proj"]), IDS, seed=0).eval()
+    randomize(gm)
+    half = copy.deepcopy(model)
+    for parameter in half.parameters():  # what is computed and not saved stays in float32, as from_pretrained has it
+        parameter.data = parameter.data.half()
+    cast, _ = same_graphs(
+        tmp_path,
+        lambda path: merge_and_export(gm, path, dtype="fp16", data_name="w"),
+        lambda path: export_base(half, path, example_inputs=IDS, data_name="w", verify=False),
     )
-    ids = {"input_ids": torch.arange(12).reshape(2, 6)}
-    gm = lorafx.apply(hf.Gemma3ForCausalLM(config).eval(), LoraSpec(r=2, target_modules=["q_proj"]), ids).eval()
-    with pytest.raises(ExportError, match=r"F\.linear.* multiplies torch\.float16 by torch\.float32 .*Convert the mod"):
-        merge_and_export(gm, tmp_path / "model.onnx", dtype="fp16")
+    assert len(cast.parity) >= 3
+
+
+def test_products_of_what_is_and_is_not_converted_are_refused_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"self\.mix.* multiplies torch\.float16 by torch\.float32 .*Convert the mod"):
+        merge_and_export(adapt(Computed()), tmp_path / "model.onnx", dtype="fp16")
+
+
+def test_autocast_casts_what_the_models_code_does() -> None:
+    """A value that float32 code also casts is used as it is where the model uses it so."""
+    model, x = Wide().eval(), torch.randn(3, 16)
+    gm = captured(model, x, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gm(x), model(x))
 
 
 def test_the_number_of_elements_is_the_product_of_the_sizes(tmp_path: Path) -> None:
@@ -98,35 +165,34 @@ def test_the_number_of_elements_is_the_product_of_the_sizes(tmp_path: Path) -> N
 
 
 def test_base_of_a_module_is_that_of_the_adapted_one(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
     model = Named().eval()
-    plain = export_base(model, tmp_path / "a" / "m.onnx", example_inputs=torch.randn(3, 16), data_name="w")
-    adapted = export_base(adapt(model), tmp_path / "b" / "m.onnx", data_name="w")
-    assert plain.onnx_sha256 == adapted.onnx_sha256
-    assert (tmp_path / "a" / "w").read_bytes() == (tmp_path / "b" / "w").read_bytes()
+    plain, _ = same_graphs(
+        tmp_path,
+        lambda path: export_base(model, path, example_inputs=torch.randn(3, 16), data_name="w"),
+        lambda path: export_base(adapt(model), path, data_name="w"),
+    )
+    assert (tmp_path / "0" / "w").read_bytes() == (tmp_path / "1" / "w").read_bytes()
     assert len(plain.parity) >= 3
 
 
+def test_base_of_a_module_has_the_dimensions_asked_for(tmp_path: Path) -> None:
+    model, x, shapes = Named().eval(), torch.randn(3, 16), {"x": {0: "rows"}}
+    report = export_base(model, tmp_path / "m.onnx", example_inputs=x, dynamic_shapes=shapes)
+    assert report.inputs == {"x": "[rows,16]"}
+    with pytest.raises(ExportError, match=r"dynamic_shapes is for a module .* give it to lorafx\.apply"):
+        export_base(captured(model, x, shapes), tmp_path / "m.onnx", dynamic_shapes=shapes)
+
+
 def test_a_base_keeps_apart_what_its_fine_tune_does(tmp_path: Path) -> None:
-    config = hf.LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=True,
-    )
-    ids = {"input_ids": torch.arange(12).reshape(2, 6)}
     spec = LoraSpec(r=2, target_modules=["q_proj", "lm_head"], tied="untie")
-    gm = lorafx.apply(hf.LlamaForCausalLM(config).eval(), spec, ids, seed=0).eval()
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
+    gm = lorafx.apply(model, spec, IDS, seed=0).eval()
     randomize(gm)
-    for name in ("base", "tuned"):
-        (tmp_path / name).mkdir()
-    base = export_base(gm, tmp_path / "base" / "m.onnx", data_name="w")
-    tuned = merge_and_export(gm, tmp_path / "tuned" / "m.onnx", data_name="w")
-    assert base.onnx_sha256 == tuned.onnx_sha256
+    base, _ = same_graphs(
+        tmp_path,
+        lambda path: export_base(gm, path, data_name="w"),
+        lambda path: merge_and_export(gm, path, data_name="w"),
+    )
     assert len(base.parity) >= 3  # beside the tied graph's values
 
 
