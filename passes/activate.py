@@ -201,7 +201,7 @@ def _update_parameter(gm: CapturedModule, nodes: Sequence[Node], found: Sequence
         tensors = [_made(graph.get_attr(n)) for site in found for n in site.tensor_names.values()]
         rows = [None if site.rows is None else _made(graph.get_attr(site.index_name)) for site in found]
     for node in nodes:
-        with graph.inserting_before(node.next):
+        with graph.inserting_before(min(node.users)):  # the first: until there nothing need be dense
             arguments = (
                 node,
                 tensors,

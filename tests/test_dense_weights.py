@@ -80,3 +80,40 @@ def test_the_gradient_of_small_gains_without_the_compiled_kernels(form: str | No
     call = partial(_grad_gain, *sums, [], [], None, gain, dy, x, *parts(weight))
     assert most_dense(lambda: found.append(call()), 4 * WIDTH**2) == 0
     assert_close("layer", found[0], expected)
+
+
+class Stacks(nn.Module):
+    """Layers with two experts each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Stack() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.Parameter(torch.randn(2, 512, 512) / 512)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = (x @ self.experts.flatten(0, 1).T).view(2, 2, 512).sum(1)
+        return out
+
+
+def test_stacks_of_experts_are_dense_a_layer_at_a_time() -> None:
+    """Each becomes so where it is read first; with what its adapters add beside it."""
+    x = torch.randn(2, 512, requires_grad=True)
+    spec = LoraSpec(r=2, base="nf4", target_modules=(), target_parameters=["experts"])
+    gm = lorafx.apply(Stacks(), spec, (x,)).train()
+    size = 4 * 2 * 512**2
+    with torch.no_grad():
+        assert most_dense(lambda: [gm(x) for _ in range(5)], size) <= 3
+    gm.gradient_checkpointing_enable()
+    checkpointed = most_dense(lambda: gm(x).sum().backward(), size)
+    gm.gradient_checkpointing_disable()
+    assert checkpointed <= 3 < most_dense(lambda: gm(x).sum().backward(), size)
