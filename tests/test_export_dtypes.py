@@ -131,7 +131,7 @@ DECODERS: dict[str, Callable[[], tuple[type[hf.PreTrainedModel], hf.PreTrainedCo
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_the_graph_is_that_of_the_converted_model(name: str, tmp_path: Path) -> None:
-    """The residual stream too: a float32 model's norms cast it to what it is, and read one value where there are two."""
+    """The residual stream too, which the norms of a float32 model cast to what it is: two values, not one."""
     made, config = DECODERS[name]()
     model = made(config).eval()
     gm = lorafx.apply(model, LoraSpec(r=2, target_modules=["q_proj"]), IDS, seed=0).eval()
