@@ -440,7 +440,7 @@ def main() -> None:
         note(given.log, {"calls": called})
     rows = list[dict[str, Any]]()
     for case, mode in itertools.product(cases_of(given), given.mode):
-        asked = {"case": asdict(case), "layers": layers(), "mode": mode}
+        asked = identity(case, mode)
         row = next((r for r in known if asked.items() <= r.items() and {*ways_of(mode, given)} <= {*r["ways"]}), None)
         if row is None:
             row = row_of(case, mode, given)
@@ -456,10 +456,15 @@ def without_folder(arguments: list[str]) -> list[str]:
     return arguments[:place] + arguments[place + 2 :]
 
 
+def identity(case: Case, mode: str) -> dict[str, Any]:
+    """What tells a measurement from others."""
+    return {"case": asdict(case), "layers": layers(), "mode": mode, "processor": tax_report.processor()}
+
+
 def row_of(case: Case, mode: str, given: argparse.Namespace) -> dict[str, Any]:
     """What is measured of one case in one mode, printed as it comes."""
     ways = ways_of(mode, given)
-    row: dict[str, Any] = {"case": asdict(case), "layers": layers(), "mode": mode}
+    row = identity(case, mode)
     if mode == "memory":
         row["ways"] = memory(case, ways)
         floor = row["ways"]["frozen"]

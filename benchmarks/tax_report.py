@@ -41,7 +41,9 @@ def markdown(rows: Sequence[dict[str, Any]], calls: Sequence[dict[str, Any]], na
     lines = [
         "# What adapters cost",
         "",
-        f"`{command}`, with {torch.get_num_threads()} threads on {processor()}, torch {torch.__version__}.",
+        f"`{command}`, with {torch.get_num_threads()} threads, torch {torch.__version__}, on",
+        *(f"- {name}" for name in dict.fromkeys(row["processor"] for row in rows)),
+        "",
         "Models of so many layers, without embeddings and heads. "
         "A step (forward and backward) over the frozen model's in the same mode: median of the rounds, and quartiles.",
         "*frozen, again* is the frozen model over a copy of itself, so what it is off 1 is noise; *captured* the graph",
@@ -50,15 +52,17 @@ def markdown(rows: Sequence[dict[str, Any]], calls: Sequence[dict[str, Any]], na
         "",
         f"![the tax as bars]({name}.png)",
         "",
-        "| model | layers | dtype | r | adapters | mode | rounds | goal | " + " | ".join(ways) + " |",
-        "| --- | ---: | --- | ---: | --- | --- | ---: | ---: |" + " ---: |" * len(ways),
+        "| model | layers | dtype | r | adapters | mode | vectors | rounds | goal | " + " | ".join(ways) + " |",
+        "| --- | ---: | --- | ---: | --- | --- | --- | ---: | ---: |" + " ---: |" * len(ways),
     ]
     for row in rows:
         case = row["case"]
         cells = (_cell(row, way) for way in ways)
         head = f"| {case['model']} | {row['layers']} | {case['dtype']} | {case['r']} | {case['method']} |"
         lines.append(
-            f"{head} {row['mode']}{mark(row)} | {row.get('rounds', '')} | {_goal(row)} | " + " | ".join(cells) + " |"
+            f"{head} {row['mode']}{mark(row)} | {vectors(row)} | {row.get('rounds', '')} | {_goal(row)} | "
+            + " | ".join(cells)
+            + " |"
         )
     if calls:
         lines += [
@@ -78,6 +82,11 @@ def mark(row: Mapping[str, Any]) -> str:
     if row["mode"] == "memory":
         return ""
     return ", noisy" if not row["steady"] else ", again" if row["runs"] > 1 else ""
+
+
+def vectors(row: Mapping[str, Any]) -> str:
+    """The last that :func:`processor` says, which tells more than a name of many."""
+    return str(row["processor"]).rpartition(", ")[2]
 
 
 def _ratio(row: Mapping[str, Any], way: str) -> float | None:
@@ -113,7 +122,7 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_yticks(
         [x + 0.4 - width / 2 for x in range(len(rows))],
-        ["{model} {dtype} r={r} {method}, ".format_map(row["case"]) + row["mode"] for row in rows],
+        ["{model} {dtype} r={r} {method}, ".format_map(row["case"]) + f"{row['mode']} {vectors(row)}" for row in rows],
         fontsize=7,
     )
     axes.invert_yaxis()
@@ -125,8 +134,9 @@ def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name, where the system tells it, and what vectors torch uses there."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or 'an unknown processor'} ({os.cpu_count()} cores)"
+    name = names[0] if names else platform.processor() or "an unknown processor"
+    return f"{name} ({os.cpu_count()} cores), {torch.backends.cpu.get_cpu_capability()}"

@@ -23,6 +23,7 @@ import tax
 import tax_report
 
 TORCH = "lorafx, torch provider"
+VECTORS = tax_report.vectors({"processor": tax_report.processor()})
 
 
 def bert() -> nn.Module:
@@ -127,7 +128,8 @@ def test_the_quick_version_writes_a_table_numbers_and_a_picture(
     assert [row["case"]["model"] for row in found["steps"]] == ["bert", "llama"]
     assert [call["call"] for call in found["calls"]] == ["apply", "set_adapter", "merge"]
     text = (tmp_path / "tax-quick.md").read_text()
-    assert "| adapters | mode | rounds | goal | frozen, again | captured | lorafx | lorafx, torch provider |" in text
+    assert "| adapters | mode | vectors | rounds | goal | " in text
+    assert "| frozen, again | captured | lorafx | lorafx, torch provider |" in text
     assert text.count("| 1 | fp32 | 16 | lora | eager") == 2
     assert text.count(" | 5 | 1.06 | ") == 2
     assert "| `set_adapter` |" in text
@@ -137,9 +139,9 @@ def test_the_quick_version_writes_a_table_numbers_and_a_picture(
 
 def test_memory_is_shown_over_the_frozen_models() -> None:
     case = {"model": "bert", "dtype": "fp32", "r": 4, "method": "lora"}
-    row = {"case": case, "layers": 2, "mode": "memory", "ways": {"frozen": 200, "peft": 300}}
+    row = {"case": case, "layers": 2, "mode": "memory", "processor": "a, b", "ways": {"frozen": 200, "peft": 300}}
     shown = tax_report.markdown([row], [], "tax", "python tax.py")
-    assert "| bert | 2 | fp32 | 4 | lora | memory |  |  | 1.50 |" in shown
+    assert "| bert | 2 | fp32 | 4 | lora | memory | b |  |  | 1.50 |" in shown
 
 
 def test_what_the_log_holds_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,8 +167,8 @@ def test_what_the_log_holds_is_not_measured_again(tmp_path: Path, monkeypatch: p
     tax.main()
     assert len(log.read_text().splitlines()) == 2
     table = (out / "tax.md").read_text()
-    assert "| 16 | lora | memory |  | 1.10 | 1.00 |" in table
-    assert "| 16 | dora | memory |  | 1.20 | 1.10 |" in table
+    assert f"| 16 | lora | memory | {VECTORS} |  | 1.10 | 1.00 |" in table
+    assert f"| 16 | dora | memory | {VECTORS} |  | 1.20 | 1.10 |" in table
     monkeypatch.setattr(sys, "argv", ["tax.py", "--report", "--log", str(log), "--out", str(tmp_path / "again")])
     tax.main()
     again = (tmp_path / "again" / "tax.md").read_text()

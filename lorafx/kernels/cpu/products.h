@@ -19,6 +19,7 @@ constexpr int64_t VECTORS = MANY ? 3 : 2;              // vectors of its rows, a
 constexpr int64_t RANKS = MANY && LANES >= 8 ? 8 : 4;  // rows of a register tile of an outer product
 constexpr int64_t DEPTH = 256;  // columns of a tile's rows that are copied together: they stay in the first-level cache
 constexpr int64_t WIDTH = 64;   // columns that an outer product works on together
+constexpr int64_t SOME = 4;     // vectors of which three kinds are kept
 constexpr int64_t STEPS = 64;   // operands a column of them: a tile of both stays in the first-level cache
 
 // What the inner loops multiply: one float, or two neighbouring bfloat16 in 32 bits.
@@ -374,29 +375,41 @@ void outer_block(const T *x, int64_t ldx, int64_t ahead, int64_t count, int64_t 
   }
 }
 
-// base = gain * dy [count, n], and sums of dy and of dy * y added to total and dot [WIDTH]
-template <typename T>
-void scale_and_sum(const T *dy, int64_t ld, const T *y, int64_t ldy, int64_t count, int64_t n, const float *gain,
-                   T *base, int64_t ldb, float *total, float *dot) {
-  constexpr int64_t COUNT = WIDTH / LANES;
-  vec sum[COUNT], product[COUNT], factor[COUNT];
-  for (int64_t v = 0; v < COUNT; ++v) {
+// base = gain * dy [count, n], and sums of dy and of dy * y added to total and dot
+template <typename T, bool WHOLE>
+inline void scale_and_sum_some(const T *dy, int64_t ld, const T *y, int64_t ldy, int64_t count, int64_t n,
+                               const float *gain, T *base, int64_t ldb, float *total, float *dot) {
+  const auto left = [&](int64_t v) { return WHOLE ? LANES : n - v * LANES; };
+  vec sum[SOME], product[SOME], factor[SOME] = {};
+  UNROLL
+  for (int64_t v = 0; v < SOME; ++v) {
     sum[v] = load(total + v * LANES), product[v] = load(dot + v * LANES);
-    factor[v] = gain && v * LANES < n ? load(gain + v * LANES, n - v * LANES) : vec{};
+    if (gain && left(v) > 0) factor[v] = load(gain + v * LANES, left(v));
   }
   for (int64_t m = 0; m < count; ++m) {
     if (y) __builtin_prefetch(y + (m + 16) * ldy);
     UNROLL
-    for (int64_t v = 0; v < COUNT; ++v) {
-      const int64_t at = v * LANES, rest = n - at;
-      if (rest <= 0) break;
-      const vec d = load(dy + m * ld + at, rest);
+    for (int64_t v = 0; v < SOME; ++v) {
+      if (left(v) <= 0) break;
+      const vec d = load(dy + m * ld + v * LANES, left(v));
       sum[v] += d;
-      if (y) product[v] += d * load(y + m * ldy + at, rest);
-      if (gain) store(base + m * ldb + at, d * factor[v], rest);
+      if (y) product[v] += d * load(y + m * ldy + v * LANES, left(v));
+      if (gain) store(base + m * ldb + v * LANES, d * factor[v], left(v));
     }
   }
-  for (int64_t v = 0; v < COUNT; ++v) store(total + v * LANES, sum[v]), store(dot + v * LANES, product[v]);
+  UNROLL
+  for (int64_t v = 0; v < SOME; ++v) store(total + v * LANES, sum[v]), store(dot + v * LANES, product[v]);
+}
+
+// The same of WIDTH columns, or the last few: total and dot are of WIDTH.
+template <typename T>
+void scale_and_sum(const T *dy, int64_t ld, const T *y, int64_t ldy, int64_t count, int64_t n, const float *gain,
+                   T *base, int64_t ldb, float *total, float *dot) {
+  for (int64_t at = 0; at < n; at += SOME * LANES) {
+    const auto some = n - at >= SOME * LANES ? scale_and_sum_some<T, true> : scale_and_sum_some<T, false>;
+    some(dy + at, ld, y ? y + at : nullptr, ldy, count, n - at, gain ? gain + at : nullptr, base ? base + at : nullptr,
+         ldb, total + at, dot + at);
+  }
 }
 
 }  // namespace
