@@ -135,6 +135,7 @@ def merge_and_export(
     Raises:
         MergeError: an adapter holds NaN or Inf, or a merged weight does not fit in the dtype; or ``base``, ``original``
             and ``requantize`` do not fit, as :func:`lorafx.merge` says (and CheckpointError).
+        NotFiniteError: a weight of the model holds NaN or Inf.
         ParityError: (b) or (c) failed; says where and by how much.
         ExportError: the graph cannot be expressed in ONNX, or not in this dtype, or the file cannot be written.
     """
@@ -186,7 +187,7 @@ def export_base(
     Raises:
         CaptureError: the module cannot be captured.
         ExportError: ``dynamic_shapes`` is given for what was captured already.
-        ParityError, ExportError: as :func:`merge_and_export`.
+        NotFiniteError, ParityError, ExportError: as :func:`merge_and_export`.
     """
     check_format(weight_format)
     check_settings(opset, external_data, data_name, max_shard_size)
