@@ -24,6 +24,7 @@ from lorafx.errors import ExportError
 from lorafx.export.cast import cast_graph, file_dtype
 from lorafx.export.commit import draft
 from lorafx.export.decoder import check_generation, make_prompts, translate_step
+from lorafx.export.example import find_example, flat_example
 from lorafx.export.pack import (
     WeightFormat,
     check_format,
@@ -43,7 +44,7 @@ from lorafx.export.settings import check_settings
 from lorafx.export.translate import Translation, output_names, structure, translate
 from lorafx.export.verify import check_graph, check_numbers, check_weights
 from lorafx.export.weights import fill
-from lorafx.export.widen import widen_graph, widen_tensor
+from lorafx.export.widen import widen_graph
 from lorafx.export.write import parse_size
 from lorafx.graph import CapturedModule, get_path, rebind
 from lorafx.ir import Stage, active_layers, sites, stage
@@ -51,12 +52,11 @@ from lorafx.kernels.rounding import Rounding
 from lorafx.passes.capture import capture
 from lorafx.passes.decoder import capture_decoder, longest_sequence, with_tensors
 from lorafx.passes.deviation import merge_deviation
-from lorafx.passes.example import ExampleInputs, make_example
+from lorafx.passes.example import ExampleInputs
 from lorafx.passes.fold import Fold
 from lorafx.passes.inference import inference
 from lorafx.passes.merge import compute_folds, merge_lazily, unadapted
 from lorafx.passes.merge_base import Original, choose_base
-from lorafx.signature import Signature
 
 Progress = Callable[[str, float], None]
 
@@ -336,14 +336,9 @@ def export_graph(
         return graph if options.dtype is None else cast_graph(graph, options.dtype)
 
     graph = converted(plain)
-    if step is None:
-        inputs = flat_example(plain.signature, trained.meta.get("example"), options.example_inputs)
-    else:
-        inputs = flat_example(plain.signature, step.meta["example"], None)
-    example = inputs
-    if graph is not plain:
-        example = {name: t.to(options.dtype) if t.is_floating_point() else t for name, t in inputs.items()}
-    dims = plain.signature.dims if trained.meta.get("example") is not None else usual_dims(example)
+    captured = (trained if step is None else step).meta.get("example")
+    given = options.example_inputs if step is None else None
+    example = find_example(plain, captured, given, options.dtype if graph is not plain else None)
     dtype = precision(graph)
     opset = BFLOAT16_OPSET if options.opset is None and dtype is torch.bfloat16 else options.opset
     packing = plan_packing(plain, source, options.weight_format)
@@ -358,7 +353,7 @@ def export_graph(
     origin = provenance(trained)
     with draft(path, options.data_name) as file:
         with run.phase("translate"):
-            translation = express(graph, example, dims, opset, packing)
+            translation = express(graph, example.traced, example.dims, opset, packing)
             model = translation.model
             refuse_none(options.weight_format, translation.packed, translation.dense)
         warnings = [f"{place} came out fixed: the file takes this size only" for place in translation.fixed]
@@ -385,7 +380,9 @@ def export_graph(
                 base_packing = plan_packing(base, partial(get_path, base), options.weight_format).only(packing.layouts)
                 # A translation does not depend on weights, so that of an equal graph need not be repeated.
                 twin = structure(base) == structure(plain) and base_packing.layouts == packing.layouts
-                reference = model if twin else express(converted(base), example, dims, opset, base_packing).model
+                reference = model
+                if not twin:
+                    reference = express(converted(base), example.traced, example.dims, opset, base_packing).model
                 loaded = ir.load(file.path)
                 apart = [site.name for site in sites(trained) if site.apart]
                 difference = check_graph(loaded, reference, apart)
@@ -410,9 +407,8 @@ def export_graph(
                         exact, name = inference(beside, keep_loss=options.keep_loss), "merged"
                     if graph is not plain:  # the torch graph in float32 or better, whatever the file is in
                         exact, unmerged = widen_graph(exact), widen_graph(unmerged)
-                        inputs = {n: widen_tensor(t) for n, t in inputs.items()}
                     if step is None:
-                        cases = make_cases(inputs, translation.dims, plain.signature.ranges)
+                        cases = make_cases(example.compared, translation.dims, plain.signature.ranges)
                         parity, note = check_numbers(file.path, exact, dtype, cases, tolerance, done, name)
                         checks["same numbers"] = f"{sum(p.refused is None for p in parity)} runs agree with torch"
                         if requantized:
@@ -488,35 +484,3 @@ def _changes(
             changed.add(expression.value)
     written = (v for v in translation.model.graph.initializers.values() if v in changed)
     return sum(v.const_value.nbytes for v in written if v.const_value is not None), tuple(rows)
-
-
-def flat_example(signature: Signature, captured: Any, given: ExampleInputs) -> dict[str, Tensor]:
-    """A tensor for each placeholder: from the inputs given, or else those of the capture.
-
-    Raises:
-        ExportError: there are none, or some are missing.
-        InputError: they do not fit the graph.
-    """
-    inputs = captured if given is None else given
-    if inputs is None:
-        raise ExportError("the graph was traced without example inputs, and ONNX needs some: pass example_inputs=")
-    if isinstance(inputs, Tensor):
-        inputs = (inputs,)
-    if isinstance(inputs, Mapping):
-        absent = [a.name for a in signature.arguments if a.name not in inputs]
-        if absent:
-            raise ExportError(
-                f"no example for {', '.join(absent)}: pass example_inputs= as a dict of "
-                f"{', '.join(a.name for a in signature.arguments)}"
-            )
-        # Labels may be among a capture's inputs; without the loss they are none of the graph's.
-        wanted = {a.name for a in signature.arguments}
-        flat = signature.flatten(**{n: v for n, v in inputs.items() if n in wanted})
-    else:
-        flat = signature.flatten(*inputs)
-    return dict(zip(signature.placeholders, flat, strict=True))
-
-
-def usual_dims(example: Mapping[str, Tensor]) -> dict[str, Mapping[int, str]]:
-    """The dimensions that are dynamic where a capture had no example to find it out with."""
-    return {name: roles[0] for name, roles in make_example(dict(example), {}).roles.items()}

@@ -47,7 +47,8 @@ from lorafx.export.adapter_inputs import (
 )
 from lorafx.export.cast import cast_graph
 from lorafx.export.commit import Draft, draft
-from lorafx.export.export import BFLOAT16_OPSET, Run, flat_example, usual_dims
+from lorafx.export.example import find_example
+from lorafx.export.export import BFLOAT16_OPSET, Run
 from lorafx.export.pack import (
     WeightFormat,
     check_format,
@@ -65,7 +66,7 @@ from lorafx.export.runtime import ADAPTER_SUFFIX, load_adapter_file, model_versi
 from lorafx.export.translate import output_names, translate
 from lorafx.export.verify import Runtime, check_weights, open_runtime
 from lorafx.export.weights import fill
-from lorafx.export.widen import widen_graph, widen_tensor
+from lorafx.export.widen import widen_graph
 from lorafx.graph import CapturedModule, get_path, share
 from lorafx.ir import adapters, find_adapter
 from lorafx.passes.activate import activate
@@ -193,11 +194,7 @@ def export_tasks(
         active = {name: _active(gm, adapter) for name, adapter in tasks.items()}
         graph = plain if dtype is None else cast_graph(plain, dtype)
         inputs = find_inputs(gm, graph, tasks.values(), _NAMES[naming])
-    given = flat_example(plain.signature, gm.meta.get("example"), example_inputs)
-    example = given
-    if graph is not plain:
-        example = {name: t.to(dtype) if t.is_floating_point() else t for name, t in given.items()}
-    dims = plain.signature.dims if gm.meta.get("example") is not None else usual_dims(example)
+    example = find_example(plain, gm.meta.get("example"), example_inputs, dtype if graph is not plain else None)
     kind = precision(graph)
     opset = BFLOAT16_OPSET if opset is None and kind is torch.bfloat16 else opset
 
@@ -213,7 +210,7 @@ def export_tasks(
     tolerance = TOLERANCES[read_as(packing, kind)]
     with draft(path) as file:
         with run.phase("translate"):
-            translation = translate(graph, example, dims, opset, packing)
+            translation = translate(graph, example.traced, example.dims, opset, packing)
             refuse_none(weight_format, translation.packed, translation.dense)
             model = translation.model
             required = {str(v.name): str(v.shape) for v in model.graph.inputs}
@@ -245,11 +242,7 @@ def export_tasks(
                 unmerged = {name: inference(work) for name, work in active.items()}
                 cast = graph is not plain
                 runtime = open_runtime(file.path, widen_graph(plain) if cast else plain, kind, file.path.parent)
-                cases = make_cases(
-                    {n: widen_tensor(t) for n, t in given.items()} if cast else given,
-                    translation.dims,
-                    plain.signature.ranges,
-                )
+                cases = make_cases(example.compared, translation.dims, plain.signature.ranges)
                 for number, (task, reference) in enumerate([(None, runtime.graph), *unmerged.items()]):
                     held = None
                     if task is not None:

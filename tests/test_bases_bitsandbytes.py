@@ -136,13 +136,15 @@ def test_int8_has_the_same_codes_scales_and_state_dict_for_float16() -> None:
 @pytest.mark.parametrize("width", [96, 160])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_its_weight_is_wrong_by_a_fifth_where_rows_end_within_blocks(width: int, dtype: torch.dtype) -> None:
-    """Silently: its CPU kernel takes a row's first block for a new one. Ours is the definition's, from its bytes."""
+    """Silently: its kernel for AVX-512 takes a row's first block for a new one. Ours is the definition's."""
     codes, state = quantized(normal(48, width, dtype=dtype))
     packed = NF4.from_state_dict(state_dict(codes, state))
     right = by_definition(packed)
     assert torch.equal(NF4.dequantize(packed), right)
-    wrong = bnb.functional.dequantize_4bit(codes, state)
-    assert float((wrong.double() - right.double()).norm() / right.double().norm()) > 0.2
+    theirs = bnb.functional.dequantize_4bit(codes, state)
+    off = float((theirs.double() - right.double()).norm() / right.double().norm())
+    wide = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    assert off > 0.2 if wide else off < 1e-2
 
 
 def test_its_nested_codes_are_wrong_as_they_are_not_the_nearest() -> None:
