@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -184,7 +185,7 @@ def test_what_is_merged_in_place_is_merged_into_the_original_too() -> None:
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "vera", "adalora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_quantized_again_are_the_bytes_of_the_rounded_fold(
     dtype: torch.dtype, variant: str, settings: dict[str, Any]
@@ -377,6 +378,25 @@ def test_an_export_is_held_to_the_merged_graph(options: dict[str, Any], tmp_path
     plain = lorafx.merge_and_export(gm, tmp_path / "plain.onnx")
     assert (plain.base, plain.deviation) == ("dequantized", None)
     assert {p.reference for p in plain.parity} == {"unmerged"}
+
+
+@pytest.mark.parametrize("choice", [{}, {"base": "original"}], ids=str)
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_merged_file_may_be_in_half_precision(dtype: str, choice: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = Small()
+    gm = adapted(base, X, base="nf4", target_modules=["up", "down"])
+    given = {**choice, "original": base} if choice else {}
+    report = lorafx.merge_and_export(gm, tmp_path / "m.onnx", dtype=dtype, **given)
+    assert report.parity
+    assert all(p.passed for p in report.parity)
+    file = onnx.load(tmp_path / "m.onnx")
+    (held,) = (t for t in file.graph.initializer if t.name.startswith("up.weight"))
+    assert held.data_type == {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[dtype]
+    values = torch.from_numpy(onnx.numpy_helper.to_array(held).astype("float32"))
+    merged = lorafx.merge(gm, **given).get_parameter("up.weight").detach()
+    kept = values if values.shape == merged.shape else values.T
+    torch.testing.assert_close(kept, merged, rtol=2**-11 if dtype == "fp16" else 2**-8, atol=1e-6)
 
 
 def test_an_unchecked_export_says_so(tmp_path: Path) -> None:

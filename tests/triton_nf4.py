@@ -115,12 +115,12 @@ def quantized_model(variant: str, p: float, backend: str, dense: bool = False) -
     gm = lorafx.apply(block, spec, (INPUT,), seed=0, backend=backend)
     with torch.no_grad():
         for name, parameter in gm.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "vera" in name or "lora_E" in name:
                 parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape).to(INPUT) % 7 / 20)
     return gm
 
 
-@pytest.mark.parametrize(("variant", "some"), [("lora", True), ("dora", False)])
+@pytest.mark.parametrize(("variant", "some"), [("lora", True), ("dora", False), ("vera", False), ("adalora", True)])
 def test_lowered_model(variant: str, some: bool) -> None:
     """Siblings of which all, or some, are quantised and adapted."""
     found = {backend: step_of(quantized_model(variant, 0.0, backend, some)) for backend in ("reference", "triton")}
