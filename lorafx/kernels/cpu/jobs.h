@@ -5,11 +5,12 @@
 //   EXPAND   big += (gain - 1) * (big - bias) + sum_j factor_j * D_j(s_j small_j)
 //   OUTER    small_j = factor_j * s_j^T D_j(big)             also sums over the rows, and gain * big
 //
-// In EXPAND the factor counts where D_j drops; elsewhere it is in s_j or small_j. s_j are columns of one matrix, side by
-// side; small_j is an adapter's factor, [wide, r] or [r, wide]. A call does several jobs: first the small operands of
-// all are packed, then blocks of rows (NARROW, EXPAND) or columns (OUTER) are given to whichever thread is free. Each
-// element is one thread's sum in one order, so that results are equal to the bit, whatever the number of threads. Needs
-// a C++20 compiler with vector extensions and OpenMP; bfloat16 uses the processor's dot products where it has them.
+// In EXPAND the factor counts where D_j drops; elsewhere it is in s_j or small_j. s_j are columns of one matrix, side
+// by side; small_j is an adapter's factor, [wide, r] or [r, wide]. A call does several jobs: first the small operands
+// of all are packed, then blocks of rows (NARROW, EXPAND) or columns (OUTER) are given to whichever thread is free.
+// Each element is one thread's sum in one order, so that results are equal to the bit, whatever the number of threads.
+// Needs a C++20 compiler with vector extensions and OpenMP; bfloat16 uses the processor's dot products where it has
+// them.
 
 #pragma once
 
