@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,19 @@ def test_compiles_with_inductor(training: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(gm, fullgraph=True, options={"fallback_random": True})
     assert_equal_results(run(compiled), run(gm))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(
+    "settings", [{"dropout": 0.2}, {"variant": "dora"}, {"target_modules": ("q", "down")}], ids=str
+)
+def test_backward_compiles_as_one_graph(backend: str, settings: dict[str, Any]) -> None:
+    """By compiled autograd; of layers that train beside ones that do not, too."""
+    gm = applied(backend, **settings)
+    torch._dynamo.reset()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        found = run(gm)
+    assert_equal_results(found, run(gm))
 
 
 AUTOCAST = [
@@ -185,9 +199,10 @@ def test_vmap_drops_for_each_member_or_for_all_alike() -> None:
 
 
 @pytest.mark.parametrize("loss", [lambda y: y.square().mean(), lambda y: y.sum()], ids=["square", "linear"])
-def test_double_backward_is_refused_or_right(loss: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_double_backward_is_refused_or_right(backend: str, loss: Callable[[Tensor], Tensor]) -> None:
     """The lowered form is differentiated once, and says what to do; the reference again and again."""
-    gm = applied().eval()
+    gm = applied(backend).eval()
     x = X.clone().requires_grad_()
 
     def penalised() -> Tensor:

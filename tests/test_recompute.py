@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lorafx
 from conftest import Zoo, leaves, randomize
 from lorafx import LoraSpec
 from lorafx.graph import CapturedModule
-from lorafx.kernels.cpu.provider import Cpu
 from lorafx.kernels.grouped import Arguments
 from lorafx.kernels.recipe import Value, recompute, write_recipe
 from lorafx.passes import lower
@@ -59,19 +59,18 @@ def kept_by(gm: nn.Module, call: Callable[[], Any]) -> int:
     return found.total
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+class Drawn(TorchDispatchMode):
     """The bytes of each ``s`` and its masks, as they are made."""
-    sizes: list[int] = []
-    forward = Cpu.forward
 
-    def watched(self: Cpu, *arguments: Any, **options: Any) -> Any:
-        ys, kept = forward(self, *arguments, **options)
-        sizes.append(sum(t.untyped_storage().nbytes() for t in kept if t is not None))
-        return ys, kept
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
 
-    monkeypatch.setattr(Cpu, "forward", watched)
-    return sizes
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.lorafx.cpu_group.default:
+            self.sizes.append(sum(t.untyped_storage().nbytes() for t in found[:2]))
+        return found
 
 
 #: Rows of each family's inputs: batch times tokens.
@@ -90,7 +89,7 @@ FIRST = {
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in FIRST])
-def test_only_what_is_low_rank_is_kept_besides(zoo: Zoo, name: str, dropout: float, drawn: list[int]) -> None:
+def test_only_what_is_low_rank_is_kept_besides(zoo: Zoo, name: str, dropout: float) -> None:
     """Beside what the frozen model keeps: the low-rank inputs, the masks, and the factors with their scaling.
 
     Without the model's own dropout, with which the attention keeps its output no longer; only adapters drop.
@@ -107,11 +106,12 @@ def test_only_what_is_low_rank_is_kept_besides(zoo: Zoo, name: str, dropout: flo
         for site in lorafx.sites(gm):
             module.get_submodule(site.name).train()
         module.recompile()
-        drawn.clear()
         counts[what] = kept_by(module, lambda module=module: module(**family.inputs()))  # type: ignore[misc]
+    with Drawn() as drawn:
+        gm(**family.inputs())
     hidden = 4 * FAMILY_ROWS[name] * gm.get_parameter(first).shape[-1]
-    least = counts["frozen"] + sum(drawn) + 4 * sum(site.r * site.out_features for site in lorafx.sites(gm))
-    assert sum(drawn) > 0
+    least = counts["frozen"] + sum(drawn.sizes) + 4 * sum(site.r * site.out_features for site in lorafx.sites(gm))
+    assert sum(drawn.sizes) > 0
     assert counts["lowered"] <= least + inputs * hidden
     assert counts["reference"] > least + (inputs + 4) * hidden, "the reference keeps many more"
 

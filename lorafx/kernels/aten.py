@@ -59,7 +59,8 @@ class Aten(Stepwise):
     def grad_up(
         self, upstream: Sequence[Upstream], s: Tensor, layers: Sequence[Layer], adapters: Adapters
     ) -> tuple[Tensor, list[GradUp | None]]:
-        ds, ups = torch.empty_like(s), list[GradUp | None]()
+        ds = torch.empty_like(s)
+        ups: list[GradUp | None] = []
         for layer, given in zip(layers, upstream, strict=True):
             columns, dy, y, gain = layer.columns(adapters), given.dy, given.y, layer.gain
             if dy is None:

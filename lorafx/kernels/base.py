@@ -118,21 +118,6 @@ class Operands(NamedTuple):
                     )
 
 
-class Kept(NamedTuple):
-    """What a forward keeps for backward: ``s``, and what drops the same elements again (None without dropout)."""
-
-    s: Tensor
-    masks: Tensor | None
-
-
-class Gradients(NamedTuple):
-    """Of ``x`` (None: not wanted, or its sources have it), of the sources, and of :class:`Operands`, flattened."""
-
-    x: Tensor | None
-    sources: Sequence[Tensor]
-    operands: Sequence[Tensor | None]
-
-
 class Provider(ABC):
     """One way to compute groups.
 
@@ -153,46 +138,20 @@ class Provider(ABC):
     def rejects(self, call: Call) -> str | None:
         """Why it does not serve this call, or None."""
 
-    def random(self, x: Tensor, adapters: Adapters) -> Tensor:
-        """What the masks of one call are made of, from torch's generator: a seed (int64, one element).
-
-        So that a seed set by the user, and a checkpoint that computes the call again, give the same masks.
-        """
-        return torch.empty(1, dtype=torch.int64, device=x.device).random_()
-
     @abstractmethod
-    def forward(
-        self, x: Tensor, operands: Operands, adapters: Adapters, seed: Tensor | None
-    ) -> tuple[list[Tensor], Kept]:
-        """``y [..., n]`` of each layer, bit for bit the frozen layer's where gains are 1 and lefts 0; and what to keep.
+    def linear(
+        self, x: Tensor, sources: Sequence[Tensor], recipe: str, activation: str, operands: Operands, adapters: Adapters
+    ) -> Sequence[Tensor]:
+        """``y [..., n]`` of each layer, with first derivatives for all tensors.
 
-        For that, ``x [..., k]`` is as the layer has it: a product of a strided input has its own way of adding a bias.
-        No ``y`` is a view. ``seed`` is what :meth:`random` drew, None without dropout.
-        """
-
-    @abstractmethod
-    def backward(
-        self,
-        dys: Sequence[Tensor | None],
-        ys: Sequence[Tensor | None],
-        kept: Kept,
-        inputs: Sequence[Tensor],
-        activation: str,
-        operands: Operands,
-        adapters: Adapters,
-        needed: Sequence[bool],
-    ) -> Gradients:
-        """All gradients.
+        Bit for bit the frozen layer's where gains are 1 and lefts 0; for that, ``x [..., k]`` is as the layer has it: a
+        product of a strided input has its own way of adding a bias. No ``y`` is a view.
 
         Args:
-            dys: ``[..., n]`` of each layer, None where nothing reads its output; of one layer at least there is one.
-            ys: the outputs of layers of which a gain needs a gradient; None of others.
-            kept: what :meth:`forward` kept.
-            inputs: ``x [..., k]``, nothing if no gradient depends on it; with an activation its sources.
-            activation: one of :attr:`activations`, or empty: what makes ``x`` of the sources, which then get the
-                gradients instead of ``x``.
-            operands, adapters: as forward had them.
-            needed: whether a gradient is wanted: of ``x`` (or of its sources), and of each of the operands.
+            x: the input.
+            sources, recipe: with a recipe, backward computes ``x`` from these again (:mod:`.recipe`).
+            activation: one of :attr:`activations`, or empty: with it the gradient goes to the sources, none to ``x``.
+            operands, adapters: what fits together (:meth:`Operands.check`).
         """
 
 

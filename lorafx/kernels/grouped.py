@@ -18,11 +18,9 @@ from torch.autograd import forward_ad
 
 from lorafx.bases.tensor import is_cast
 from lorafx.kernels.base import Adapters, Call, Operands, quantised
-from lorafx.kernels.function import LowRankLinear, make_group
 from lorafx.kernels.providers import provider
 from lorafx.ops import ADAPTED, LAYERS, define_op, updates
 from lorafx.variants import VARIANTS
-from lorafx.variants.base import full_precision
 
 
 class Arguments(NamedTuple):
@@ -164,18 +162,16 @@ def grouped_reference(*arguments: Any) -> list[Tensor]:
     if activation not in chosen.activations or not all(_alike(source, sources[0]) for source in sources):
         activation = ""  # the sources get their gradients by autograd, as where factors broadcast
     adapters = Adapters(counts, ranks, p, tuple(scale for s in siblings for scale in s.scales))
-    group = make_group(chosen, adapters, recipe, activation)
-    operands = (
-        *weights,
-        *[s.bias if s.bias is None or s.bias.dtype is x.dtype else s.bias.to(x.dtype) for s in siblings],
-        *[gain for s in siblings for gain in s.gains],
-        *[left for s in siblings for left in s.lefts],
-        *rights,
-    )  # Operands, flattened
-    Operands.unflatten(adapters, operands).check(x, adapters)
-    with full_precision(x):
-        ys = LowRankLinear.apply(group, x, len(sources), *sources, *operands)  # type: ignore[no-untyped-call]
-        return [y if s.late is None else y + s.late.to(x.dtype) for y, s in zip(ys, siblings, strict=True)]
+    operands = Operands(
+        weights,
+        [s.bias if s.bias is None or s.bias.dtype is x.dtype else s.bias.to(x.dtype) for s in siblings],
+        [gain for s in siblings for gain in s.gains],
+        [left for s in siblings for left in s.lefts],
+        rights,
+    )
+    operands.check(x, adapters)
+    ys = chosen.linear(x, sources, recipe, activation, operands, adapters)
+    return [y if s.late is None else y + s.late.to(x.dtype) for y, s in zip(ys, siblings, strict=True)]
 
 
 def _is_transformed() -> bool:

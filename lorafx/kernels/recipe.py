@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from lorafx.ops import define_op
+
 #: Types that arguments have beside numbers, and their names in a recipe.
 _DTYPES = {str(t): t for t in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
@@ -34,12 +36,15 @@ def write_recipe(steps: Sequence[tuple[Any, Any, Any]]) -> str | None:
         return None
 
 
-def recompute(recipe: str, sources: Sequence[Tensor]) -> Tensor:
-    """The value that a recipe computes from its sources: its last step's result."""
+def _recompute(recipe: str, sources: Sequence[Tensor]) -> Tensor:
     values = list(sources)
     for operator, args, kwargs in _steps(recipe):
         values.append(operator(*_fill(args, values), **_fill(kwargs, values)))
     return values[-1]
+
+
+#: The value that a recipe computes from its sources: its last step's result. An operator, for what is compiled.
+recompute = define_op("recompute", "(str recipe, Tensor[] sources) -> Tensor", _recompute)
 
 
 @cache

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lorafx.bases.tensor import parts
-from lorafx.kernels.base import Adapters, Gradients, Kept, Operands, Provider
+from lorafx.kernels.base import Adapters, Operands
+from lorafx.kernels.function import Differentiable, Gradients, Kept
 from lorafx.kernels.gain import grad_gain
 
 aten = torch.ops.aten
@@ -83,7 +84,7 @@ class GradUp(NamedTuple):
     dot: Tensor | None = None
 
 
-class Stepwise(Provider):
+class Stepwise(Differentiable):
     """Five functions on 2-D tensors (vectors: 1-D); the layers that they are given have adapters."""
 
     @abstractmethod
@@ -141,19 +142,17 @@ class Stepwise(Provider):
         dys: Sequence[Tensor | None],
         ys: Sequence[Tensor | None],
         kept: Kept,
-        inputs: Sequence[Tensor],
-        activation: str,
+        x: Tensor | None,
         operands: Operands,
         adapters: Adapters,
         needed: Sequence[bool],
     ) -> Gradients:
         """``grad_up`` for the layers with adapters, then the others."""
-        assert not activation
         wanted, layers = Operands.unflatten(adapters, needed[1:]), adapted_layers(operands, adapters)
         flat = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
         outputs = [None if y is None else y.reshape(-1, y.shape[-1]) for y in ys]
         totals = [bias or y is not None for bias, y in zip(wanted.biases, ys, strict=True)]
-        rows: Any = inputs[0].reshape(-1, inputs[0].shape[-1]) if inputs else None
+        rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
 
         upstream = [Upstream(flat[i], outputs[i], totals[i]) for i in layers]
         ds, grads = self.grad_up(upstream, kept.s, [*layers.values()], adapters)
@@ -191,7 +190,7 @@ class Stepwise(Provider):
                 lefts[j] = dl if gain is None else (gain.unsqueeze(-1) * dl).to(left.dtype)
                 if wanted.gains[j]:
                     gains[j] = (dgain + (dl * left).sum(1)).to(gain.dtype)
-        return Gradients(dx, (), [gradient for each in found for gradient in each])
+        return Gradients(dx, [gradient for each in found for gradient in each])
 
 
 def split(tensor: Tensor, sizes: Sequence[int], dim: int = 0) -> Sequence[Tensor]:

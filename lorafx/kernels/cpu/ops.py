@@ -118,6 +118,13 @@ _OPERANDS = (
 )
 _ADAPTERS = "int[] counts, float[] p, float[] scales"
 
+#: The layers' outputs, with gradients for all tensors; with ``sources``, ``recipe`` and ``activation`` as
+#: :meth:`lorafx.kernels.base.Provider.linear` has them. It is made of the two operators below.
+LIBRARY.define(
+    f"cpu_linear(Tensor x, Tensor[] sources, str recipe, str activation, {_OPERANDS}, {_ADAPTERS}) -> Tensor[]",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+cpu_linear = torch.ops.lorafx.cpu_linear.default
 #: ``s``; one bit an element of what was kept, int16 ``[adapters that drop, M, k / 16]``; and the layers' outputs.
 cpu_group = _define("cpu_group", f"(Tensor x, {_OPERANDS}, {_ADAPTERS}, Tensor? seed) -> Tensor[]", _forward)
 #: The gradient of ``x``, or instead of it those of an activation's sources, and of all operands: empty what is not

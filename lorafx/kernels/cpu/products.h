@@ -20,7 +20,7 @@ constexpr int64_t RANKS = MANY && LANES >= 8 ? 8 : 4;  // rows of a register til
 constexpr int64_t DEPTH = 256;  // columns of a tile's rows that are copied together: they stay in the first-level cache
 constexpr int64_t WIDTH = 64;   // columns that an outer product works on together
 constexpr int64_t SOME = 4;     // vectors of which three kinds are kept
-constexpr int64_t STEPS = 64;   // operands a column of them: a tile of both stays in the first-level cache
+constexpr int64_t STEPS = MANY ? 64 : 32;  // operands a column of them: a tile stays in the first-level cache
 
 // What the inner loops multiply: one float, or two neighbouring bfloat16 in 32 bits.
 template <typename T> struct Operand;
@@ -124,7 +124,7 @@ inline void narrow_tile(const O *x, int64_t stride, const O *packed, int64_t n, 
   for (int64_t d = 0; d < depth; ++d) {
     vec right[WIDE];
     UNROLL
-    for (int v = 0; v < WIDE; ++v) right[v] = bytes<vec>(packed + d * n + v * LANES);
+    for (int v = 0; v < WIDE; ++v) right[v] = shared(packed + d * n + v * LANES);
     UNROLL
     for (int64_t m = 0; m < ROWS; ++m) {
       const vec left = Operand<T>::spread(x + m * stride + d);
@@ -209,7 +209,7 @@ inline void expand_sums(vec (&sum)[ROWS][WIDE], const O *s, int64_t depth, const
   for (int64_t d = 0; d < depth; ++d) {
     vec right[WIDE];
     UNROLL
-    for (int v = 0; v < WIDE; ++v) right[v] = bytes<vec>(packed + d * ld + v * LANES);
+    for (int v = 0; v < WIDE; ++v) right[v] = shared(packed + d * ld + v * LANES);
     UNROLL
     for (int64_t m = 0; m < ROWS; ++m) {
       const vec left = Operand<T>::spread(s + m * depth + d);
@@ -304,7 +304,7 @@ inline void outer_tile(const O *x, const O *s, int64_t ld, int64_t steps, float 
   for (int64_t d = 0; d < steps; ++d) {
     vec right[WIDE];
     UNROLL
-    for (int v = 0; v < WIDE; ++v) right[v] = bytes<vec>(x + d * WIDTH + v * LANES);
+    for (int v = 0; v < WIDE; ++v) right[v] = shared(x + d * WIDTH + v * LANES);
     UNROLL
     for (int64_t r = 0; r < RANKS; ++r) {
       const vec left = Operand<T>::spread(s + d * ld + r);

@@ -56,6 +56,14 @@ template <typename V> inline V bytes(const void *p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
+// A vector that several products share, loaded once: compilers load it again for each, and run out of loads.
+inline vec shared(const void *p) {
+  vec v = bytes<vec>(p);
+#if defined(__AVX__)
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
 // A difference, since v - 0 is v of any sign: the sum with 0 would be computed.
 inline vec all(float v) { return v - vec{}; }
 inline vec load(const float *p) { return bytes<vec>(p); }

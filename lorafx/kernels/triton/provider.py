@@ -72,7 +72,8 @@ class TritonProvider(Stepwise):
         self, upstream: Sequence[Upstream], s: Tensor, layers: Sequence[Layer], adapters: Adapters
     ) -> tuple[Tensor, list[GradUp | None]]:
         """One kernel a layer, and one that adds up its parts."""
-        parts, ups = list[Tensor](), list[GradUp | None]()
+        parts: list[Tensor] = []
+        ups: list[GradUp | None] = []
         for layer, above in zip(layers, upstream, strict=True):
             mine = s[:, layer.columns(adapters)]
             if above.dy is None:
