@@ -56,7 +56,7 @@ template <typename V> inline V bytes(const void *p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-// A vector that several products share, loaded once: compilers load it again for each, and run out of loads.
+// A vector that several products share, in a register: compilers like to read it again for each.
 inline vec shared(const void *p) {
   vec v = bytes<vec>(p);
 #if defined(__AVX__)
