@@ -81,6 +81,15 @@ def operators(path: Path | str) -> list[str]:
     return [node.op_type for node in ir.load(path).graph if node.domain == "com.microsoft"]
 
 
+def assert_same_bytes(model: ir.Model, held: dict[str, QuantizedTensor]) -> None:
+    for name, weight in held.items():
+        codes, absmax = (model.graph.initializers[n].const_value for n in (name, f"{name}.absmax"))
+        assert codes is not None
+        assert absmax is not None
+        assert codes.tobytes() == weight.packed.tensors["codes"].numpy().tobytes()
+        assert absmax.tobytes() == Nf4().scales(weight.packed).numpy().tobytes()
+
+
 def assert_measured(report: ExportReport, reference: str) -> None:
     rows = [row for row in report.parity if row.reference.startswith(reference)]
     assert len(rows) >= 3
@@ -99,15 +108,9 @@ def test_a_file_has_the_bases_bytes(dtype: torch.dtype, rank: int, tmp_path: Pat
     dense = lorafx.export_base(gm, tmp_path / "dense.onnx", verify=False, external_data=True)
     report = lorafx.export_base(gm, tmp_path / "base.onnx", weight_format="bnb4", external_data=True)
     assert_measured(report, "unmerged")
-    model = ir.load(tmp_path / "base.onnx")
-    held = packed(gm)
+    model, held = ir.load(tmp_path / "base.onnx"), packed(gm)
     assert len(held) == 16
-    for name, weight in held.items():
-        codes, absmax = (model.graph.initializers[n].const_value for n in (name, f"{name}.absmax"))
-        assert codes is not None
-        assert absmax is not None
-        assert codes.tobytes() == weight.packed.tensors["codes"].numpy().tobytes()
-        assert absmax.tobytes() == Nf4().scales(weight.packed).numpy().tobytes()
+    assert_same_bytes(model, held)
     nodes = [node for node in model.graph if node.op_type == "MatMulBnb4"]
     assert len(nodes) == 20  # q is called twice
     assert {"layers.0.q/MatMulBnb4", "layers.0.q/MatMulBnb4_1", "layers.3.down/MatMulBnb4"} <= {n.name for n in nodes}
@@ -192,6 +195,9 @@ def test_tasks_share_the_packed_base(rank: int, dtype: torch.dtype, tmp_path: Pa
     filled(gm, 0.3).eval()
     report = lorafx.export_multi(gm, tmp_path / "m.onnx", weight_format="bnb4")
     assert len(operators(report.path)) == 19  # all but layers.0.up
+    shared = {n: w for n, w in packed(gm).items() if not n.startswith("layers.0.up.")}
+    assert len(shared) == 15
+    assert_same_bytes(ir.load(report.path), shared)
     assert any("layers.0.up.weight" in w and "an adapter has a version of its own" in w for w in report.warnings)
     assert {"default", "dora", "whole"} == set(report.tasks)
     if dtype is torch.float32:
