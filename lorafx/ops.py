@@ -24,6 +24,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn import functional as F
 
+from lorafx.bases.view import ReadAsDense
+from lorafx.folded import folded
 from lorafx.variants import VARIANTS
 from lorafx.variants.base import Update
 
@@ -55,8 +57,13 @@ class Storage:
     stored: Callable[[Tensor, torch.Size], Tensor]
 
 
+def _contiguous(weight: Tensor) -> Tensor:
+    """In memory of its own order; what reads as dense has none, and would be dense from then on."""
+    return weight if isinstance(weight, ReadAsDense) else weight.contiguous()
+
+
 PLAIN = Storage(lambda weight: weight, lambda matrix, shape: matrix)
-SWAPPED = Storage(lambda weight: weight.mT, lambda matrix, shape: matrix.mT.contiguous())
+SWAPPED = Storage(lambda weight: weight.mT, lambda matrix, shape: _contiguous(matrix.mT))
 FLAT = Storage(lambda weight: weight.flatten(1), lambda matrix, shape: matrix.reshape(shape))
 
 
@@ -211,45 +218,16 @@ def adapted_weight_reference(
     Args:
         weight: as :data:`PARAMETERS` says for its ``kind``; a stack of matrices for experts.
         tensors, variants, scaling: as in the layers' twins.
-        rows: as in :func:`fold`.
+        rows: for each adapter the rows of the matrix that it is of, as :func:`add_updates` has them.
     """
     storage = PARAMETERS[kind]
-    folded = fold(storage.matrix(weight), tensors, variants, scaling, rows)
-    return storage.stored(folded, weight.shape).to(weight.dtype)
-
-
-def fold(
-    matrix: Tensor,
-    tensors: Sequence[Tensor],
-    variants: Sequence[str],
-    scaling: Sequence[float],
-    rows: Sequence[Tensor | None],
-) -> Tensor:
-    """``W + sum over the adapters of (W' - W)``, in the dtype that the operands promote to.
-
-    ``rows`` has for each adapter the indices (int64, no two equal) of those rows of ``matrix [..., out, in]`` that
-    it adapts, or None: all of them.
-    """
+    matrix = storage.matrix(weight)
     remaining = iter(tensors)
     changes: list[tuple[Update, Tensor | None]] = []
     for name, scale, mine in zip(variants, scaling, rows, strict=True):
         part = matrix if mine is None else matrix.index_select(-2, mine)
         changes += [(update, mine) for update in updates(part, remaining, [name], [scale])]
-    return add_updates(matrix, changes)
-
-
-def add_updates(matrix: Tensor, changes: Iterable[tuple[Update, Tensor | None]]) -> Tensor:
-    """``W + sum over the updates of (W' - W)``; each with the rows that it adapts, as in :func:`fold`."""
-    total = matrix
-    for update, mine in changes:
-        part = matrix if mine is None else matrix.index_select(-2, mine)
-        change = update.left @ update.right if update.gain is None else update.fold(part) - part
-        if mine is None:
-            total = total + change
-        else:
-            wide = torch.promote_types(total.dtype, change.dtype)
-            total = total.to(wide).index_add(-2, mine, change.to(wide))
-    return total
+    return storage.stored(folded(matrix, changes), weight.shape)
 
 
 adapted_weight = define_op(

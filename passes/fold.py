@@ -25,11 +25,12 @@ from lorafx.bases import FORMATS
 from lorafx.bases.ops import describe, packed_rows
 from lorafx.bases.tensor import QuantizedTensor, quantized
 from lorafx.errors import MergeError, NotFiniteError
+from lorafx.folded import add_updates
 from lorafx.graph import CapturedModule
 from lorafx.ir import Site
 from lorafx.kernels.cpu.build import load_built
 from lorafx.kernels.rounding import Rounding, all_finite
-from lorafx.ops import STORAGE, add_updates, updates
+from lorafx.ops import STORAGE, updates
 from lorafx.passes.samples import refuse_changed
 from lorafx.variants import VARIANTS
 from lorafx.variants.base import Update

@@ -18,6 +18,7 @@ from lorafx.bases import FORMATS
 from lorafx.bases.tensor import QuantizedTensor, parts
 from lorafx.graph import CapturedModule
 from lorafx.kernels.gain import _grad_gain
+from lorafx.ops import adapted_weight
 from lowered import derived
 from tolerances import assert_close
 
@@ -105,15 +106,36 @@ class Stack(nn.Module):
         return out
 
 
-def test_stacks_of_experts_are_dense_a_layer_at_a_time() -> None:
-    """Each becomes so where it is read first; with what its adapters add beside it."""
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_of_stacks_of_experts_one_is_dense(variant: str) -> None:
+    """Whatever they have been adapted by; beside it there is its own gradient, which no more than one has."""
     x = torch.randn(2, 512, requires_grad=True)
-    spec = LoraSpec(r=2, base="nf4", target_modules=(), target_parameters=["experts"])
+    spec = LoraSpec(r=2, variant=variant, base="nf4", target_modules=(), target_parameters=["experts"])
     gm = lorafx.apply(Stacks(), spec, (x,)).train()
     size = 4 * 2 * 512**2
+
+    def train() -> None:
+        gm(x).sum().backward()
+
     with torch.no_grad():
-        assert most_dense(lambda: [gm(x) for _ in range(5)], size) <= 3
-    gm.gradient_checkpointing_enable()
-    checkpointed = most_dense(lambda: gm(x).sum().backward(), size)
-    gm.gradient_checkpointing_disable()
-    assert checkpointed <= 3 < most_dense(lambda: gm(x).sum().backward(), size)
+        assert most_dense(lambda: [gm(x) for _ in range(5)], size) == 1
+    assert most_dense(train, size) == 2
+    with torch.autocast("cpu", torch.bfloat16):  # for a moment one in each dtype
+        assert most_dense(train, size) <= 2
+    for parameter in gm.parameters():
+        parameter.requires_grad_(False)
+    assert most_dense(train, size) == 1
+    with lorafx.disable_adapters(gm):
+        assert most_dense(train, size) == 1
+
+
+def test_of_a_stack_only_the_experts_that_are_read_are_dense() -> None:
+    stack = QuantizedTensor(FORMATS["nf4"].quantize(torch.randn(4, 1024, 512)))
+    a, b = torch.randn(4, 2, 512), torch.randn(4, 1024, 2)
+    x = torch.randn(2, 512, requires_grad=True)
+
+    def read(weight: Tensor) -> None:
+        sum((F.linear(x, weight[i]).sum() for i in (3, 1) * 10), start=torch.zeros(())).backward()
+
+    for weight in (stack, adapted_weight(stack, [a, b], ["lora"], [1.0], "parameter", [None])):
+        assert most_dense(partial(read, weight), 4 * 1024 * 512) == 1

@@ -81,8 +81,17 @@ def _fake_mm(x: Tensor, tensors: Any, name: str, layout: Sequence[int], dtype: A
     return x.new_empty(x.shape[0], layout[1])
 
 
-def _define(name: str, arguments: str, meaning: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
-    _LIBRARY.define(f"{name}({arguments}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+def define_packed_op(
+    name: str, arguments: str, returns: str, meaning: Callable[..., Any], fake: Callable[..., Any]
+) -> Any:
+    """Register an operator ``lorafx::name`` on a packed weight and whatever follows it."""
+    return _define(name, f"{_PACKED}, {arguments}", meaning, fake, returns)
+
+
+def _define(
+    name: str, arguments: str, meaning: Callable[..., Any], fake: Callable[..., Any], returns: str = "Tensor"
+) -> Any:
+    _LIBRARY.define(f"{name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, meaning, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lorafx::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.lorafx, name).default

@@ -83,6 +83,15 @@ class QuantizedTensor(ReadAsDense):
         found = dense(*describe(packed)) if same else packed_cast(*describe(packed), self.dtype)
         return found.view(packed.shape).mT if turned else found.view(packed.shape)
 
+    def memory(self, start: int, stop: int) -> tuple[Tensor, int]:
+        """Of the rows that have these elements."""
+        if self.dtype is not self.packed.dtype:
+            return self.over(self.packed, turned=False).dequantize().view(-1), 0
+        width = self.packed.width
+        first, last = start // width, -(-stop // width)
+        found: Tensor = packed_rows(*describe(self.packed), first, last)
+        return found.view(-1), first * width
+
     def over(self, packed: Packed, *, turned: bool | None = None, dtype: torch.dtype | None = None) -> QuantizedTensor:
         """The same view of other bytes; turned, or of another dtype, if given."""
         with torch.inference_mode(False):  # a tensor made there has no versions, and this one has

@@ -70,9 +70,9 @@ def row_norm(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     that it is the same in whatever order it is summed: where B is zero, the norm is the same bit for bit on any layout.
     """
     packed = quantized(weight)
-    if packed is not None and weight.dim() == 2 and not any(is_traceable_wrapper_subclass(t) for t in (a, b)):
+    if packed is not None and not any(is_traceable_wrapper_subclass(t) for t in (a, b)):
         found: Tensor = torch.ops.lorafx.packed_row_norm.default(*describe(packed), a, b, scaling)
-        return found
+        return found.view(weight.shape[:-1])
     if any(is_traceable_wrapper_subclass(t) for t in (weight, a, b)):
         return _compute(weight, a, b, scaling)
     norm: Tensor = torch.ops.lorafx.row_norm.default(weight, a, b, scaling)
@@ -106,6 +106,10 @@ def _product(weight: Tensor, right: Tensor) -> Tensor:
     if weight.dtype == right.dtype:
         return weight @ right.mT
     return torch.cat([part.to(right.dtype) @ right.mT for part in _parts(weight)], -2)
+
+
+def _matrices(stack: Tensor) -> Sequence[Tensor]:
+    return stack.flatten(0, -3).unbind() if stack.dim() > 2 else (stack,)
 
 
 def _parts(weight: Tensor) -> Sequence[Tensor]:
@@ -144,20 +148,31 @@ def _kept_packed_norm(
     b: Tensor,
     scaling: float,
 ) -> Tensor:
-    """The same for a packed weight, some rows of which are dequantised at a time; what is kept goes by its codes."""
+    """The same for a packed weight, some rows of which are dequantised at a time; what is kept goes by its codes.
+
+    The matrices of a stack are one after the other, ``[n * out]``.
+    """
     a, b = a.detach(), b.detach()
-    out, width, *_ = layout
+    height, width, *_ = layout
+    factors = [*zip(_matrices(a), _matrices(b), strict=True)]
+    out = height // len(factors)
     parts = row_parts(out, width, dtype)
 
-    def rows(part: slice) -> Tensor:
-        found: Tensor = packed_rows(tensors, name, layout, dtype, part.start, part.stop)
+    def rows(first: int, part: slice) -> Tensor:
+        found: Tensor = packed_rows(tensors, name, layout, dtype, first + part.start, first + part.stop)
         return found
 
     def squares() -> Tensor:
-        return torch.cat([compute_squares(rows(part)) for part in parts])
+        return torch.cat([compute_squares(rows(first, part)) for first in range(0, height, out) for part in parts])
 
     def norm() -> Tensor:
-        return torch.cat([compute_norm(term[part], rows(part), a, b[part], scaling) for part in parts])
+        return torch.cat(
+            [
+                compute_norm(known[part], rows(i * out, part), right, left[part], scaling)
+                for i, ((right, left), known) in enumerate(zip(factors, term.view(-1, out), strict=True))
+                for part in parts
+            ]
+        )
 
     if not _may_keep(tensors[0]):
         with full_precision(a):
