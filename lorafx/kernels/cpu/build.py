@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from lorafx.kernels.cpu import ops as _schemas  # noqa: F401  # an operator without one breaks torch's list of them
+
 _FOLDER = Path(__file__).parent
 _SOURCE = _FOLDER / "ops.cpp"
 _TORCH = Path(torch.__file__).parent
