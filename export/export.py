@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.errors import ExportError
-from lorafx.export.cast import cast_graph, file_dtype
+from lorafx.export.cast import capture_in, cast_graph, file_dtype, written_source
 from lorafx.export.commit import draft
 from lorafx.export.decoder import check_generation, make_prompts, translate_step
 from lorafx.export.example import find_example, flat_example
@@ -104,7 +104,8 @@ def merge_and_export(
             graph that was traced without any.
         opset: version of ONNX's operators; None: torch's default, or :data:`BFLOAT16_OPSET`.
         dtype: the floating weights' in the file (``"fp32"``, ``"fp16"``, ``"bf16"``, or torch's), to which the exact
-            sums are rounded once; the graph is then that of the model converted to it. None: the model's.
+            sums are rounded once; the graph is then that of the model converted to it, whose code is traced once more
+            (:mod:`lorafx.passes.recapture`). None: the model's.
         weight_format: how the file holds linear layers' weights that the graph holds quantized. ``"dense"``: in
             ``dtype``. ``"bnb4"``: those in nf4 as ONNX Runtime's MatMulBnb4 reads them, their bytes as they are; what
             is merged only with ``requantize=True``. ``"nbits"``: all of them, merged ones too, quantized once
@@ -125,8 +126,8 @@ def merge_and_export(
             again, as in :func:`lorafx.merge`. The result is not what was trained, so that (c) is then beside the
             *merged* torch graph, which is made for it, and the report says how far that one is from the unmerged one
             (``report.deviation``).
-        progress: called with the phase (``"merge"``, ``"translate"``, ``"write"``, ``"compare"``, ``"sync"``) and the
-            share of it that is done, of ``"write"`` by bytes.
+        progress: called with the phase (``"capture"`` where code is traced once more, ``"merge"``, ``"translate"``,
+            ``"write"``, ``"compare"``, ``"sync"``) and the share of it that is done, of ``"write"`` by bytes.
 
     The checks: (a) onnx.checker with shape inference; (b) the graph is that of the unadapted model's
     export, node by node, names and shapes included, and the file holds every weight to the bit, computed once more; (c)
@@ -142,18 +143,21 @@ def merge_and_export(
     check_format(weight_format)
     check_settings(opset, external_data, data_name, max_shard_size)
     run = Run(progress)
+    wanted = file_dtype(dtype)
+    step, twin = captures(gm, wanted, kv_cache, keep_loss, run)
     options = Options(
         verify,
         example_inputs,
         opset,
-        file_dtype(dtype),
+        wanted,
         external_data,
         data_name,
         parse_size(max_shard_size),
         keep_loss,
         atol,
         rtol,
-        step=_capture_step(gm, keep_loss, run) if kv_cache else None,
+        twin=twin,
+        step=step,
         weight_format=weight_format,
     )
     return export_merged(gm, path, run, options, base, original, requantize)
@@ -202,16 +206,19 @@ def export_base(
         with run.phase("capture"):
             gm = capture(model, example_inputs, dynamic_shapes=dynamic_shapes).eval()
             gm.meta["stage"] = Stage.CAPTURED
+    wanted = file_dtype(dtype)
+    step, twin = captures(gm, wanted, kv_cache, keep_loss, run)
     options = Options(
         verify,
         example_inputs if gm is model else None,
         opset,
-        file_dtype(dtype),
+        wanted,
         external_data,
         data_name,
         parse_size(max_shard_size),
         keep_loss,
-        step=_capture_step(gm, keep_loss, run) if kv_cache else None,
+        twin=twin,
+        step=step,
         weight_format=weight_format,
     )
     with run.phase("merge"):
@@ -327,13 +334,12 @@ def export_graph(
     plain = callable_as_file(written)
 
     def source(name: str) -> Fold | Tensor:
-        tensor: Tensor = get_path(plain, name)
+        tensor = written_source(plain, graph, name)
         return held.get(id(tensor), tensor)
 
     def converted(graph: CapturedModule) -> CapturedModule:
-        if options.twin is not None:
-            return inference(options.twin, keep_loss=options.keep_loss)
-        return graph if options.dtype is None else cast_graph(graph, options.dtype)
+        twin = options.twin
+        return graph if twin is None else cast_graph(graph, inference(twin, keep_loss=options.keep_loss))
 
     graph = converted(plain)
     captured = (trained if step is None else step).meta.get("example")
@@ -363,6 +369,8 @@ def export_graph(
             for dim, size in sizes.items()
         ]
         warnings += dense_notes(translation.dense)
+        if options.twin is not None and (note := options.twin.meta.get("note")):
+            warnings.append(note)
         with run.phase("write") as done:
             fill(translation.weights, translation.folded, source)
             requantized = fill_packed(translation.packed, source)
@@ -460,11 +468,20 @@ def export_graph(
     )
 
 
-def _capture_step(gm: CapturedModule, keep_loss: bool, run: Run) -> CapturedModule:
-    if keep_loss:
+def captures(
+    gm: CapturedModule, dtype: torch.dtype | None, kv_cache: bool, keep_loss: bool, run: Run
+) -> tuple[CapturedModule | None, CapturedModule | None]:
+    """What an export needs beside the graph, each if it does: a step with a cache, and what is written, in ``dtype``.
+
+    Raises:
+        ExportError, CaptureError: the model's code cannot be captured so.
+    """
+    if kv_cache and keep_loss:
         raise ExportError("kv_cache=True and keep_loss=True: a step of generation has no labels. Export two files")
+    if not kv_cache and dtype is None:
+        return None, None
     with run.phase("capture"):
-        return capture_decoder(gm)
+        return capture_decoder(gm) if kv_cache else None, capture_in(gm, dtype, kv_cache=kv_cache)
 
 
 def _changes(

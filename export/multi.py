@@ -45,10 +45,10 @@ from lorafx.export.adapter_inputs import (
     insert_inputs,
     site_name,
 )
-from lorafx.export.cast import cast_graph
+from lorafx.export.cast import cast_graph, written_source
 from lorafx.export.commit import Draft, draft
 from lorafx.export.example import find_example
-from lorafx.export.export import BFLOAT16_OPSET, Run
+from lorafx.export.export import BFLOAT16_OPSET, Run, captures
 from lorafx.export.pack import (
     WeightFormat,
     check_format,
@@ -189,18 +189,18 @@ def export_tasks(
             "on: 'bnb4' keeps an nf4 base as it is; or merge an adapter first (merge_and_export)"
         )
     target = Path(os.path.realpath(path))
+    _, twin = captures(gm, dtype, False, False, run)
     with run.phase("merge"):
         plain = inference(unadapted(gm) if adapters(gm) else gm)
         active = {name: _active(gm, adapter) for name, adapter in tasks.items()}
-        graph = plain if dtype is None else cast_graph(plain, dtype)
+        graph = plain if twin is None else cast_graph(plain, inference(twin))
         inputs = find_inputs(gm, graph, tasks.values(), _NAMES[naming])
     example = find_example(plain, gm.meta.get("example"), example_inputs, dtype if graph is not plain else None)
     kind = precision(graph)
     opset = BFLOAT16_OPSET if opset is None and kind is torch.bfloat16 else opset
 
     def source(name: str) -> Tensor:
-        tensor: Tensor = get_path(plain, name)
-        return tensor
+        return written_source(plain, graph, name)
 
     packing = plan_packing(plain, source, weight_format)
     own = {id(get_path(graph, name)) for name in inputs.whole}
@@ -262,6 +262,8 @@ def export_tasks(
             placed = _commit(file, files, stale)
     warnings = [f"{place} came out fixed: the file takes this size only" for place in translation.fixed]
     warnings += dense_notes(translation.dense)
+    if twin is not None and (note := twin.meta.get("note")):
+        warnings.append(note)
     warnings += _orphans(target, placed, sha256)
     return MultiReport(
         path=os.fspath(path),

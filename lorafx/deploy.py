@@ -17,17 +17,16 @@ from lorafx.adapter_files import read_spec
 from lorafx.api import apply, captured
 from lorafx.errors import CheckpointError, MergeError, NotFiniteError
 from lorafx.export.cast import file_dtype
-from lorafx.export.export import Options, Progress, Run, export_graph, export_merged
+from lorafx.export.export import Options, Progress, Run, captures, export_graph, export_merged
 from lorafx.export.pack import WeightFormat, check_format
 from lorafx.export.report import ExportReport
 from lorafx.export.settings import check_settings
 from lorafx.export.write import parse_size
 from lorafx.graph import CapturedModule
-from lorafx.passes.decoder import capture_decoder
 from lorafx.passes.example import ExampleInputs
 from lorafx.passes.merge_base import Original
-from lorafx.pretrained import Places, model_on_meta, model_over, read_weights
-from lorafx.shards import file_of, main_dtype, reading_ahead
+from lorafx.pretrained import model_over, read_weights
+from lorafx.shards import file_of, reading_ahead
 from lorafx.state import load_adapter
 
 
@@ -68,7 +67,7 @@ def export_checkpoint(
         path: the ``.onnx`` file, as for :func:`lorafx.merge_and_export`; so are all the other arguments.
         verify: (c), the comparison of numbers, is left out, and the report says so, where ONNX Runtime and torch would
             not both fit into memory with the model.
-        dtype: None: the files'. From a config the graph is then that of the model made in this dtype.
+        dtype: None: the files'.
         base, original, requantize: as for :func:`lorafx.merge_and_export`; for a quantized checkpoint and an adapter.
 
     Raises:
@@ -90,7 +89,6 @@ def export_checkpoint(
     spec = None if adapter_dir is None else read_spec(Path(adapter_dir))
     tensors = read_weights(Path(weights_dir))
     with reading_ahead(Path(weights_dir), _available_memory() // 2):  # the capture leaves the disk idle
-        stored = main_dtype(tensors)
         whole = model_over(tensors, Path(weights_dir), model)
         run = Run(progress)
         with run.phase("capture"):
@@ -100,12 +98,7 @@ def export_checkpoint(
                 gm = apply(whole, spec, example_inputs, dynamic_shapes=dynamic_shapes, seed=0, backend="reference")
                 load_adapter(gm, Path(str(adapter_dir)))
             gm.eval()
-            step = capture_decoder(gm) if kv_cache else None
-            twin = None
-            if wanted not in (None, stored) and not isinstance(model, nn.Module):
-                assert wanted is not None
-                twin = captured(_blank(model_on_meta(model, wanted)), example_inputs, dynamic_shapes)
-                twin = capture_decoder(twin) if kv_cache else twin
+        step, twin = captures(gm, wanted, kv_cache, False, run)
         options = Options(
             verify,
             example_inputs,
@@ -127,15 +120,6 @@ def export_checkpoint(
             return export_merged(gm, path, run, options, base, original, requantize)
         except NotFiniteError as error:
             raise CheckpointError(f"{file_of(Path(weights_dir), error.weight)}: {error}") from error
-
-
-def _blank(model: nn.Module) -> nn.Module:
-    """Memory for the parameters of a module on the meta device, which is asked for and never touched."""
-    places = Places(model)
-    for tensor in list(model.parameters()):
-        if tensor.is_meta:
-            places.put(tensor, torch.empty(tensor.shape, dtype=tensor.dtype))
-    return model
 
 
 def _too_large(gm: CapturedModule) -> str | None:

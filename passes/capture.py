@@ -35,14 +35,13 @@ from lorafx.passes.huggingface import (
     capture_config,
     initializer_range,
     input_embedding,
-    is_hf,
     output_layers,
     synthesize_inputs,
     synthesize_labels,
 )
 from lorafx.passes.mode_reads import same_in_eval, watch_mode_reads
 from lorafx.passes.modes import align
-from lorafx.passes.original import Original
+from lorafx.passes.original import Call, Original
 from lorafx.signature import Argument, Signature, SignatureCodeGen
 
 _LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label"})
@@ -75,6 +74,7 @@ def capture(
     model = with_packed_layers(model)
     with capture_config(model), _unchanged(model):
         gm = _captured(model, example_inputs, dynamic_shapes, eval_only)
+        gm.meta["original"] = Original(model, Call(example_inputs, dynamic_shapes))
     settle_dtypes(gm, model)
     for name, module in model.named_modules(remove_duplicate=False):
         gm.get_submodule(name).training = module.training
@@ -213,7 +213,6 @@ def _build(model: nn.Module, trace: Trace, signature: Signature, example: dict[s
     gm.meta["output_layers"] = output_layers(model)
     gm.meta["input_embedding"] = input_embedding(model)
     gm.meta["initializer_range"] = initializer_range(model)
-    gm.meta["original"] = Original(model) if is_hf(model) else None
     gm.check()
     return gm
 

@@ -29,8 +29,9 @@ from lorafx.graph import CapturedModule, share
 from lorafx.ir import Stage, stage
 from lorafx.passes.canonical import share_sizes
 from lorafx.passes.capture import capture
+from lorafx.passes.huggingface import is_hf
 from lorafx.passes.merge import unadapted
-from lorafx.passes.original import Original
+from lorafx.passes.original import original_of
 
 #: Sizes to trace with, all different, so that one dynamic dimension is not taken for another.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 4
@@ -40,18 +41,20 @@ _TOKENS = frozenset({"input_ids", "attention_mask", "position_ids"})
 Past = Sequence[dict[str, Tensor]]
 
 
-def capture_decoder(gm: CapturedModule) -> CapturedModule:
+def capture_decoder(gm: CapturedModule, dtype: torch.dtype | None = None) -> CapturedModule:
     """The model that ``gm`` was made of as a step with a cache; its tensors are those of ``gm`` without adapters.
+
+    With a ``dtype`` it is that of the model converted to it, whose weights hold no values.
 
     Raises:
         ExportError: the model is no decoder whose past is keys and values of attention, or ``gm`` was in a pickle and
             no longer knows its model; says which.
         CaptureError: the model's code cannot be traced with a cache, or only for one size.
     """
-    original = _original(gm)
+    original = original_of(gm, "kv_cache=True")
     assert original.module is not None
     _check_decoder(original.module, gm)
-    model = original.filled(unadapted(gm) if stage(gm) is Stage.INSERTED else gm)
+    model = original.filled(unadapted(gm) if stage(gm) is Stage.INSERTED else gm, dtype)
     positions = "position_ids" in inspect.signature(model.forward).parameters
     inputs, shapes = _example(model, positions)
     model.forward = types.MethodType(_step_at_positions if positions else _step, model)
@@ -78,7 +81,7 @@ def with_tensors(step: CapturedModule, gm: CapturedModule) -> CapturedModule:
         ExportError: ``gm`` has a weight that the model has not.
     """
     twin = share(step)
-    for path, store, name in _original(gm).names():
+    for path, store, name in original_of(gm, "kv_cache=True").names():
         getattr(twin.get_submodule(path), store)[name] = getattr(gm.get_submodule(path), store)[name]
     if own := sorted(gm.state_dict().keys() - twin.state_dict().keys()):
         raise ExportError(
@@ -90,7 +93,7 @@ def with_tensors(step: CapturedModule, gm: CapturedModule) -> CapturedModule:
 
 def longest_sequence(gm: CapturedModule) -> int | None:
     """How many tokens the model takes at most; None if any number."""
-    module = _original(gm).module
+    module = original_of(gm, "kv_cache=True").module
     assert module is not None
     config: Any = module.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -98,28 +101,14 @@ def longest_sequence(gm: CapturedModule) -> int | None:
     return min((n for n in limits if n is not None), default=None)
 
 
-def _original(gm: CapturedModule) -> Original:
-    original = gm.meta.get("original")
-    if original is None or original.module is None:
-        raise ExportError(
-            "kv_cache=True traces the model's own code once more, and this graph does not have it: "
-            + (
-                "a pickle leaves it out. Save the adapter (lorafx.save_adapter), apply the spec to the model again, "
-                "load the adapter into that graph and export it"
-                if original is not None
-                else "only those of Hugging Face models keep it. Export with kv_cache=False"
-            )
-        )
-    assert isinstance(original, Original)
-    return original
-
-
 def _check_decoder(model: nn.Module, gm: CapturedModule) -> None:
     """Refuse what does not generate by keys and values alone, before anything is traced."""
     name = type(model).__name__
     parameters = inspect.signature(model.forward).parameters
     reason = None
-    if not getattr(model, "can_generate", bool)():
+    if not is_hf(model):
+        reason = "is no model of Hugging Face transformers"
+    elif not getattr(model, "can_generate", bool)():
         reason = "does not generate text (transformers' ...ForCausalLM and ...LMHeadModel do)"
     elif getattr(model.config, "is_encoder_decoder", False):
         reason = "is an encoder with a decoder, whose cache holds the encoder's keys and values too"

@@ -357,7 +357,7 @@ def _write_apart(gm: CapturedModule, site: Site, nodes: Sequence[Node], weight: 
     for node in nodes:
         operands = find_operands(node)
         assert operands is not None
-        node.update_arg(LAYERS[site.kind].weight, _read_instead(operands.weight, name))
+        node.update_arg(LAYERS[site.kind].weight, read_instead(operands.weight, name))
         read = operands.weight
         while not read.users and read.op == "call_function":
             unused, read = read, read.all_input_nodes[0]
@@ -365,13 +365,13 @@ def _write_apart(gm: CapturedModule, site: Site, nodes: Sequence[Node], weight: 
     return name
 
 
-def _read_instead(read: Node, name: str) -> Node:
+def read_instead(read: Node, name: str) -> Node:
     """A read of another parameter, through the same casts."""
     with read.graph.inserting_before(read):
         if read.op == "get_attr":
             return read.graph.get_attr(name)
         source = read.all_input_nodes[0]
-        own = _read_instead(source, name)
+        own = read_instead(source, name)
         return read.graph.node_copy(read, lambda _: own)
 
 

@@ -221,7 +221,7 @@ def test_prompts_fit_the_model() -> None:
     [
         ("bert", "BertForSequenceClassification does not generate text"),
         ("whisper", "WhisperForConditionalGeneration is an encoder with a decoder"),
-        ("mlp", "only those of Hugging Face models keep it"),
+        ("mlp", "is no model of Hugging Face transformers"),
     ],
 )
 def test_what_is_no_decoder_is_refused(zoo: Zoo, name: str, reason: str, tmp_path: Path) -> None:
