@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
-from torch.autograd import forward_ad
 
 from lorafx.bases.base import PANEL_BYTES
 from lorafx.bases.ops import define_packed_op, describe, packed_rows
 from lorafx.bases.tensor import QuantizedTensor
 from lorafx.bases.view import Derived, is_cast_alone
-from lorafx.variants.base import Update, full_precision
+from lorafx.variants.base import Update, full_precision, is_transformed
 
 aten = torch.ops.aten
 
@@ -47,7 +46,7 @@ def add_updates(matrix: Tensor, changes: Iterable[tuple[Update, Tensor | None]])
 
 def folded(matrix: Tensor, changes: Sequence[tuple[Update, Tensor | None]]) -> Tensor:
     """:func:`add_updates` in the dtype of the matrix; of a packed one a tensor that reads as that sum."""
-    if not isinstance(matrix, QuantizedTensor) or matrix.turned or _is_transformed():
+    if not isinstance(matrix, QuantizedTensor) or matrix.turned or is_transformed():
         return add_updates(matrix, changes).to(matrix.dtype)
     parts = [_of_all_rows(matrix, *change) for change in changes]
     flat = [tensor for update in parts for tensor in (update.left, update.right, update.gain)]
@@ -149,11 +148,6 @@ class _Fold(torch.autograd.Function):
             return None, *(next(found) if t is not None and t.requires_grad else None for t in flat)
         of = iter(packed_folded_backward(*_described(base), *_listed(_updates(flat)), _stacked(grad)))
         return None, *(None if tensor is None else next(of) for tensor in flat)
-
-
-def _is_transformed() -> bool:
-    """Whether function transforms or forward-mode differentiation are at work, which are to see plain torch."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def _of_all_rows(matrix: Tensor, update: Update, mine: Tensor | None) -> Update:

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from lorafx.bases.tensor import is_cast
 from lorafx.kernels.base import Adapters, Call, Operands, quantised
 from lorafx.kernels.providers import provider
 from lorafx.ops import ADAPTED, LAYERS, define_op, updates
 from lorafx.variants import VARIANTS
+from lorafx.variants.base import is_transformed
 
 
 class Arguments(NamedTuple):
@@ -143,7 +143,7 @@ def grouped_reference(*arguments: Any) -> list[Tensor]:
     kinds, counts, training = tuple(given.kinds), tuple(given.counts), tuple(given.training)
     layers, p = _layers(kinds, counts, training, tuple(given.variants), tuple(given.scaling), tuple(given.dropout))
     own = list(zip(layers, given.weights, given.biases, strict=True))
-    if _is_transformed():
+    if is_transformed():
         return [layer.twin(x, weight, bias, given.tensors) for layer, weight, bias in own]
 
     siblings = [layer.sibling(weight, bias, given.tensors) for layer, weight, bias in own]
@@ -172,11 +172,6 @@ def grouped_reference(*arguments: Any) -> list[Tensor]:
     operands.check(x, adapters)
     ys = chosen.linear(x, sources, recipe, activation, operands, adapters)
     return [y if s.late is None else y + s.late.to(x.dtype) for y, s in zip(ys, siblings, strict=True)]
-
-
-def _is_transformed() -> bool:
-    """Whether function transforms or forward-mode differentiation are at work, which are to see plain torch."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lorafx.checks import Check
 
@@ -24,6 +25,11 @@ def full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
         return nullcontext()
     found: AbstractContextManager[Any] = torch.autocast(device, enabled=False)
     return found
+
+
+def is_transformed() -> bool:
+    """Whether function transforms or forward-mode differentiation are at work, which are to see plain torch."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 @dataclass(frozen=True)
