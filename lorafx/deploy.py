@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from lorafx.passes.example import ExampleInputs
 from lorafx.passes.merge_base import Original
 from lorafx.pretrained import model_over, read_weights
 from lorafx.shards import file_of, reading_ahead
+from lorafx.spec import Tied
 from lorafx.state import load_adapter
 
 
@@ -51,6 +53,7 @@ def export_checkpoint(
     base: str = "dequantized",
     original: Original | None = None,
     requantize: bool = False,
+    tied: Tied = "refuse",
     progress: Progress | None = None,
 ) -> ExportReport:
     """Fold an adapter on disk into a checkpoint on disk and write the model as ONNX, without loading it.
@@ -69,6 +72,7 @@ def export_checkpoint(
             not both fit into memory with the model.
         dtype: None: the files'.
         base, original, requantize: as for :func:`lorafx.merge_and_export`; for a quantized checkpoint and an adapter.
+        tied: as in :class:`lorafx.LoraSpec`, for an adapter of a weight with another use: its file does not say it.
 
     Raises:
         CheckpointError: the files are damaged, or do not fit the model: missing, extra and wrongly shaped tensors are
@@ -86,7 +90,7 @@ def export_checkpoint(
         raise MergeError(
             "base, original and requantize say what an adapter is folded into, and adapter_dir is None: leave them out"
         )
-    spec = None if adapter_dir is None else read_spec(Path(adapter_dir))
+    spec = None if adapter_dir is None else replace(read_spec(Path(adapter_dir)), tied=tied)
     tensors = read_weights(Path(weights_dir))
     with reading_ahead(Path(weights_dir), _available_memory() // 2):  # the capture leaves the disk idle
         whole = model_over(tensors, Path(weights_dir), model)
