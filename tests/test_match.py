@@ -1,183 +1,31 @@
-"""Which layers a spec means: PEFT's grammar, what all-linear leaves out, shared and tied weights, the plan."""
+"""Which layers a spec means: PEFT's grammar, shared and tied weights."""
 
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterable
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lorafx
-from conftest import Zoo, randomize, same
+from conftest import Zoo, randomize
 from lorafx import LoraSpec, MatchError
-from lorafx.errors import FrozenHeadWarning, SpecError
+from lorafx.errors import SpecError
 from lorafx.passes.candidates import candidates
-from lorafx.passes.match import LINEAR, match, warn_of_frozen_heads
-from lorafx.passes.plan import make_plan
+from lorafx.passes.match import LINEAR, match
+from targets import Block, Model, X, adapted, graph
 from tolerances import assert_close
-from zoo import FAMILIES, Family
+from zoo import FAMILIES
 
 FRONT_ENDS = pytest.mark.parametrize("exported", [True, False], ids=["export", "symbolic"])
-
-
-def names(path: str, layers: str, count: int = 2) -> set[str]:
-    """``path`` with each layer's number, and each of the modules of a layer."""
-    return {f"{path.format(i)}.{layer}" for i in range(count) for layer in layers.split()}
-
-
-QKVO = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.o_proj"
-SPEECH = "self_attn.q_proj self_attn.k_proj self_attn.v_proj self_attn.out_proj fc1 fc2"
-CROSS = "encoder_attn.q_proj encoder_attn.k_proj encoder_attn.v_proj encoder_attn.out_proj"
-GATED = f"{QKVO} mlp.gate_proj mlp.up_proj mlp.down_proj"
-
-#: What "all-linear" adapts in each family, and which layers it leaves out.
-ALL_LINEAR: dict[str, tuple[set[str], set[str]]] = {
-    "bert": (
-        names(
-            "bert.encoder.layer.{}",
-            "attention.self.query attention.self.key attention.self.value attention.output.dense"
-            " intermediate.dense output.dense",
-        )
-        | {"bert.pooler.dense"},
-        {"classifier"},
-    ),
-    "distilbert": (
-        names(
-            "distilbert.transformer.layer.{}",
-            "attention.q_lin attention.k_lin attention.v_lin attention.out_lin ffn.lin1 ffn.lin2",
-        )
-        | {"pre_classifier"},
-        {"classifier"},
-    ),
-    "modernbert": (names("model.layers.{}", "attn.Wqkv attn.Wo mlp.Wi mlp.Wo") | {"head.dense"}, {"decoder"}),
-    "llama": (names("model.layers.{}", GATED), {"lm_head"}),
-    "qwen3": (names("model.layers.{}", GATED), {"lm_head"}),
-    "gemma": (names("model.layers.{}", GATED), {"lm_head"}),
-    "phi": (
-        names("model.layers.{}", f"{QKVO.replace('o_proj', 'dense')} mlp.fc1 mlp.fc2"),
-        {"lm_head"},
-    ),
-    "gpt2": (names("transformer.h.{}", "attn.c_attn attn.c_proj mlp.c_fc mlp.c_proj"), {"lm_head"}),
-    "mixtral": (  # the routers are no Linear modules: by name only
-        names("model.layers.{}", QKVO),
-        {"lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"},
-    ),
-    "whisper": (
-        names("model.encoder.layers.{}", SPEECH) | names("model.decoder.layers.{}", f"{SPEECH} {CROSS}"),
-        {"proj_out"},
-    ),
-    "t5": (
-        names(
-            "encoder.block.{}.layer",
-            "0.SelfAttention.q 0.SelfAttention.k 0.SelfAttention.v 0.SelfAttention.o"
-            " 1.DenseReluDense.wi 1.DenseReluDense.wo",
-        )
-        | names(
-            "decoder.block.{}.layer",
-            "0.SelfAttention.q 0.SelfAttention.k 0.SelfAttention.v 0.SelfAttention.o"
-            " 1.EncDecAttention.q 1.EncDecAttention.k 1.EncDecAttention.v 1.EncDecAttention.o"
-            " 2.DenseReluDense.wi 2.DenseReluDense.wo",
-        ),
-        {"lm_head"},
-    ),
-    "vit": (
-        names(
-            "vit.layers.{}",
-            "attention.q_proj attention.k_proj attention.v_proj attention.o_proj mlp.fc1 mlp.fc2",
-        ),
-        {"classifier"},
-    ),
-    "mlp": ({"0", "3"}, {"5"}),
-    "convnet": ({"hidden"}, {"head"}),
-}
 
 
 def label(value: object) -> str:
     """A test's id from what it is given; sets print in any order and stay out."""
     return "" if isinstance(value, set) else str(value)
-
-
-def adapted(gm: Any, **fields: Any) -> set[str]:
-    choices = match(gm, (LoraSpec(**fields),))
-    return {c.candidate.name for c in choices if c.site is not None}
-
-
-def test_all_linear_leaves_out_output_layers(zoo: Zoo, family: Family) -> None:
-    taken, left = ALL_LINEAR[family.name]
-    choices = match(zoo.capture(family).gm, (LoraSpec(),))
-    assert {c.candidate.name for c in choices if c.site is not None} == taken
-    assert {c.candidate.name for c in choices if c.site is None and c.candidate.kind in LINEAR} == left
-    for choice in choices:
-        if choice.site is None:
-            kind = choice.candidate.kind
-            router = choice.candidate.name.endswith(".gate")
-            why = "functional call on a bare parameter" if router else "output layer"
-            assert choice.reason.startswith(why if kind in LINEAR else "no linear layer"), choice
-
-
-def test_all_linear_is_what_peft_takes(zoo: Zoo, hf_family: Family) -> None:
-    """But for classification heads, which PEFT leaves out only where it trains them as modules_to_save."""
-    wrapped = peft.get_peft_model(zoo.eager(hf_family), peft.LoraConfig(target_modules="all-linear"))
-    heads = {"classifier"} if hf_family.task.endswith("classification") else set()
-    assert {*wrapped.base_model.targeted_module_names} == ALL_LINEAR[hf_family.name][0] | heads
-
-
-def test_sites_describe_their_layers(zoo: Zoo, family: Family) -> None:
-    capture = zoo.capture(family)
-    spec = LoraSpec(r=3, alpha=5, dropout=0.1, rslora=True)
-    for choice in match(capture.gm, (spec,)):
-        if (site := choice.site) is None:
-            continue
-        module = capture.model.get_submodule(site.name)
-        shape = module.weight.shape[::-1] if site.transposed else module.weight.shape
-        assert (site.out_features, site.in_features) == tuple(shape)
-        assert site.transposed == (type(module).__name__ == "Conv1D")
-        assert (site.weight, site.path) == (f"{site.name}.weight", site.name)
-        assert site.bias == (None if module.bias is None else f"{site.name}.bias")
-        assert (site.r, site.alpha, site.dropout, site.adapter) == (3, 5, 0.1, "default")
-        assert site.scaling == pytest.approx(5 / 3**0.5)
-        assert not site.apart
-
-
-# The grammar, on one model that has names of every kind.
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj = nn.Linear(6, 6)
-        self.v_proj = nn.Linear(6, 6, bias=False)
-        self.router = nn.Parameter(torch.randn(6, 6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.v_proj(self.q_proj(x).tanh()) * F.linear(x, self.router).sigmoid()
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.Sequential(Block(), Block())
-        self.my_proj = nn.Linear(6, 6)
-        self.proj = nn.Linear(6, 6)
-        self.head = nn.Linear(6, 3)
-        self.spare = nn.Linear(6, 6)  # never called
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.head(self.proj(self.my_proj(self.blocks(x)).tanh()))
-        return out.transpose(0, 1).contiguous()
-
-
-X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-
-
-def graph(model: nn.Module | None = None, exported: bool = True) -> Any:
-    return lorafx.api.captured(Model() if model is None else model, (X,) if exported else None, None)
 
 
 QS = {"blocks.0.q_proj", "blocks.1.q_proj"}
@@ -514,123 +362,3 @@ def test_routers_by_name(zoo: Zoo) -> None:
     wanted = {f"model.layers.{i}.mlp.gate" for i in (0, 1)}
     assert adapted(gm, target_modules=["gate"]) == wanted
     assert {c.name for c in candidates(gm) if not c.module and c.kind in LINEAR} == wanted
-
-
-# The plan.
-
-
-def test_plan_counts_what_apply_makes(zoo: Zoo, family: Family) -> None:
-    spec = LoraSpec(r=3, dropout=0.1, rank_pattern={"lin1|fc1|0": 5})
-    captured = zoo.capture(family).gm
-    plan = make_plan(captured, match(captured, (spec,)))
-    gm = zoo.adapted(family, spec)
-    sites = {s.name: s for s in lorafx.sites(gm)}
-    taken, left = ALL_LINEAR[family.name]
-    assert {r.site for r in plan.adapted} == taken == {*sites}
-    assert {r.site for r in plan.left_out if r.kind in LINEAR} == left
-    for row in plan.adapted:
-        site = sites[row.site]
-        assert row.parameters == sum(p.numel() for p in site.parameters(gm).values())
-        assert (row.shape, row.r, row.scaling) == ((site.out_features, site.in_features), site.r, site.scaling)
-        assert row.reason == ""
-    for row in plan.left_out:
-        assert (row.r, row.scaling, row.parameters) == (None, None, 0)
-        assert row.reason
-    assert plan.trainable == sum(p.numel() for p in gm.parameters() if p.requires_grad)
-    assert plan.total == sum(p.numel() for p in gm.parameters())
-    assert plan.optimizer_bytes == 8 * plan.trainable
-    assert plan.activation_bytes > 0
-
-
-def test_plan_prints_a_table() -> None:
-    spec = LoraSpec(r=2, exclude_modules=["0.q_proj"], modules_to_save=["head"])
-    plan = lorafx.plan(Model(), spec, (X,))
-    text = str(plan)
-    for word in (
-        "blocks.1.q_proj",
-        "excluded by exclude_modules",
-        "functional call on a bare parameter",
-        "trained whole (modules_to_save)",
-        "6 x 6",
-        "3 x 6",
-        "never called with these inputs",
-        "5 layers adapted, 5 left out",
-    ):
-        assert word in text.replace("\n", " "), text
-    rows = {r.site: r.parameters for r in plan.rows}
-    assert rows["my_proj"] == 2 * (6 + 6)
-    head = 3 * 6 + 3
-    assert plan.trainable == 5 * 2 * (6 + 6) + head
-    base = sum(p.numel() for p in Model().parameters())
-    assert plan.total == base + 5 * 2 * (6 + 6)
-    # Four rows of x: the activations behind A are [4, 2] float32 a site.
-    assert plan.activation_bytes == 5 * 4 * 2 * 4
-    dropped = lorafx.plan(Model(), LoraSpec(r=2, dropout=0.1, target_modules=["my_proj"]), (X,))
-    assert dropped.activation_bytes == 4 * 2 * 4 + 4 * 6 * (4 + 1)  # and the dropped input and its mask
-
-
-def test_plan_changes_nothing_and_raises_as_apply_does() -> None:
-    model, before = Model(), torch.get_rng_state()
-    values = copy.deepcopy(model.state_dict())
-    lorafx.plan(model, LoraSpec(), (X,))
-    assert same(dict(model.state_dict()), dict(values))
-    assert torch.equal(before, torch.get_rng_state())
-    with pytest.raises(MatchError, match="'nothing'"):
-        lorafx.plan(model, LoraSpec(target_modules=["nothing"]), (X,))
-    tied = Model()
-    tied.proj.weight = tied.my_proj.weight
-    with pytest.raises(MatchError, match="which the graph also uses elsewhere"):
-        lorafx.plan(tied, LoraSpec(), (X,))
-
-
-def heads_warned_of(call: Any) -> list[str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        call()
-    found = [w for w in caught if w.category is FrozenHeadWarning]
-    return [str(w.message).split("'")[1] for w in found]
-
-
-def trained_head(model: Model) -> Model:
-    with torch.no_grad():
-        model.head.weight.mul_(3)
-        model.head.bias.add_(1)
-    return model
-
-
-def test_a_fresh_head_that_stays_frozen_is_warned_of() -> None:
-    def warned(model: nn.Module, **fields: Any) -> Iterable[str]:
-        return heads_warned_of(lambda: lorafx.apply(model, LoraSpec(**fields), (X,)))
-
-    assert warned(Model()) == ["head"]
-    assert heads_warned_of(lambda: lorafx.plan(Model(), LoraSpec(), (X,))) == ["head"]
-    assert warned(Model(), modules_to_save=["head"]) == []
-    assert warned(Model(), target_modules=["head"]) == []
-    assert warned(trained_head(Model())) == []
-    with pytest.warns(
-        FrozenHeadWarning, match=r"Add modules_to_save=\['head'\] to the spec, or load its trained"
-    ) as caught:
-        lorafx.apply(Model(), LoraSpec(), (X,))
-    assert caught[0].filename == __file__, "the warning points elsewhere than at the call"
-
-
-def test_a_head_of_one_weight_says_nothing() -> None:
-    """It has no deviation that could be looked at, and torch's own warning of that is not the user's."""
-    model = nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        lorafx.apply(model, LoraSpec(r=1, target_modules=["0"]), (X,))
-
-
-def test_a_fresh_classification_head_is_warned_of(zoo: Zoo) -> None:
-    """As from_pretrained leaves it: normal with initializer_range, zero bias."""
-    gm = zoo.captured(FAMILIES["bert"])
-
-    def warn() -> None:
-        warn_of_frozen_heads(gm, match(gm, (LoraSpec(),)))
-
-    assert heads_warned_of(warn) == []
-    with torch.no_grad():
-        gm.classifier.weight.normal_(std=FAMILIES["bert"].build().config.initializer_range)
-        gm.classifier.bias.zero_()
-    assert heads_warned_of(warn) == ["classifier"]
