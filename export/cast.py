@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from lorafx.errors import ExportError
+from lorafx.export.run import Run
 from lorafx.graph import CapturedModule, get_path, named_tensors, set_tensor, share
 from lorafx.ir import Stage, stage
 from lorafx.passes.decoder import capture_decoder
@@ -52,6 +53,22 @@ def weights_dtype(gm: CapturedModule) -> torch.dtype | None:
     """The one floating dtype of the graph's weights; None where it has none, or several."""
     found = {t.dtype for t in gm.state_dict().values() if t.is_floating_point()}
     return found.pop() if len(found) == 1 else None
+
+
+def captures(
+    gm: CapturedModule, dtype: torch.dtype | None, kv_cache: bool, keep_loss: bool, run: Run
+) -> tuple[CapturedModule | None, CapturedModule | None]:
+    """What an export needs beside the graph, each if it does: a step with a cache, and what is written, in ``dtype``.
+
+    Raises:
+        ExportError, CaptureError: the model's code cannot be captured so.
+    """
+    if kv_cache and keep_loss:
+        raise ExportError("kv_cache=True and keep_loss=True: a step of generation has no labels. Export two files")
+    if not kv_cache and dtype is None:
+        return None, None
+    with run.phase("capture"):
+        return capture_decoder(gm) if kv_cache else None, capture_in(gm, dtype, kv_cache=kv_cache)
 
 
 def capture_in(gm: CapturedModule, dtype: torch.dtype | None, *, kv_cache: bool = False) -> CapturedModule | None:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafx.errors import ExportError
-from lorafx.export.cast import capture_in, cast_graph, file_dtype, written_source
+from lorafx.export.cast import captures, cast_graph, file_dtype, written_source
 from lorafx.export.commit import draft
 from lorafx.export.decoder import check_generation, make_prompts, translate_step
 from lorafx.export.example import find_example, flat_example
@@ -40,6 +38,7 @@ from lorafx.export.pack import (
 from lorafx.export.parity import TOLERANCES, Tolerance, make_cases, precision
 from lorafx.export.provenance import digest, provenance
 from lorafx.export.report import ExportReport, Parity, TensorRounding
+from lorafx.export.run import Progress, Run
 from lorafx.export.settings import check_settings
 from lorafx.export.translate import Translation, output_names, structure, translate
 from lorafx.export.verify import check_graph, check_numbers, check_weights
@@ -50,15 +49,13 @@ from lorafx.graph import CapturedModule, get_path, rebind
 from lorafx.ir import Stage, active_layers, sites, stage
 from lorafx.kernels.rounding import Rounding
 from lorafx.passes.capture import capture
-from lorafx.passes.decoder import capture_decoder, longest_sequence, with_tensors
+from lorafx.passes.decoder import longest_sequence, with_tensors
 from lorafx.passes.deviation import merge_deviation
 from lorafx.passes.example import ExampleInputs
 from lorafx.passes.fold import Fold
 from lorafx.passes.inference import inference
 from lorafx.passes.merge import compute_folds, merge_lazily, unadapted
 from lorafx.passes.merge_base import Original, choose_base
-
-Progress = Callable[[str, float], None]
 
 #: For bfloat16 unless said otherwise. Before 22 ONNX has no bfloat16 convolutions; before 23 attention is
 #: spelled out, with its scale rounded to bfloat16, which torch does not do.
@@ -265,26 +262,6 @@ class Options:
     weight_format: WeightFormat = "dense"
 
 
-@dataclass
-class Run:
-    """Times the phases of an export and tells the caller how far it is."""
-
-    progress: Progress | None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[Callable[[float], None]]:
-        def tell(done: float) -> None:
-            if self.progress is not None:
-                self.progress(name, done)
-
-        start = time.perf_counter()
-        tell(0.0)
-        yield tell
-        tell(1.0)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 def export_merged(
     gm: CapturedModule,
     path: str | os.PathLike[str],
@@ -466,22 +443,6 @@ def export_graph(
         provenance=origin,
         requantized=requantized,
     )
-
-
-def captures(
-    gm: CapturedModule, dtype: torch.dtype | None, kv_cache: bool, keep_loss: bool, run: Run
-) -> tuple[CapturedModule | None, CapturedModule | None]:
-    """What an export needs beside the graph, each if it does: a step with a cache, and what is written, in ``dtype``.
-
-    Raises:
-        ExportError, CaptureError: the model's code cannot be captured so.
-    """
-    if kv_cache and keep_loss:
-        raise ExportError("kv_cache=True and keep_loss=True: a step of generation has no labels. Export two files")
-    if not kv_cache and dtype is None:
-        return None, None
-    with run.phase("capture"):
-        return capture_decoder(gm) if kv_cache else None, capture_in(gm, dtype, kv_cache=kv_cache)
 
 
 def _changes(

@@ -11,9 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,9 +27,8 @@ from lorafx.export.commit import draft
 from lorafx.export.edits import Change, find_changes
 from lorafx.export.onnx_file import DATA_FIELDS, OnnxFile, copy_fields, read_onnx, without_initializers
 from lorafx.export.prove import Proof, prove
+from lorafx.export.run import Progress, Run
 from lorafx.export.settings import check_settings
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -135,36 +132,23 @@ def merge_onnx(
         ParityError: the proof failed. Nothing is written in any of these cases.
     """
     check_settings(external_data=external_data, data_name=data_name)
-    seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(name: str) -> Iterator[Callable[[float], None]]:
-        def tell(done: float) -> None:
-            if progress is not None:
-                progress(name, done)
-
-        start = time.perf_counter()
-        tell(0.0)
-        yield tell
-        tell(1.0)
-        seconds[name] = time.perf_counter() - start
-
+    run = Run(progress)
     proof = None
-    with phase("match"):
+    with run.phase("match"):
         file = read_onnx(base)
         stored = StoredAdapter.read(Path(adapter))
         found = find_changes(file, stored, str(adapter), part)
         changes = found.changes
     kept = {file.path: "the base", **dict.fromkeys(file.data, "the base's file of weights")}
     with draft(out, data_name, kept) as written:
-        with phase("write") as done:
+        with run.phase("write") as done:
             model = _merged_model(file, changes)
             keep_outside = external_data if external_data is not None else (True if file.data else None)
             outside = [model.graph.initializers[n] for n, s in file.sources.items() if s.path is not None]
             finish = partial(_with_messages, base=file, changed={c.name for c in changes})
             written.write(model, keep_outside, done, outside, finish=finish)
         if verify:
-            with phase("verify") as done:
+            with run.phase("verify") as done:
                 proof = prove(read_onnx(written.path), file, found, done)
                 proof.raise_if_failed()
         written.commit()
@@ -176,7 +160,7 @@ def merge_onnx(
         initializers=len(file.sources),
         tensors=tuple(_reported(file, c) for c in changes),
         proof=proof,
-        seconds=seconds,
+        seconds=run.seconds,
         absent=found.absent,
     )
 

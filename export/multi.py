@@ -45,10 +45,10 @@ from lorafx.export.adapter_inputs import (
     insert_inputs,
     site_name,
 )
-from lorafx.export.cast import cast_graph, written_source
+from lorafx.export.cast import captures, cast_graph, written_source
 from lorafx.export.commit import Draft, draft
 from lorafx.export.example import find_example
-from lorafx.export.export import BFLOAT16_OPSET, Run, captures
+from lorafx.export.export import BFLOAT16_OPSET
 from lorafx.export.pack import (
     WeightFormat,
     check_format,
@@ -62,6 +62,7 @@ from lorafx.export.pack import (
 from lorafx.export.parity import TOLERANCES, Tolerance, make_cases, precision, run_case
 from lorafx.export.provenance import provenance
 from lorafx.export.report import Parity, parity_lines
+from lorafx.export.run import Run
 from lorafx.export.runtime import ADAPTER_SUFFIX, load_adapter_file, model_version
 from lorafx.export.translate import output_names, translate
 from lorafx.export.verify import Runtime, check_weights, open_runtime

@@ -17,10 +17,11 @@ from torch import nn
 from lorafx.adapter_files import read_spec
 from lorafx.api import apply, captured
 from lorafx.errors import CheckpointError, MergeError, NotFiniteError
-from lorafx.export.cast import file_dtype
-from lorafx.export.export import Options, Progress, Run, captures, export_graph, export_merged
+from lorafx.export.cast import captures, file_dtype
+from lorafx.export.export import Options, export_graph, export_merged
 from lorafx.export.pack import WeightFormat, check_format
 from lorafx.export.report import ExportReport
+from lorafx.export.run import Progress, Run
 from lorafx.export.settings import check_settings
 from lorafx.export.write import parse_size
 from lorafx.graph import CapturedModule

@@ -35,7 +35,7 @@ class Casts(nn.Module):
         self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def between(self, h: Tensor) -> Tensor:
-        raise NotImplementedError
+        return h
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.two(self.between(self.one(x)))
@@ -99,8 +99,8 @@ class Looked(Casts):
         return h.float().square().to(h.dtype).masked_fill(h > 1, torch.finfo(h.dtype).min).tanh()
 
 
-def adapted(model: nn.Module) -> CapturedModule:
-    gm = lorafx.apply(model.eval(), LoraSpec(r=2, target_modules=["one"]), X.to(model.one.weight.dtype), seed=0).eval()  # type: ignore[union-attr, arg-type]
+def adapted(model: Casts) -> CapturedModule:
+    gm = lorafx.apply(model.eval(), LoraSpec(r=2, target_modules=["one"]), (X,), seed=0).eval()
     randomize(gm)
     return gm
 

@@ -39,9 +39,9 @@ class Differentiable(Provider):
     ) -> Sequence[Tensor]:
         """Their function; there are no activations."""
         assert not activation
-        group, flat = Group(self, adapters, recipe), [t for each in operands for t in each]
+        given = Group(self, adapters, recipe), x, [s.detach() for s in sources], *[t for each in operands for t in each]
         with full_precision(x):
-            ys: tuple[Tensor, ...] = LowRankLinear.apply(group, x, [s.detach() for s in sources], *flat)  # type: ignore[no-untyped-call]
+            ys: Sequence[Tensor] = LowRankLinear.apply(*given)  # type: ignore[no-untyped-call]  # torch gives it no types
         return ys
 
     def random(self, x: Tensor, adapters: Adapters) -> Tensor:

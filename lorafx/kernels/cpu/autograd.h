@@ -1,6 +1,9 @@
 // The gradient of a group, as lorafx/kernels/function.py has it for other providers, without the interpreter: between
-// two large products the caches hold nothing of its own.
+// two large products the caches hold nothing that it needs.
 #pragma once
+
+#include <algorithm>
+#include <numeric>
 
 #include <ATen/LegacyBatchedTensorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
