@@ -66,6 +66,7 @@ def measure(name: str, make: Callable[[], Sized], turns: int, threads: int) -> N
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # or the last one spins in the others' way
     with tempfile.TemporaryDirectory() as directory:
         folder = Path(directory)
         lorafx.export_base(gm, folder / "base.onnx", verify=False, external_data=True)
