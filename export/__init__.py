@@ -1,11 +1,12 @@
 """Writing a merged graph as ONNX and checking that the file is its twin. Imported as ``lorafx.export``.
 
 In the order in which data goes through: :mod:`~lorafx.export.export` (the calls users make),
+:mod:`~lorafx.export.settings` and :mod:`~lorafx.export.job` (what is asked for, and what it means for a graph),
 :mod:`~lorafx.export.cast` (another precision),
 :mod:`~lorafx.export.translate` and :mod:`~lorafx.export.weights` (a graph becomes an ONNX model, its weights last),
 :mod:`~lorafx.export.pack` (those that stay packed),
 :mod:`~lorafx.export.write` with :mod:`~lorafx.export.pipe` (the files), :mod:`~lorafx.export.commit` (their names),
-:mod:`~lorafx.export.verify` with :mod:`~lorafx.export.compare`,
+:mod:`~lorafx.export.check`, :mod:`~lorafx.export.verify` with :mod:`~lorafx.export.compare`,
 :mod:`~lorafx.export.parity` and :mod:`~lorafx.export.widen` (the checks), :mod:`~lorafx.export.report`,
 :mod:`~lorafx.export.provenance`; and
 for files that are there already :mod:`~lorafx.export.onnx_file` (reading them),

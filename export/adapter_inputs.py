@@ -362,7 +362,7 @@ def adapter_values(
     translation: Translation,
     inputs: Inputs,
     whole: Mapping[str, tuple[ir.Value, ...]],
-    source: Callable[[str], Tensor],
+    source: Callable[[str], Fold | Tensor],
 ) -> dict[str, ir.TensorProtocol]:
     """What an adapter gives the inputs, by their names; those that it leaves out have the default.
 

@@ -8,6 +8,7 @@ Its weights hold no values: they are rounded once, from the graph's, while the f
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.fx import Node
 
 from lorafx.errors import ExportError
 from lorafx.export.run import Run
+from lorafx.export.settings import Settings
 from lorafx.graph import CapturedModule, get_path, named_tensors, set_tensor, share
 from lorafx.ir import Stage, stage
 from lorafx.passes.decoder import capture_decoder
@@ -23,30 +25,9 @@ from lorafx.passes.merge import read_instead, unadapted
 from lorafx.passes.original import blank_like
 from lorafx.passes.recapture import recaptured
 
-#: The precisions that a file can have, by what one may call them.
-DTYPES = {
-    "fp32": torch.float32,
-    "float32": torch.float32,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-}
 aten = torch.ops.aten
 #: What a precision has more or less of than another: casts, and what states the dtype it was traced with.
 _OF_DTYPES = frozenset({"to", "_to_copy", "type_as", "_assert_tensor_metadata", "detach_", "float", "half", "bfloat16"})
-
-
-def file_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype meant.
-
-    Raises:
-        ExportError: it is none that a file's weights can have.
-    """
-    found = DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in DTYPES.values():
-        raise ExportError(f"dtype={dtype!r} is none of {', '.join(map(repr, DTYPES))}, or the torch.dtype of that name")
-    return found
 
 
 def weights_dtype(gm: CapturedModule) -> torch.dtype | None:
@@ -55,20 +36,24 @@ def weights_dtype(gm: CapturedModule) -> torch.dtype | None:
     return found.pop() if len(found) == 1 else None
 
 
-def captures(
-    gm: CapturedModule, dtype: torch.dtype | None, kv_cache: bool, keep_loss: bool, run: Run
-) -> tuple[CapturedModule | None, CapturedModule | None]:
-    """What an export needs beside the graph, each if it does: a step with a cache, and what is written, in ``dtype``.
+class Captures(NamedTuple):
+    """What an export may need beside the graph, each if it does: a step with a cache; what is written, in its dtype."""
+
+    step: CapturedModule | None = None
+    twin: CapturedModule | None = None
+
+
+def captures(gm: CapturedModule, settings: Settings, run: Run) -> Captures:
+    """Trace the model's code once more, where the settings ask for another graph than ``gm``.
 
     Raises:
         ExportError, CaptureError: the model's code cannot be captured so.
     """
-    if kv_cache and keep_loss:
-        raise ExportError("kv_cache=True and keep_loss=True: a step of generation has no labels. Export two files")
+    kv_cache, dtype = settings.kv_cache, settings.precision
     if not kv_cache and dtype is None:
-        return None, None
+        return Captures()
     with run.phase("capture"):
-        return capture_decoder(gm) if kv_cache else None, capture_in(gm, dtype, kv_cache=kv_cache)
+        return Captures(capture_decoder(gm) if kv_cache else None, capture_in(gm, dtype, kv_cache=kv_cache))
 
 
 def capture_in(gm: CapturedModule, dtype: torch.dtype | None, *, kv_cache: bool = False) -> CapturedModule | None:

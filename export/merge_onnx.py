@@ -28,7 +28,7 @@ from lorafx.export.edits import Change, find_changes
 from lorafx.export.onnx_file import DATA_FIELDS, OnnxFile, copy_fields, read_onnx, without_initializers
 from lorafx.export.prove import Proof, prove
 from lorafx.export.run import Progress, Run
-from lorafx.export.settings import check_settings
+from lorafx.export.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def merge_onnx(
         NotFiniteError: an initializer that is merged into holds NaN or Inf.
         ParityError: the proof failed. Nothing is written in any of these cases.
     """
-    check_settings(external_data=external_data, data_name=data_name)
+    Settings(external_data=external_data, data_name=data_name)  # refuses what contradicts itself
     run = Run(progress)
     proof = None
     with run.phase("match"):

@@ -31,8 +31,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
-import torch
-from torch import Tensor
 
 from lorafx.checks import format_bytes
 from lorafx.errors import AdapterError, ExportError, MergeError, ParityError
@@ -45,33 +43,27 @@ from lorafx.export.adapter_inputs import (
     insert_inputs,
     site_name,
 )
-from lorafx.export.cast import captures, cast_graph, written_source
+from lorafx.export.cast import captures
 from lorafx.export.commit import Draft, draft
-from lorafx.export.example import find_example
-from lorafx.export.export import BFLOAT16_OPSET
+from lorafx.export.job import Job
 from lorafx.export.pack import (
-    WeightFormat,
-    check_format,
-    dense_notes,
     describe_packing,
     fill_packed,
-    plan_packing,
-    read_as,
     refuse_none,
 )
-from lorafx.export.parity import TOLERANCES, Tolerance, make_cases, precision, run_case
+from lorafx.export.parity import Tolerance, make_cases, run_case
 from lorafx.export.provenance import provenance
 from lorafx.export.report import Parity, parity_lines
 from lorafx.export.run import Run
 from lorafx.export.runtime import ADAPTER_SUFFIX, load_adapter_file, model_version
-from lorafx.export.translate import output_names, translate
+from lorafx.export.settings import Settings
+from lorafx.export.translate import output_names
 from lorafx.export.verify import Runtime, check_weights, open_runtime
 from lorafx.export.weights import fill
 from lorafx.export.widen import widen_graph
 from lorafx.graph import CapturedModule, get_path, share
 from lorafx.ir import adapters, find_adapter
 from lorafx.passes.activate import activate
-from lorafx.passes.example import ExampleInputs
 from lorafx.passes.inference import inference
 from lorafx.passes.merge import unadapted
 
@@ -165,65 +157,46 @@ def export_tasks(
     gm: CapturedModule,
     path: str | os.PathLike[str],
     tasks: Mapping[str, str],
-    *,
-    naming: Naming = "lorafx",
-    verify: bool = True,
-    example_inputs: ExampleInputs = None,
-    opset: int | None = None,
-    dtype: torch.dtype | None = None,
-    weight_format: WeightFormat = "dense",
-    external_data: bool | None = None,
-    limit: int | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    naming: Naming,
+    settings: Settings,
+    run: Run,
 ) -> MultiReport:
     """:func:`lorafx.export_multi` for adapters that ``gm`` holds: ``tasks`` has their names by those of the files.
 
     Raises:
         AdapterError, MergeError, ParityError, ExportError: as there.
     """
-    run = Run(progress)
     _refuse(gm, tasks, naming)
-    check_format(weight_format)
-    if weight_format == "nbits":
+    if settings.weight_format == "nbits":
         raise ExportError(
             "weight_format='nbits' quantizes the base once more, to other values than those that adapters were trained "
             "on: 'bnb4' keeps an nf4 base as it is; or merge an adapter first (merge_and_export)"
         )
     target = Path(os.path.realpath(path))
-    _, twin = captures(gm, dtype, False, False, run)
+    captured = captures(gm, settings, run)
     with run.phase("merge"):
-        plain = inference(unadapted(gm) if adapters(gm) else gm)
+        job = Job(gm, unadapted(gm) if adapters(gm) else gm, settings, captured)
         active = {name: _active(gm, adapter) for name, adapter in tasks.items()}
-        graph = plain if twin is None else cast_graph(plain, inference(twin))
-        inputs = find_inputs(gm, graph, tasks.values(), _NAMES[naming])
-    example = find_example(plain, gm.meta.get("example"), example_inputs, dtype if graph is not plain else None)
-    kind = precision(graph)
-    opset = BFLOAT16_OPSET if opset is None and kind is torch.bfloat16 else opset
-
-    def source(name: str) -> Tensor:
-        return written_source(plain, graph, name)
-
-    packing = plan_packing(plain, source, weight_format)
-    own = {id(get_path(graph, name)) for name in inputs.whole}
-    own_names = {name for name in packing.layouts if id(get_path(graph, name)) in own}
-    packing = packing.without(own_names, "an adapter has a version of its own, which is an input")
-    refuse_none(weight_format, packing.layouts, packing.dense)
-    tolerance = TOLERANCES[read_as(packing, kind)]
+        inputs = find_inputs(gm, job.graph, tasks.values(), _NAMES[naming])
+    own = {id(get_path(job.graph, name)) for name in inputs.whole}
+    own_names = {name for name in job.packing.layouts if id(get_path(job.graph, name)) in own}
+    packing = job.packing.without(own_names, "an adapter has a version of its own, which is an input")
+    refuse_none(settings.weight_format, packing.layouts, packing.dense)
     with draft(path) as file:
         with run.phase("translate"):
-            translation = translate(graph, example.traced, example.dims, opset, packing)
-            refuse_none(weight_format, translation.packed, translation.dense)
+            translation = job.express(job.graph, packing)
+            refuse_none(settings.weight_format, translation.packed, translation.dense)
             model = translation.model
             required = {str(v.name): str(v.shape) for v in model.graph.inputs}
-            whole = insert_inputs(translation, graph, inputs)
+            whole = insert_inputs(translation, job.graph, inputs)
         with run.phase("write") as done:
-            fill(translation.weights, translation.folded, source)
-            fill_packed(translation.packed, source)
-            file.write(model, external_data, done, translation.values, limit)
+            fill(translation.weights, translation.folded, job.source)
+            fill_packed(translation.packed, job.source)
+            file.write(model, settings.external_data, done, translation.values, settings.limit)
             file.check()
             sha256 = hashlib.sha256(file.path.read_bytes()).hexdigest()
             values = {
-                name: adapter_values(work, tasks[name], graph, translation, inputs, whole, source)
+                name: adapter_values(work, tasks[name], job.graph, translation, inputs, whole, job.source)
                 for name, work in active.items()
             }
             files = {
@@ -235,19 +208,20 @@ def export_tasks(
         if translation.packed:
             checks["packed"] = describe_packing(translation.packed)
         parity: dict[str | None, tuple[Parity, ...]] = {}
-        if verify:
+        tolerance = job.tolerance(packing)
+        if settings.verify:
             with run.phase("compare") as done:
                 count = check_weights(ir.load(file.path), model)
                 for name, place in files.items():
                     _check_values(place, values[name], name)
                 unmerged = {name: inference(work) for name, work in active.items()}
-                cast = graph is not plain
-                runtime = open_runtime(file.path, widen_graph(plain) if cast else plain, kind, file.path.parent)
-                cases = make_cases(example.compared, translation.dims, plain.signature.ranges)
+                plain = widen_graph(job.plain) if job.is_cast else job.plain
+                runtime = open_runtime(file.path, plain, job.dtype, file.path.parent)
+                cases = make_cases(job.example.compared, translation.dims, job.plain.signature.ranges)
                 for number, (task, reference) in enumerate([(None, runtime.graph), *unmerged.items()]):
                     held = None
                     if task is not None:
-                        wide = runtime.note is not None or cast
+                        wide = runtime.note is not None or job.is_cast
                         reference = widen_graph(reference) if wide else reference
                         held = files[task] if runtime.note is None else _widened(files[task], values[task])
                     parity[task] = _compare(runtime, reference, task, held, cases, tolerance)
@@ -261,11 +235,6 @@ def export_tasks(
             checks["not checked"] = "weights and numbers (verify=False)"
         with run.phase("sync"):
             placed = _commit(file, files, stale)
-    warnings = [f"{place} came out fixed: the file takes this size only" for place in translation.fixed]
-    warnings += dense_notes(translation.dense)
-    if twin is not None and (note := twin.meta.get("note")):
-        warnings.append(note)
-    warnings += _orphans(target, placed, sha256)
     return MultiReport(
         path=os.fspath(path),
         data_paths=tuple(map(str, file.data)),
@@ -275,16 +244,16 @@ def export_tasks(
         opset=model.opset_imports[""],
         nodes=len(model.graph),
         inputs=required,
-        outputs=output_names(graph),
+        outputs=output_names(job.graph),
         optional=len(model.graph.inputs) - len(required),
-        precision=str(kind).removeprefix("torch."),
+        precision=str(job.dtype).removeprefix("torch."),
         atol=tolerance.atol,
         rtol=tolerance.rtol,
         tasks={name: _described(placed[name], values[name], inputs, whole, parity.get(name, ())) for name in files},
         base=parity.get(None, ()),
         checks=checks,
         seconds=run.seconds,
-        warnings=tuple(warnings),
+        warnings=(*job.warnings(translation), *_orphans(target, placed, sha256)),
         provenance={name: provenance(work) for name, work in active.items()},
     )
 

@@ -129,16 +129,6 @@ def read_as(plan: Plan, dtype: torch.dtype) -> torch.dtype:
     return max(dtype, *rounded, key=lambda d: torch.finfo(d).eps) if rounded else dtype
 
 
-def check_format(weight_format: str) -> None:
-    """Refuse what is no way to hold weights.
-
-    Raises:
-        ExportError: it is none.
-    """
-    if weight_format not in WEIGHT_FORMATS:
-        raise ExportError(f"weight_format={weight_format!r} is none of {', '.join(map(repr, WEIGHT_FORMATS))}")
-
-
 def refuse_none(weight_format: WeightFormat, packed: Collection[str], dense: Mapping[str, str]) -> None:
     """Refuse to write a packed file in which nothing is packed.
 

@@ -1,29 +1,81 @@
-"""Settings of an export that mean nothing, or contradict each other: refused before any work is done."""
+"""The settings of an export, held to what they can be before any work is done."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+
+import torch
+
 from lorafx.errors import ExportError
+from lorafx.export.pack import WEIGHT_FORMATS, WeightFormat
+from lorafx.export.write import parse_size
+from lorafx.passes.example import ExampleInputs
+
+#: The precisions that a file can have, by what one may call them.
+DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {
+        "fp32": torch.float32,
+        "float32": torch.float32,
+        "fp16": torch.float16,
+        "float16": torch.float16,
+        "bf16": torch.bfloat16,
+        "bfloat16": torch.bfloat16,
+    }
+)
 
 
-def check_settings(
-    opset: object = None,
-    external_data: bool | None = None,
-    data_name: str | None = None,
-    max_shard_size: int | str | None = None,
-) -> None:
-    """Refuse settings that are no settings; as for :func:`lorafx.merge_and_export`.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """As :func:`lorafx.merge_and_export` explains them; those that an export has no use for keep their defaults.
 
     Raises:
-        ExportError: ``opset`` is no whole number; or weights are to stay in the ``.onnx``, and what is said of their
-            files would mean nothing.
+        ExportError: one is none, or two contradict each other.
     """
-    if opset is not None and (not isinstance(opset, int) or isinstance(opset, bool)):
-        raise ExportError(
-            f"opset={opset!r} is of type {type(opset).__name__}: give a whole number, as opset=20, or leave it out"
-        )
-    for name, value in (("data_name", data_name), ("max_shard_size", max_shard_size)):
-        if external_data is False and value is not None:
+
+    verify: bool = True
+    example_inputs: ExampleInputs = None
+    opset: int | None = None
+    dtype: torch.dtype | str | None = None
+    weight_format: WeightFormat = "dense"
+    external_data: bool | None = None
+    data_name: str | None = None
+    max_shard_size: int | str | None = None
+    keep_loss: bool = False
+    kv_cache: bool = False
+    atol: float | None = None
+    rtol: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.opset is not None and (not isinstance(self.opset, int) or isinstance(self.opset, bool)):
             raise ExportError(
-                f"external_data=False keeps the weights in the .onnx, and {name}={value!r} is about files beside it: "
-                "leave out one of them"
+                f"opset={self.opset!r} is of type {type(self.opset).__name__}: give a whole number, as opset=20, or "
+                "leave it out"
             )
+        if self.weight_format not in WEIGHT_FORMATS:
+            raise ExportError(f"weight_format={self.weight_format!r} is none of {', '.join(map(repr, WEIGHT_FORMATS))}")
+        for name, value in (("data_name", self.data_name), ("max_shard_size", self.max_shard_size)):
+            if self.external_data is False and value is not None:
+                raise ExportError(
+                    f"external_data=False keeps the weights in the .onnx, and {name}={value!r} is about files beside "
+                    "it: leave out one of them"
+                )
+        if self.kv_cache and self.keep_loss:
+            raise ExportError("kv_cache=True and keep_loss=True: a step of generation has no labels. Export two files")
+        if self.dtype is not None and self.precision not in DTYPES.values():
+            raise ExportError(
+                f"dtype={self.dtype!r} is none of {', '.join(map(repr, DTYPES))}, or the torch.dtype of that name"
+            )
+        _ = self.limit
+
+    @property
+    def precision(self) -> torch.dtype | None:
+        """What ``dtype`` means."""
+        return DTYPES.get(self.dtype.removeprefix("torch.")) if isinstance(self.dtype, str) else self.dtype
+
+    @cached_property
+    def limit(self) -> int | None:
+        """The most bytes that a file of weights may have."""
+        return parse_size(self.max_shard_size)

@@ -17,13 +17,13 @@ from torch import nn
 from lorafx.adapter_files import read_spec
 from lorafx.api import apply, captured
 from lorafx.errors import CheckpointError, MergeError, NotFiniteError
-from lorafx.export.cast import captures, file_dtype
-from lorafx.export.export import Options, export_graph, export_merged
-from lorafx.export.pack import WeightFormat, check_format
+from lorafx.export.cast import captures
+from lorafx.export.export import export_job, export_merged
+from lorafx.export.job import Job
+from lorafx.export.pack import WeightFormat
 from lorafx.export.report import ExportReport
 from lorafx.export.run import Progress, Run
-from lorafx.export.settings import check_settings
-from lorafx.export.write import parse_size
+from lorafx.export.settings import Settings
 from lorafx.graph import CapturedModule
 from lorafx.passes.example import ExampleInputs
 from lorafx.passes.merge_base import Original
@@ -83,10 +83,19 @@ def export_checkpoint(
         AdapterError, MergeError, ParityError, ExportError: as :func:`lorafx.load_adapter` and
             :func:`lorafx.merge_and_export`. Nothing is written.
     """
-    wanted = file_dtype(dtype)
-    limit = parse_size(max_shard_size)
-    check_format(weight_format)
-    check_settings(opset, external_data, data_name, max_shard_size)
+    settings = Settings(
+        verify=verify,
+        example_inputs=example_inputs,
+        opset=opset,
+        dtype=dtype,
+        weight_format=weight_format,
+        external_data=external_data,
+        data_name=data_name,
+        max_shard_size=max_shard_size,
+        kv_cache=kv_cache,
+        atol=atol,
+        rtol=rtol,
+    )
     if adapter_dir is None and (base != "dequantized" or original is not None or requantize):
         raise MergeError(
             "base, original and requantize say what an adapter is folded into, and adapter_dir is None: leave them out"
@@ -103,26 +112,11 @@ def export_checkpoint(
                 gm = apply(whole, spec, example_inputs, dynamic_shapes=dynamic_shapes, seed=0, backend="reference")
                 load_adapter(gm, Path(str(adapter_dir)))
             gm.eval()
-        step, twin = captures(gm, wanted, kv_cache, False, run)
-        options = Options(
-            verify,
-            example_inputs,
-            opset,
-            wanted,
-            external_data,
-            data_name,
-            limit,
-            atol=atol,
-            rtol=rtol,
-            no_numbers=_too_large(gm),
-            twin=twin,
-            step=step,
-            weight_format=weight_format,
-        )
+        extra, no_numbers = captures(gm, settings, run), _too_large(gm)
         try:
             if spec is None:
-                return export_graph(gm, gm, {}, path, run, options)
-            return export_merged(gm, path, run, options, base, original, requantize)
+                return export_job(Job(gm, gm, settings, extra, no_numbers=no_numbers), path, run)
+            return export_merged(gm, path, run, settings, extra, base, original, requantize, no_numbers)
         except NotFiniteError as error:
             raise CheckpointError(f"{file_of(Path(weights_dir), error.weight)}: {error}") from error
 

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from lorafx.adapters import add_adapter
 from lorafx.errors import AdapterError
-from lorafx.export.cast import file_dtype
 from lorafx.export.multi import MultiReport, Naming, export_tasks
 from lorafx.export.pack import WeightFormat
-from lorafx.export.settings import check_settings
-from lorafx.export.write import parse_size
+from lorafx.export.run import Progress, Run
+from lorafx.export.settings import Settings
 from lorafx.graph import CapturedModule, share
 from lorafx.ir import adapters as adapters_of
 from lorafx.ir import stage
@@ -39,7 +38,7 @@ def export_multi(
     weight_format: WeightFormat = "dense",
     external_data: bool | None = None,
     max_shard_size: int | str | None = None,
-    progress: Callable[[str, float], None] | None = None,
+    progress: Progress | None = None,
 ) -> MultiReport:
     """Write the base once, and beside it ``<task>.onnx_adapter`` for each task, where ONNX Runtime may switch.
 
@@ -75,8 +74,15 @@ def export_multi(
             name belongs to another model, or the files cannot be written. Nothing is changed.
     """
     stage(gm)  # refuses what is no graph of lorafx's
-    wanted, limit = file_dtype(dtype), parse_size(max_shard_size)
-    check_settings(opset, external_data, max_shard_size=max_shard_size)
+    settings = Settings(
+        verify=verify,
+        example_inputs=example_inputs,
+        opset=opset,
+        dtype=dtype,
+        weight_format=weight_format,
+        external_data=external_data,
+        max_shard_size=max_shard_size,
+    )
     there = adapters_of(gm)
     given: dict[str, str | os.PathLike[str]] = {n: n for n in there} if adapters is None else dict(adapters)
     work = share(gm)
@@ -99,17 +105,4 @@ def export_multi(
         add_adapter(work, Path(place), name)
         load_adapter(work, Path(place), name)
         tasks[task] = name
-    return export_tasks(
-        work,
-        path,
-        tasks,
-        naming=naming,
-        verify=verify,
-        example_inputs=example_inputs,
-        opset=opset,
-        dtype=wanted,
-        weight_format=weight_format,
-        external_data=external_data,
-        limit=limit,
-        progress=progress,
-    )
+    return export_tasks(work, path, tasks, naming, settings, Run(progress))

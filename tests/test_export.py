@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import lorafx
 from conftest import Zoo, leaves, randomize, same, train
 from lorafx.errors import ExportError, InputError, MergeError, ParityError
-from lorafx.export import export, parity, verify
+from lorafx.export import check, export, parity, verify
 from lorafx.export.commit import Draft
 from lorafx.export.compare import compare
 from lorafx.export.diff import diff_onnx
@@ -410,7 +410,7 @@ def flipped_bit(draft: Draft, model: ir.Model, *rest: Any) -> None:
             r"unmerged torch graph disagree on example .*'logits' by 0\.\d+ .* allowed",
         ),
         (
-            export,
+            check,
             "unadapted",
             other_graph,
             r"not the graph of the base .*Relu.*op_type is 'Relu' .* 'Sigmoid'",
