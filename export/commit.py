@@ -1,4 +1,4 @@
-"""Giving an ONNX file its name so that a reader sees the old one or the new one, whole, and never a mix.
+"""Giving an ONNX file its name so that what lies there is the old one or the new one, whole, and never a mix.
 
 Everything is written and checked in a directory beside the target, flushed to disk, and renamed. Two files cannot be
 renamed together, so one rename is the commit:
@@ -9,6 +9,10 @@ renamed together, so one rename is the commit:
     weights under a fixed name that is not taken yet                   that of the .onnx; a process killed just before
                                                                        leaves weights that nobody names, and the next
                                                                        export to the same path finishes its work
+
+That is what a crash leaves, and what one who opens both files at one moment finds. A session that is being loaded opens
+the weights later than the ``.onnx``, and ONNX Runtime more than once: while an export commits it may find them gone
+(named by content), or some of each (under a fixed name).
 
 A file of weights that another ``.onnx`` in the folder names stays as it is: it is neither replaced nor removed. Renamed
 and copied files go on naming the weights that they had.

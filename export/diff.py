@@ -285,23 +285,27 @@ def _compared(name: str, left: Source, right: Source) -> TensorDifference:
         largest=float(change.abs().max()),
         norm=norm,
         relative=norm / size if size else math.inf,
-        rank=None if a.dim() < 2 else _rank(change.flatten(1), b),
+        rank=None if a.dim() < 2 else _rank(change.flatten(1), a, b),
     )
 
 
-def _rank(change: Tensor, stored: Tensor) -> int:
-    """How many singular values are larger than those of the numbers' rounding.
+def _rank(change: Tensor, *stored: Tensor) -> int:
+    """How many singular values are larger than those of the numbers' rounding, which may be that of either tensor.
 
     Errors of up to half a unit in the last place have the deviation u / sqrt(12), and a matrix [m, n] of them a largest
     singular value of about that times sqrt(m) + sqrt(n).
     """
-    limits = torch.finfo(stored.dtype)
-    exponents = torch.frexp(stored.double().abs().clamp_min(limits.tiny)).exponent.double() - 1
-    unit = limits.eps * math.sqrt(float(exponents.mul(2).exp2().mean()))
-    noise = 1.5 * unit / math.sqrt(12) * sum(map(math.sqrt, change.shape))
+    noise = 1.5 * math.hypot(*map(_unit, stored)) / math.sqrt(12) * sum(map(math.sqrt, change.shape))
     generator = torch.Generator().manual_seed(0)
     _, values, _ = leading_singular(change, _RANKS, 1, generator)
     return int((values > noise).sum())
+
+
+def _unit(stored: Tensor) -> float:
+    """The unit in the last place of its numbers, their mean square's root."""
+    limits = torch.finfo(stored.dtype)
+    exponents = torch.frexp(stored.double().abs().clamp_min(limits.tiny)).exponent.double() - 1
+    return limits.eps * math.sqrt(float(exponents.mul(2).exp2().mean()))
 
 
 def _read_inputs(inputs: str | os.PathLike[str] | Mapping[str, Any], model: ir.Model) -> dict[str, Tensor]:

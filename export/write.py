@@ -118,7 +118,7 @@ def write_model(
     for old, new in zip(unnamed, names, strict=True):
         old.rename(new)
     path.write_bytes(finish(_serialize(model, places, names)))
-    return names
+    return [*dict.fromkeys(names)]  # files of the same bytes are one
 
 
 def _write_data(places: Sequence[Place], paths: Sequence[Path], progress: Progress) -> list[str]:

@@ -48,6 +48,17 @@ def test_a_merge_is_seen_as_its_norm_and_rank(tmp_path: Path, dtype: torch.dtype
     assert "rank 3" in str(found)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_rank_is_the_same_in_both_directions(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Also where the adapter is much larger than the weight, whose rounding is then finer than the merged one's."""
+    base = save(chain(LAYERS, 40, dtype), tmp_path / "base.onnx")
+    tensors = {name: 30 * t for name, t in lora(LAYERS[:1], 40, 40, r=3).items()}
+    adapter = save_adapter(tmp_path / "adapter", tensors, r=3, alpha=6)
+    lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx")
+    for one, other in ((base, tmp_path / "merged.onnx"), (tmp_path / "merged.onnx", base)):
+        assert [t.rank for t in lorafx.diff_onnx(one, other).tensors] == [3]
+
+
 def test_rounding_alone_has_no_rank_and_noise_has_all(tmp_path: Path) -> None:
     weight = torch.randn(30, 50)
     near = weight.bfloat16()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 from torch import Tensor, nn
@@ -392,6 +393,17 @@ def test_files_of_a_limited_size(gm: CapturedModule, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
     with pytest.raises(ExportError, match=r"cannot all be called w\.data, nor be replaced at one moment"):
         merge_and_export(gm, tmp_path / "model.onnx", max_shard_size=4000, data_name="w.data")
+
+
+def test_files_of_the_same_bytes_are_one(tmp_path: Path) -> None:
+    first, second = nn.Linear(30, 30, bias=False), nn.Linear(30, 30, bias=False)
+    second.load_state_dict(first.state_dict())
+    model, x = nn.Sequential(first, nn.ReLU(), second), torch.randn(2, 30)
+    report = export_base(model, tmp_path / "model.onnx", example_inputs=x, max_shard_size=3600)
+    assert len(report.data_paths) == 1
+    session = ort.InferenceSession(tmp_path / "model.onnx")
+    (y,) = session.run(None, {"input": x.numpy()})
+    assert torch.allclose(torch.from_numpy(y), model(x), atol=1e-5)
 
 
 def test_sizes_are_numbers_of_bytes() -> None:
