@@ -53,7 +53,7 @@ from lorafx.export.pack import (
 )
 from lorafx.export.parity import Tolerance, make_cases, run_case
 from lorafx.export.provenance import provenance
-from lorafx.export.report import Parity, parity_lines
+from lorafx.export.report import JsonReport, Parity, parity_lines
 from lorafx.export.run import Run
 from lorafx.export.runtime import ADAPTER_SUFFIX, load_adapter_file, model_version
 from lorafx.export.settings import Settings
@@ -95,7 +95,7 @@ class TaskFile:
 
 
 @dataclass(frozen=True)
-class MultiReport:
+class MultiReport(JsonReport):
     """What :func:`lorafx.export_multi` wrote and checked; ``str(report)`` is for people.
 
     ``inputs`` are those that a call must give, ``optional`` counts the others, ``base`` are the runs without adapter.

@@ -7,11 +7,41 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from lorafx.checks import format_bytes
 from lorafx.export.commit import write_text
 from lorafx.passes.deviation import Deviation
+
+#: What reports call their files' paths.
+_PATHS = frozenset({"path", "data_paths"})
+
+
+@dataclass(frozen=True)
+class JsonReport:
+    """A report as plain data and as a JSON file, where what the report has as paths are names of files."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data that JSON can hold."""
+        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self, dict_factory=_without_folders)))
+        return found
+
+    def save_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON.
+
+        Raises:
+            ExportError: the file cannot be written; what was there is.
+        """
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+def _without_folders(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: _file_names(value) if name in _PATHS else value for name, value in fields}
+
+
+def _file_names(paths: str | Sequence[str]) -> str | list[str]:
+    return Path(paths).name if isinstance(paths, str) else [Path(path).name for path in paths]
 
 
 @dataclass(frozen=True)
@@ -76,7 +106,7 @@ class TensorRounding:
 
 
 @dataclass(frozen=True)
-class ExportReport:
+class ExportReport(JsonReport):
     """What :func:`lorafx.export.export.merge_and_export` wrote and checked.
 
     ``str(report)`` is the report for people; :meth:`save_json` keeps it. The file itself has no record of where it
@@ -123,19 +153,6 @@ class ExportReport:
     def max_abs(self) -> float:
         """The largest absolute difference seen between torch's graph and ONNX Runtime."""
         return max((o.max_abs for p in self.parity for o in p.outputs), default=0.0)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data that JSON can hold."""
-        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=True))
-        return found
-
-    def save_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON.
-
-        Raises:
-            ExportError: the file cannot be written; what was there is.
-        """
-        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def __str__(self) -> str:
         size = format_bytes(self.onnx_bytes)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -55,6 +58,16 @@ def build() -> tuple[nn.Module, CapturedModule]:
         if name != "default":
             lorafx.add_adapter(gm, spec, name, seed=1)
     return model, filled(gm)
+
+
+@cache
+def several() -> CapturedModule:
+    """Made once: for tests that leave it as it is, or copy it."""
+    return build()[1]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 def through(gm: CapturedModule, *names: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Many tasks, one model: what ONNX Runtime computes with each adapter and with none, and what is refused."""
+"""Many tasks, one model: what ONNX Runtime computes with each adapter and with none, and what is refused there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import gc
 import shutil
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,14 @@ from torch import Tensor, nn
 import lorafx
 from conftest import Zoo, leaves
 from lorafx import AdapterSession, LoraSpec
-from lorafx.errors import AdapterError, ExportError, InputError, LorafxError, MergeError, ParityError
-from lorafx.export import multi
+from lorafx.errors import AdapterError, ExportError, InputError
 from lorafx.export.adapter_inputs import GAIN, WHOLE, A, B, genai_name
-from lorafx.export.commit import Draft
 from lorafx.export.multi import MultiReport, write_adapter
 from lorafx.export.parity import TOLERANCES, difference
 from lorafx.export.runtime import load_adapter_file
 from lorafx.graph import CapturedModule
 from lorafx.ir import adapters
-from several import IDS, SPECS, build, filled
+from several import IDS, SPECS, files, filled, several
 from zoo import FAMILIES
 
 FAMILY_SPECS: Mapping[str, LoraSpec] = {
@@ -75,19 +72,10 @@ def assert_agrees(
         assert not any(np.allclose(value, other, rtol=1e-3) for other in outputs[:index])
 
 
-@cache
-def several() -> CapturedModule:
-    return build()[1]
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MultiReport]:
     folder = tmp_path_factory.mktemp("multi")
     return folder, lorafx.export_multi(copy.deepcopy(several()), folder / "model.onnx")
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 # What comes out.
@@ -388,122 +376,3 @@ def test_inputs_that_the_model_does_not_take_are_named(
 ) -> None:
     with pytest.raises(InputError, match=message):
         AdapterSession(exported[0] / "model.onnx").run(inputs, "small")
-
-
-# Files, and what leaves them as they are.
-
-
-def test_the_same_base_gives_the_same_bytes_and_only_the_task_changes(tmp_path: Path) -> None:
-    gm = copy.deepcopy(several())
-    tasks = {"d": "dora", "s": "small"}
-    lorafx.export_multi(gm, tmp_path / "model.onnx", tasks, verify=False)
-    before = files(tmp_path)
-    lorafx.export_multi(gm, tmp_path / "model.onnx", tasks, verify=False)
-    assert files(tmp_path) == before
-    with torch.no_grad():
-        gm.get_parameter("down.lora_A.small").mul_(2)
-    lorafx.export_multi(gm, tmp_path / "model.onnx", tasks, verify=False)
-    after = files(tmp_path)
-    assert [name for name in before if before[name] != after[name]] == ["s.onnx_adapter"]
-
-
-def test_what_lies_beside_and_cannot_be_read_is_no_error_of_the_export(tmp_path: Path) -> None:
-    """It is found when all is in its place already: the export succeeded, and says so."""
-    (tmp_path / "torn.onnx_adapter").write_bytes(b"no adapter")
-    (tmp_path / "folder.onnx_adapter").mkdir()
-    report = lorafx.export_multi(several(), tmp_path / "model.onnx", {"s": "small"}, verify=False)
-    assert report.warnings == tuple(
-        f"{name}.onnx_adapter lies beside the file and cannot be read; AdapterSession refuses it"
-        for name in ("folder", "torn")
-    )
-    assert AdapterSession(tmp_path / "model.onnx").adapters == ("s",)
-
-
-def other_base(gm: CapturedModule) -> CapturedModule:
-    other = copy.deepcopy(gm)
-    state = {"norm.weight": torch.full((6,), 2.0)}
-    other.load_state_dict(state, strict=False)
-    return other
-
-
-def test_another_base_never_lies_beside_its_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gm = several()
-    lorafx.export_multi(gm, tmp_path / "model.onnx", {"d": "dora", "s": "small"}, verify=False)
-    commit = Draft.commit
-    seen: list[set[str]] = []
-
-    def watched(self: Draft) -> None:
-        seen.append({p.name for p in tmp_path.glob("*.onnx_adapter")})
-        commit(self)
-        seen.append({p.name for p in tmp_path.glob("*.onnx_adapter")})
-        raise KeyboardInterrupt  # killed before the adapters get their names
-
-    monkeypatch.setattr(Draft, "commit", watched)
-    with pytest.raises(KeyboardInterrupt):
-        lorafx.export_multi(other_base(gm), tmp_path / "model.onnx", {"d": "dora"}, verify=False)
-    assert seen == [{"s.onnx_adapter"}, {"s.onnx_adapter"}]
-    assert AdapterSession(tmp_path / "model.onnx").adapters == ()
-    monkeypatch.undo()
-    report = lorafx.export_multi(other_base(gm), tmp_path / "model.onnx", {"d": "dora"}, verify=False)
-    assert report.warnings == (
-        "s.onnx_adapter lies beside the file and is for another base; AdapterSession refuses it",
-    )
-    session = AdapterSession(tmp_path / "model.onnx")
-    assert session.adapters == ("d",)
-    with pytest.raises(AdapterError, match="made for another base"):
-        session.add("s", tmp_path / "s.onnx_adapter")
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "arguments"),
-    [
-        (ParityError, r"torch, with adapter 'd', disagree on example .*: output 'output' by", {"wrong": True}),
-        (MergeError, r"site 'down': lora_A holds NaN or Inf", {"nan": True}),
-        (MergeError, r"dora is merged in place.*unmerge", {"merge": True}),
-        (ExportError, "No such file or directory", {"path": "nowhere/model.onnx"}),
-        (ExportError, "an adapter for another model than", {"path": "other.onnx", "adapters": {"d": "small"}}),
-        (ExportError, "naming='olive' is none of", {"naming": "olive"}),
-        (ExportError, "no adapters", {"adapters": {}}),
-        (
-            AdapterError,
-            "neither a folder nor an adapter of the graph, which has 'default'",
-            {"adapters": {"d": "dorra"}},
-        ),
-        (AdapterError, "cannot be a task's name", {"adapters": {"../d": "dora"}}),
-    ],
-)
-def test_what_is_refused_leaves_all_files(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    error: type[LorafxError],
-    message: str,
-    arguments: dict[str, Any],
-) -> None:
-    gm = copy.deepcopy(several())
-    tasks = {"d": "dora", "s": "small"}
-    lorafx.export_multi(gm, tmp_path / "model.onnx", tasks, verify=False)
-    before = files(tmp_path)
-    if arguments.pop("wrong", False):
-        values = multi.adapter_values
-
-        def wrong(gm: CapturedModule, name: str, *rest: Any) -> Any:
-            found = values(gm, name, *rest)
-            return {n: ir.tensor(t.numpy() * 1.01) for n, t in found.items()}
-
-        monkeypatch.setattr(multi, "adapter_values", wrong)
-    if arguments.pop("nan", False):
-        with torch.no_grad():
-            gm.get_parameter("down.lora_A.small")[0, 0] = float("nan")
-    if arguments.pop("merge", False):
-        lorafx.merge(gm, "dora", inplace=True)
-    path = tmp_path / arguments.pop("path", "model.onnx")
-    with pytest.raises(error, match=message):
-        lorafx.export_multi(gm, path, **{"adapters": tasks, **arguments})
-    assert files(tmp_path) == before
-
-
-def test_a_layer_that_the_translation_has_not_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafx.export.adapter_inputs._PRODUCTS", frozenset({"Conv"}))
-    with pytest.raises(ExportError, match=r"site 'up': expected one product with 'up\.weight' .* MatMul 'up/MatMul'"):
-        lorafx.export_multi(several(), tmp_path / "model.onnx", {"a": "adalora"})
-    assert files(tmp_path) == {}
