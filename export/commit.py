@@ -10,9 +10,9 @@ renamed together, so one rename is the commit:
                                                                        leaves weights that nobody names, and the next
                                                                        export to the same path finishes its work
 
-That is what a crash leaves, and what one who opens both files at one moment finds. A session that is being loaded opens
-the weights later than the ``.onnx``, and ONNX Runtime more than once: while an export commits it may find them gone
-(named by content), or some of each (under a fixed name).
+That is what a crash leaves, and what one who opens both files at one moment finds. ONNX Runtime opens the weights
+later than the ``.onnx``, and more than once: while an export commits it may find them gone (named by content), or some
+of each (under a fixed name). :func:`lorafx.export.load.open_session` does not.
 
 A file of weights that another ``.onnx`` in the folder names stays as it is: it is neither replaced nor removed. Renamed
 and copied files go on naming the weights that they had.

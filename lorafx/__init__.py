@@ -46,6 +46,7 @@ from lorafx.errors import (
 )
 from lorafx.export.diff import OnnxDifference, diff_onnx
 from lorafx.export.export import export_base, merge_and_export
+from lorafx.export.load import open_session
 from lorafx.export.merge_onnx import MergeReport, merge_onnx
 from lorafx.export.multi import MultiReport
 from lorafx.export.prove import Proof, verify_onnx
@@ -133,6 +134,7 @@ __all__ = [
     "merge_deviation",
     "merge_onnx",
     "merged_state_dict",
+    "open_session",
     "packed_state_dict",
     "plan",
     "plot_inspection",

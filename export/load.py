@@ -1,0 +1,76 @@
+"""Opening a file in ONNX Runtime that an export may be replacing at this moment.
+
+ONNX Runtime reads the ``.onnx``, then opens the weights beside it by their name, once for each tensor. If an export
+commits meanwhile, these are gone, or some are of each export, of which nothing tells. Files are only ever renamed
+(:mod:`lorafx.export.commit`), so that a load was of one export if the files were the same ones before it and after.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+
+from lorafx.errors import ExportError
+from lorafx.export.onnx_file import weight_files
+
+#: How often a load may meet a commit before somebody is told.
+_ATTEMPTS = 100
+
+
+def open_session(
+    path: str | os.PathLike[str],
+    *,
+    providers: Sequence[Any] | None = None,
+    session_options: ort.SessionOptions | None = None,
+) -> ort.InferenceSession:
+    """An ``onnxruntime.InferenceSession`` of one export, also while another one takes its place.
+
+    Args:
+        path: the ``.onnx`` file.
+        providers, session_options: as for ``onnxruntime.InferenceSession``; None: the CPU, ONNX Runtime's defaults.
+
+    Raises:
+        ExportError: ONNX Runtime cannot load the file; or it was replaced during each of 100 loads.
+    """
+    place = Path(path)
+    chosen = ["CPUExecutionProvider"] if providers is None else list(providers)
+    for _ in range(_ATTEMPTS):
+        before = _identities([place])  # first, so that one replaced while it is read below is seen
+        data = _weights(place)
+        before += _identities(data)
+        try:
+            session = ort.InferenceSession(str(place), session_options, providers=chosen)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            if before == _identities([place, *data]):
+                raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
+        else:
+            if before == _identities([place, *data]):
+                return session
+    raise ExportError(
+        f"{path} or its weights were replaced during each of {_ATTEMPTS} loads: something exports to it without a "
+        "pause, or writes over it"
+    )
+
+
+def _weights(path: Path) -> list[Path]:
+    """The files that it names; none if it cannot be read, which ONNX Runtime will say."""
+    try:
+        return sorted(weight_files(path))
+    except ExportError:
+        return []
+
+
+def _identities(files: Sequence[Path]) -> list[tuple[int, ...] | None]:
+    """What is another for another file under the same name; None where there is none."""
+    found: list[tuple[int, ...] | None] = []
+    for file in files:
+        try:
+            stat = file.stat()
+            found.append((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
