@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,25 +145,30 @@ def prove(merged: OnnxFile, base: OnnxFile, found: Changes, progress: Callable[[
         return Proof((), 0, f"the graphs differ: {difference}")
     expected = {change.name: change for change in found.changes}
     proofs: list[TensorProof] = []
-    failures: list[str] = []
+    foreign: list[str] = []
     unchanged = 0
     for index, (name, source) in enumerate(base.sources.items()):
         other = merged.sources[name]
         if name in expected:
-            proof = _prove_tensor(expected[name], source.tensor(), other.tensor())
-            proofs.append(proof)
-            if not proof.error <= 1.0:
-                failures.append(
-                    f"initializer '{name}' ({proof.change}) is off by {proof.error:.4g} times what is allowed"
-                )
+            proofs.append(_prove_tensor(expected[name], source.tensor(), other.tensor()))
         elif not source.same_bytes(other):
-            failures.append(f"initializer '{name}' is not the base's, and the adapter does not change it")
+            foreign.append(f"initializer '{name}' is not the base's, and the adapter does not change it")
         else:
             unchanged += 1
         progress((index + 1) / len(base.sources))
-    more = f" (and {len(failures) - 5} more)" if len(failures) > 5 else ""
-    failure = "; ".join(failures[:5]) + more if failures else None
-    return Proof(tuple(proofs), unchanged, failure, found.absent)
+    failures = [f for f in (_shortened(_off(proofs)), _shortened(foreign)) if f]
+    return Proof(tuple(proofs), unchanged, "; ".join(failures) or None, found.absent)
+
+
+def _off(proofs: Sequence[TensorProof]) -> list[str]:
+    """The merged initializers that are not what they should be, the worst first."""
+    wrong = sorted((p for p in proofs if not p.error <= 1.0), key=lambda p: p.error, reverse=True)
+    found = [f"initializer '{p.name}' ({p.change}) is off by {p.error:.4g} times what is allowed" for p in wrong]
+    return [f"{found[0]}, the worst of {len(found)}", *found[1:]] if len(found) > 1 else found
+
+
+def _shortened(failures: Sequence[str]) -> str:
+    return "; ".join(failures[:4]) + (f" (and {len(failures) - 4} more)" if len(failures) > 4 else "")
 
 
 def _prove_tensor(change: Change, base: Tensor, merged: Tensor) -> TensorProof:

@@ -111,6 +111,28 @@ def test_planted_faults_of_values_are_found(tmp_path: Path, dtype: torch.dtype, 
     assert str(proof).startswith("NOT PROVED")
 
 
+def test_a_failure_names_the_worst_first(tmp_path: Path) -> None:
+    """Wherever it stands in the file, and however many others are wrong."""
+    paths = [f"l.{i}" for i in range(9)]
+    base = save(chain(paths), tmp_path / "base.onnx")
+    adapter = save_adapter(tmp_path / "adapter", lora(paths[:7]))
+    lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx")
+    after = weights(tmp_path / "merged.onnx")
+
+    def spoil(model: ModelProto) -> None:
+        for index, path in enumerate(paths):
+            put(f"{path}.weight.T", after[f"{path}.weight.T"] * (1.5 if index == 5 else 1.001))(model)
+
+    proof = lorafx.verify_onnx(rewrite(tmp_path / "merged.onnx", spoil), base, adapter)
+    assert proof.worst is not None
+    assert proof.worst.name == "l.5.weight.T"
+    assert str(proof).startswith(
+        f"NOT PROVED: initializer 'l.5.weight.T' (lora r=2, scaling 2) is off by {proof.worst.error:.4g} times what is "
+        "allowed, the worst of 7; "
+    )
+    assert "(and 3 more); initializer 'l.7.weight.T' is not the base's" in str(proof)
+
+
 def rename(model: ModelProto) -> None:
     model.graph.node[1].output[0] = model.graph.node[2].input[0] = "renamed"
 
