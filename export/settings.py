@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from types import MappingProxyType
 
+import onnx
 import torch
 
 from lorafx.errors import ExportError
@@ -49,10 +51,12 @@ class Settings:
     rtol: float | None = None
 
     def __post_init__(self) -> None:
-        if self.opset is not None and (not isinstance(self.opset, int) or isinstance(self.opset, bool)):
+        self._check_types()
+        newest = onnx.defs.onnx_opset_version()
+        if self.opset is not None and not 0 < self.opset <= newest:
             raise ExportError(
-                f"opset={self.opset!r} is of type {type(self.opset).__name__}: give a whole number, as opset=20, or "
-                "leave it out"
+                f"opset={self.opset} is none: those that the installed onnx knows end at {newest}. Leave it out for "
+                "torch's default"
             )
         if self.weight_format not in WEIGHT_FORMATS:
             raise ExportError(f"weight_format={self.weight_format!r} is none of {', '.join(map(repr, WEIGHT_FORMATS))}")
@@ -69,6 +73,22 @@ class Settings:
                 f"dtype={self.dtype!r} is none of {', '.join(map(repr, DTYPES))}, or the torch.dtype of that name"
             )
         _ = self.limit
+
+    def _check_types(self) -> None:
+        if self.opset is not None and (not isinstance(self.opset, int) or isinstance(self.opset, bool)):
+            raise ExportError(
+                f"opset={self.opset!r} is of type {type(self.opset).__name__}: give a whole number, as opset=20, or "
+                "leave it out"
+            )
+        for name in ("verify", "external_data", "keep_loss", "kv_cache"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (value is None and name == "external_data"):
+                raise ExportError(f"{name}={value!r} is neither True nor False")
+        for name in ("atol", "rtol"):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (number and value >= 0):  # NaN is not
+                raise ExportError(f"{name}={value!r} is no tolerance: give a number from 0 on, as {name}=1e-3")
 
     @property
     def precision(self) -> torch.dtype | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from lorafx.checks import format_bytes
 from lorafx.errors import ExportError
 from lorafx.export.pipe import Pipe
 from lorafx.export.uncached import open_for
@@ -22,6 +23,7 @@ from lorafx.export.weights import pieces_of
 
 #: From this many bytes of weights on they go into a file of their own: protobuf ends at 2 GiB.
 INLINE_LIMIT = 3 * 2**29
+_LARGEST = 2**31
 #: Smaller constants stay in the graph, where shape inference and readers can see them.
 _SMALL = 1024
 _ALIGNMENT = 64
@@ -47,7 +49,8 @@ def parse_size(size: int | str | None) -> int | None:
     """
     if size is None:
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(size).strip(), re.IGNORECASE)
+    text = str(size).strip() if isinstance(size, int | str) else ""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text, re.IGNORECASE)
     power = 0 if found is None else " KMGT".index(found[2].upper() or " ")
     count = 0 if found is None else int(float(found[1]) * (1024 if found[3] else 1000) ** power)
     if count <= 0:
@@ -93,10 +96,20 @@ def write_model(
         limit: how large a file of weights may become.
         before: called when the ``.onnx`` is there and the weights are not, which only a ``data_name`` allows.
         finish: makes what the ``.onnx`` is to hold of what it would.
+
+    Raises:
+        ExportError: there are too many weights for one file, or for one of this name; or a value is not as long as it
+            said.
     """
     values = [v for v in model.graph.initializers.values() if v.const_value is not None]
+    total = sum(map(_size, values))
     if external_data is None:
-        external_data = data_name is not None or limit is not None or sum(map(_size, values)) >= INLINE_LIMIT
+        external_data = data_name is not None or limit is not None or total >= INLINE_LIMIT
+    if not external_data and total >= _LARGEST:
+        raise ExportError(
+            f"external_data=False: the weights are {format_bytes(total)}, and a file with them inside can have 2 GiB "
+            "at most (protobuf's limit). Leave it out: they then lie in a file beside the .onnx"
+        )
     outside = set(weights)
     large = [v for v in values if v in outside or _size(v) >= _SMALL] if external_data else []
     places = lay_out([v for v in large if _size(v) > 0], limit)

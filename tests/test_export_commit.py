@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor
 
 import lorafx
+from lorafx.export.commit import draft
 from lorafx.export.onnx_file import weight_files
 from lorafx.graph import CapturedModule
 from onnx_files import LAYERS, chain, lora, save, save_adapter, weights
@@ -180,6 +183,22 @@ def test_weights_that_a_branch_of_the_graph_names(tmp_path: Path) -> None:
     assert weight_files(tmp_path / "m.onnx") == {tmp_path / "w.data", tmp_path / "inner.data"}
 
 
+def test_more_weights_than_the_onnx_holds_are_refused(tmp_path: Path) -> None:
+    """Before any is made."""
+
+    def never() -> ir.Tensor:
+        raise AssertionError("made")
+
+    weight = ir.Value(name="w", shape=ir.Shape([2**29]), type=ir.TensorType(ir.DataType.FLOAT))
+    weight.const_value = ir.LazyTensor(never, ir.DataType.FLOAT, ir.Shape([2**29]), name="w")
+    node = ir.node("Identity", [weight])
+    graph = ir.Graph([], [*node.outputs], nodes=[node], initializers=[weight], opset_imports={"": 20})
+    message = r"external_data=False: the weights are 2\.0 GiB, and .* at most .*Leave it out"
+    with pytest.raises(lorafx.ExportError, match=message), draft(tmp_path / "m.onnx") as file:
+        file.write(ir.Model(graph, ir_version=10), False, lambda done: None)
+    assert not contents(tmp_path)
+
+
 # Settings.
 
 
@@ -188,6 +207,14 @@ def test_weights_that_a_branch_of_the_graph_names(tmp_path: Path) -> None:
     [
         ({"opset": "18"}, "opset='18' is of type str: give a whole number"),
         ({"opset": True}, "opset=True is of type bool"),
+        ({"opset": 99}, "opset=99 is none: those that the installed onnx knows end at"),
+        ({"opset": 0}, "opset=0 is none"),
+        ({"atol": -1}, "atol=-1 is no tolerance: give a number from 0 on, as atol=1e-3"),
+        ({"rtol": "1e-3"}, "rtol='1e-3' is no tolerance"),
+        ({"rtol": float("nan")}, "rtol=nan is no tolerance"),
+        ({"external_data": "no"}, "external_data='no' is neither True nor False"),
+        ({"verify": 2}, "verify=2 is neither True nor False"),
+        ({"max_shard_size": 1.5}, "max_shard_size=1.5 is no size"),
         ({"external_data": False, "max_shard_size": 100}, "external_data=False .* max_shard_size=100 is about files"),
         ({"external_data": False, "data_name": "w.data"}, r"external_data=False .* data_name='w\.data' is about files"),
     ],
@@ -195,15 +222,15 @@ def test_weights_that_a_branch_of_the_graph_names(tmp_path: Path) -> None:
 def test_settings_that_mean_nothing_are_refused(
     settings: dict[str, Any], message: str, gm: CapturedModule, adapter: Path, tmp_path: Path
 ) -> None:
-    calls: list[Callable[..., object]] = [
-        lambda **s: lorafx.merge_and_export(gm, tmp_path / "m.onnx", **s),
-        lambda **s: lorafx.export_base(gm, tmp_path / "m.onnx", **s),
-        lambda **s: lorafx.export_checkpoint(tmp_path, tmp_path, None, tmp_path / "m.onnx", **s),
-    ]
-    if "data_name" not in settings:
-        calls.append(lambda **s: lorafx.export_multi(gm, tmp_path / "m.onnx", **s))
-    elif "opset" not in settings:
-        calls.append(lambda **s: lorafx.merge_onnx(tmp_path / "base.onnx", adapter, tmp_path / "m.onnx", **s))
+    given: dict[Callable[..., object], tuple[object, ...]] = {
+        lorafx.merge_and_export: (gm, tmp_path / "m.onnx"),
+        lorafx.export_base: (gm, tmp_path / "m.onnx"),
+        lorafx.export_checkpoint: (tmp_path, tmp_path, None, tmp_path / "m.onnx"),
+        lorafx.export_multi: (gm, tmp_path / "m.onnx"),
+        lorafx.merge_onnx: (tmp_path / "base.onnx", adapter, tmp_path / "m.onnx"),
+    }
+    calls = [call for call in given if settings.keys() <= inspect.signature(call).parameters.keys()]
+    assert calls
     for call in calls:
         with pytest.raises(lorafx.ExportError, match=message):
-            call(**settings)
+            call(*given[call], **settings)
