@@ -10,7 +10,8 @@ In the order in which data goes through: :mod:`~lorafx.export.export` (the calls
 :mod:`~lorafx.export.parity` and :mod:`~lorafx.export.widen` (the checks), :mod:`~lorafx.export.report`,
 :mod:`~lorafx.export.provenance`; and
 for files that are there already :mod:`~lorafx.export.onnx_file` (reading them),
-:mod:`~lorafx.export.onnx_targets`, :mod:`~lorafx.export.edits` and :mod:`~lorafx.export.merge_onnx` (an adapter folded
-into one), :mod:`~lorafx.export.prove` and :mod:`~lorafx.export.diff`; running them: :mod:`~lorafx.export.load` and
+:mod:`~lorafx.export.onnx_uses`, :mod:`~lorafx.export.onnx_parts`, :mod:`~lorafx.export.onnx_targets`,
+:mod:`~lorafx.export.changes`, :mod:`~lorafx.export.edits` and :mod:`~lorafx.export.merge_onnx` (an adapter folded into
+one), :mod:`~lorafx.export.prove` and :mod:`~lorafx.export.diff`; running them: :mod:`~lorafx.export.load` and
 :mod:`~lorafx.export.runtime`.
 """

@@ -23,8 +23,9 @@ from onnx import TensorProto
 
 from lorafx.adapter_files import StoredAdapter
 from lorafx.checks import format_bytes
+from lorafx.export.changes import find_changes
 from lorafx.export.commit import draft
-from lorafx.export.edits import Change, find_changes
+from lorafx.export.edits import Change
 from lorafx.export.onnx_file import DATA_FIELDS, OnnxFile, copy_fields, read_onnx, without_initializers
 from lorafx.export.prove import Proof, prove
 from lorafx.export.run import Progress, Run
@@ -131,7 +132,7 @@ def merge_onnx(
         NotFiniteError: an initializer that is merged into holds NaN or Inf.
         ParityError: the proof failed. Nothing is written in any of these cases.
     """
-    Settings(external_data=external_data, data_name=data_name)  # refuses what contradicts itself
+    Settings(verify=verify, external_data=external_data, data_name=data_name)  # refuses what contradicts itself
     run = Run(progress)
     proof = None
     with run.phase("match"):

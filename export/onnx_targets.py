@@ -14,17 +14,17 @@ How a matrix is stored is decided by the operator that reads it, never by its sh
 
 from __future__ import annotations
 
-import ast
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import onnx
 import onnx_ir as ir
 
 from lorafx.checks import did_you_mean
+from lorafx.export.onnx_parts import Absent, Unmatched, align, listed
+from lorafx.export.onnx_uses import Use, added_to, scope_of, uses_of
 
 #: What follows the name of a parameter whose transpose is stored (:mod:`lorafx.export.weights`).
 _TRANSPOSED = ".T"
@@ -41,35 +41,7 @@ _PACKED = frozenset({"Attention", "PackedAttention", "QAttention", "DecoderMaske
 RMS_NORMS = frozenset({"RMSNormalization", "SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"})
 #: What onnxruntime-genai's model builder calls ``attn``, in ``make_attention``; its MLPs have the model's own names.
 _GENAI = re.compile(r"((?:.*\.)?layers\.\d+)\.self_attn\.([qkvo]_proj)")
-#: Modules of which a model has several with the same names inside, and which are exported as files of their own.
-_SIDE = re.compile(r"(?:.*\.)?(?:\w*(?:encoder|decoder)|(?:text|vision|audio|image|speech)_\w+)\.(?:.*\.)?")
-_SCOPES = "pkg.torch.onnx.name_scopes"
 _LEAVES = (".weight", ".bias")
-
-
-class Unmatched(Exception):
-    """A tensor of an adapter has no one place in the graph; says why."""
-
-
-class Absent(Unmatched):
-    """A tensor of an adapter has no place in the graph: nothing there has its name, or could hold it."""
-
-
-@dataclass(frozen=True)
-class Use:
-    """An operator that reads an initializer, through casts and transposes.
-
-    ``kind`` says how a layer's weight is stored there, as in :data:`lorafx.ops.STORAGE`; it is empty for what is no
-    weight of a layer. ``scope`` is the path of the module that the operator belongs to, where the file says.
-    """
-
-    node: ir.Node
-    kind: str
-    scope: str | None
-
-    def __str__(self) -> str:
-        where = "" if self.scope is None else f" of module '{self.scope}'"
-        return f"{self.node.op_type} '{self.node.name}'{where}"
 
 
 @dataclass(frozen=True)
@@ -115,7 +87,7 @@ class Targets:
         self._part = part
         self._initializers = model.graph.initializers
         self._model = model
-        self._uses = {name: tuple(_uses(value, len(value.shape or ()))) for name, value in self._initializers.items()}
+        self._uses = {name: tuple(uses_of(value, len(value.shape or ()))) for name, value in self._initializers.items()}
         self._named: dict[str, list[str]] = defaultdict(list)
         self._scoped: dict[str, list[str]] = defaultdict(list)
         for name, uses in self._uses.items():
@@ -123,7 +95,7 @@ class Targets:
             for scope in {use.scope for use in uses if use.kind and use.scope is not None}:
                 self._scoped[scope].append(name)
         known = {p.rpartition(".")[0] for p in self._named if p.endswith(_LEAVES)} | self._scoped.keys()
-        self._strip, self._prefix = _align(paths, known, part)
+        self._strip, self._prefix = align(paths, known, part)
 
     def uses(self, initializer: str) -> tuple[Use, ...]:
         """All that read it."""
@@ -189,7 +161,7 @@ class Targets:
             return self._chosen(self._named[name], self._local(path), layer=False)
         self._refuse_copy(name)
         (use, *others) = self._uses[weight.initializer]
-        added = None if others else _added(use.node)
+        added = None if others else added_to(use.node)
         if added is None or added.name not in self._uses:
             raise Unmatched(f"the graph has no bias of '{path}' ('{name}', or an initializer added to its product)")
         (_, *more) = added.uses()
@@ -211,7 +183,7 @@ class Targets:
         if not candidates:
             return None
         if len(fitting) > 1:
-            several = _listed(n for n, _ in fitting)
+            several = listed(n for n, _ in fitting)
             raise Unmatched(f"module '{scope}' reads several weights that could be it: {several}")
         name, kind = fitting[0] if fitting else candidates[0]
         uses = self._uses[name]
@@ -251,8 +223,8 @@ class Targets:
             elif len(templates) > 1 or len(there) != len(layers):
                 why = (
                     f"the graph has neither its name nor its module, and {len(there)} nameless weights of its shape "
-                    f"{layers[0]} ({_listed(n for n, _ in there)}) for {len(layers)} layers of the adapter "
-                    f"({_listed(sorted(templates))}). Export the base with names of nodes or parameters"
+                    f"{layers[0]} ({listed(n for n, _ in there)}) for {len(layers)} layers of the adapter "
+                    f"({listed(sorted(templates))}). Export the base with names of nodes or parameters"
                 )
                 found |= {layer.path: Unmatched(why) for layer in layers}
             else:
@@ -267,14 +239,14 @@ class Targets:
         mine = {n: [u for u in self._uses[n] if u.scope in (scope, None) and (u.kind or not layer)] for n in names}
         held = [n for n in names if mine[n]] or list(names[:1])
         if len(held) > 1:
-            raise Unmatched(f"the graph has it more than once: {_listed(held)}")
+            raise Unmatched(f"the graph has it more than once: {listed(held)}")
         (name,) = held
         uses, own = self._uses[name], mine[name]
         if not own and not (shared and uses):
-            readers = _listed(map(str, uses)) or "nothing"
+            readers = listed(map(str, uses)) or "nothing"
             quantized = any(u.node.op_type in _QUANTIZED for u in uses)
             raise Unmatched(
-                _advice(_listed(map(str, uses)))
+                _advice(listed(map(str, uses)))
                 if quantized
                 else f"initializer '{name}' is read by {readers}, and not by a layer of module '{scope}': it is tied, "
                 "or the exporter folded something else into it (a normalisation), so that the adapter does not fit it"
@@ -284,7 +256,7 @@ class Targets:
             raise Unmatched(_shared(name, uses))
         kinds = {u.kind for u in (uses if shared else own)}
         if layer and len(kinds) > 1 and not shared:
-            raise Unmatched(f"initializer '{name}' is read in several ways: {_listed(map(str, own))}")
+            raise Unmatched(f"initializer '{name}' is read in several ways: {listed(map(str, own))}")
         kind = own[0].kind if own else uses[0].kind
         as_named = not re.search(rf"{re.escape(_TRANSPOSED)}(\.\d+)?$", name)
         return Target(name, kind, "name" if as_named else "name, transposed", as_named)
@@ -301,10 +273,10 @@ class Targets:
     def _missing(self, layer: Wanted) -> Unmatched:
         path = self._local(layer.path)
         quantized = [n for n in self._model.graph.all_nodes() if n.op_type in _QUANTIZED]
-        mine = [n for n in quantized if path in (_scope(n), *(str(v.name).rpartition(".")[0] for v in n.inputs if v))]
+        mine = [n for n in quantized if path in (scope_of(n), *(str(v.name).rpartition(".")[0] for v in n.inputs if v))]
         if found := mine or quantized:
             more = "" if mine else f"no weight of '{path}' is in the graph, of which parts are quantized: "
-            return Unmatched(more + _advice(_listed(f"{n.op_type} '{n.name}'" for n in found)))
+            return Unmatched(more + _advice(listed(f"{n.op_type} '{n.name}'" for n in found)))
         return self._absent(f"weight of '{path}'", layer.path)
 
     def _absent(self, what: str, path: str) -> Unmatched:
@@ -319,7 +291,7 @@ class Targets:
         ours = [scope for scope in (f"{place}.qkv_proj",) if scope in self._scoped]
         if not fused and not ours:
             return ""
-        what = f"'{ours[0]}'" if ours else _listed(f"{n.op_type} '{n.name}'" for n in fused)
+        what = f"'{ours[0]}'" if ours else listed(f"{n.op_type} '{n.name}'" for n in fused)
         instead = "build the base with fuse_qkv=false" if ours else "merge into the file before it was optimized so"
         return f"; in {what} queries, keys and values are one matrix: {instead}"
 
@@ -347,106 +319,8 @@ class Targets:
         return self._prefix + path.removeprefix(self._strip)
 
 
-def _align(paths: Collection[str], known: Collection[str], part: str | None = None) -> tuple[str, str]:
-    """What to take off the front of paths and what to put there, so that most of them are known.
-
-    Of a graph that is said to be a ``part``, no other module's path is taken off. Of one that is not, a wrapper's is
-    (``model.``, ``bert.``), and not a side's (``decoder.``): the graph may be the other one's, with the same names.
-
-    Raises:
-        Unmatched: there is more than one way, or it cannot be told whether it is one.
-    """
-    ways: Counter[tuple[str, str]] = Counter()
-    for path in paths:
-        ways["", ""] += path in known
-        for name in known:
-            if name.endswith(f".{path}"):
-                ways["", name.removesuffix(path)] += 1
-            elif name and path.endswith(f".{name}") and part in (None, path.removesuffix(f".{name}")):
-                ways[path.removesuffix(name), ""] += 1
-    most = max(ways.values(), default=0)
-    best = [way for way, count in ways.items() if count == most]
-    if most == 0 or ("", "") in best:
-        return "", ""
-    if len(best) > 1:
-        places = _listed(sorted(prefix or strip for strip, prefix in best))
-        raise Unmatched(
-            f"the graph has these modules in several places ({places}), and it cannot be told which the adapter is "
-            "for. If the model was exported as several files, say which part of it this is (part=, --part)"
-        )
-    strip, prefix = best[0]
-    if part is None and _SIDE.fullmatch(strip):
-        raise Unmatched(
-            f"the graph has these modules without '{strip}', so that it may be the export of another part of the "
-            f"model, in which modules have the same names. If it is that of '{strip[:-1]}', say so "
-            f"(part='{strip[:-1]}', --part {strip[:-1]})"
-        )
-    return strip, prefix
-
-
-def _uses(value: ir.Value, rank: int, transposed: bool = False) -> Iterator[Use]:
-    """Who reads a value of this rank: an initializer, or what a cast or a transpose makes of it."""
-    for node, index in value.uses():
-        op = node.op_type
-        if op in ("Identity", "Cast") or (op == "Transpose" and rank == 2 and _swaps(node)):
-            yield from _uses(node.outputs[0], rank, transposed != (op == "Transpose"))
-        else:
-            yield Use(node, _kind(node, index, rank, transposed), _scope(node))
-    if value.is_graph_output():
-        producer = value.producer()
-        yield Use(producer or ir.Node("", "the graph's output", [], name=value.name), "", None)
-
-
-def _swaps(node: ir.Node) -> bool:
-    order = node.attributes.get_ints("perm", None)
-    return order is None or list(order) == [1, 0]
-
-
-def _kind(node: ir.Node, index: int, rank: int, transposed: bool) -> str:
-    """How a layer's weight is stored that a node reads at this input; nothing if it is none."""
-    if node.op_type == "Conv" and index == 1 and not transposed and 3 <= rank <= 5:
-        return f"conv{rank - 2}d"
-    if rank != 2:
-        return ""
-    if node.op_type == "Gather" and index == 0 and not transposed and node.attributes.get_int("axis", 0) == 0:
-        return "embedding"
-    if node.op_type not in ("MatMul", "Gemm", "FusedMatMul") or index > 1:
-        return ""
-    turned = node.attributes.get_int("transA" if index == 0 else "transB", 0) == 1
-    # As the second factor a weight is [in, out], as the first one [out, in]; each transpose turns it.
-    return "linear" if (index == 0) != (turned != transposed) else "addmm"
-
-
-def _scope(node: ir.Node) -> str | None:
-    """The path of the module that a node belongs to: ``encoder.layer.0.attention.self.query``."""
-    scopes = node.metadata_props.get(_SCOPES)
-    if scopes is not None:
-        try:
-            found = ast.literal_eval(scopes)
-        except (ValueError, SyntaxError):
-            return None
-        return str(found[-2]) if isinstance(found, list) and len(found) > 1 else ""
-    if node.name is None or not node.name.startswith("/"):
-        return None
-    *atoms, last = node.name.strip("/").split("/")
-    if re.sub(r"_\d+$", "", last) != node.op_type:  # ONNX Runtime's fusions write theirs behind the operators' names
-        while atoms and onnx.defs.has(re.sub(r"_\d+$", "", atoms[-1])):
-            atoms.pop()
-    return ".".join(atoms)
-
-
-def _added(node: ir.Node) -> ir.Value | None:
-    """The initializer that is added to what a layer's node gives."""
-    if node.op_type in ("Gemm", "Conv"):
-        return node.inputs[2] if len(node.inputs) > 2 else None
-    uses = node.outputs[0].uses()
-    if len(uses) != 1 or (reader := next(iter(uses))[0]).op_type != "Add":
-        return None
-    return next((v for v in reader.inputs if v is not None and v.is_initializer()), None)
-
-
 def _shared(name: str, uses: Iterable[Use]) -> str:
-    readers = _listed(dict.fromkeys(map(str, uses)))
+    readers = listed(dict.fromkeys(map(str, uses)))
     return (
         f"initializer '{name}' is shared: {readers} read it, and a change for the one would change the other. Export "
         "the base so that each has its own (untie the weights; without torch's optimizer, which shares equal tensors)"
@@ -458,8 +332,3 @@ def _advice(nodes: str) -> str:
         f"its weight is quantized ({nodes}), which takes no update without being rounded again. Merge into the "
         "floating-point file and quantize the result, or keep the adapter beside the model at run time"
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-    found = list(names)
-    return ", ".join(found[:4]) + (f", ... ({len(found)} in all)" if len(found) > 4 else "")

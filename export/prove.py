@@ -43,8 +43,9 @@ from torch import Tensor
 
 from lorafx.adapter_files import IN, OUT, RANK, StoredAdapter
 from lorafx.errors import ParityError
+from lorafx.export.changes import Changes, find_changes
 from lorafx.export.diff import graph_difference
-from lorafx.export.edits import Change, Changes, Replacement, Update, find_changes, wide_dtype
+from lorafx.export.edits import Change, Replacement, Update, wide_dtype
 from lorafx.export.onnx_file import OnnxFile, read_onnx
 from lorafx.variants import VARIANTS
 
