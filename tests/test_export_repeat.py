@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lorafx
 import zoo
 from lorafx.export import program, translate
 from lorafx.export.example import flat_example
@@ -241,6 +243,16 @@ def test_what_is_translated_does_not_grow_with_depth() -> None:
         drop_repeats(flat, find_repeats(flat, graph, graph.state_dict().keys()))
         sizes.append(len(flat.nodes))
     assert sizes[0] == sizes[1]
+
+
+def test_an_export_that_is_checked_translates_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph that the base's export has follows from the merged model's translation."""
+    spec = lorafx.LoraSpec(r=2, target_modules="all-linear", bias="all")
+    gm = lorafx.apply(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), spec, torch.ones(2, 8)).eval()
+    real, calls = torch.onnx.export, []
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    assert "same graph" in lorafx.merge_and_export(gm, tmp_path / "m.onnx").checks
+    assert len(calls) == 1
 
 
 @pytest.mark.xdist_group("llama")

@@ -49,6 +49,7 @@ def adapted(base: str | None = None) -> CapturedModule:
 @pytest.mark.parametrize(
     ("base", "options"),
     [
+        (None, {}),
         (None, {"dtype": "fp16"}),
         (None, {"kv_cache": True, "dtype": "fp16"}),
         ("nf4", {}),
