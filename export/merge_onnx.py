@@ -31,6 +31,15 @@ from lorafx.export.prove import Proof, prove
 from lorafx.export.run import Progress, Run
 from lorafx.export.settings import Settings
 
+#: What the dimensions of a weight are, by how the operator that reads it takes it (:attr:`Target.kind`).
+_LAYOUTS = {
+    "": "",
+    "linear": "[out, in]",
+    "addmm": "[in, out]",
+    "embedding": "[rows, width]",
+    **{f"conv{n}d": "[out, in, kernel]" for n in (1, 2, 3)},
+}
+
 
 @dataclass(frozen=True)
 class MergedTensor:
@@ -39,8 +48,7 @@ class MergedTensor:
     Attributes:
         initializer: its name.
         found: by what it was matched (name, module scope, shape and order).
-        stored: how the operator that reads it takes it: as a ``linear`` layer's (``[out, in]``), ``addmm``'s
-            (``[in, out]``), an ``embedding``'s or a convolution's; empty for a vector.
+        stored: what its dimensions are to the operator that reads it, as ``[in, out]``; empty for a vector.
         shape, dtype: as stored.
         change: what the adapter makes of it.
         relative: norm of what rounding to ``dtype`` lost, over the norm of the change.
@@ -82,7 +90,8 @@ class MergeReport:
     def __str__(self) -> str:
         size = format_bytes(self.onnx_bytes)
         if self.data_paths:
-            size += f" + {format_bytes(self.data_bytes)} of weights"
+            files = f" in {len(self.data_paths)} files" if len(self.data_paths) > 1 else ""
+            size += f" + {format_bytes(self.data_bytes)} of weights{files}"
         lines = [
             f"ONNX file    {self.path}  ({size})",
             f"merged       {len(self.tensors)} of {self.initializers} initializers; graph and others as in the base",
@@ -105,6 +114,7 @@ def merge_onnx(
     verify: bool = True,
     external_data: bool | None = None,
     data_name: str | None = None,
+    max_shard_size: int | str | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Fold an adapter in PEFT's format into an ONNX file, without the model.
@@ -122,17 +132,19 @@ def merge_onnx(
         verify: prove the file before it gets its name, as :func:`lorafx.verify_onnx`.
         external_data: keep weights in a file beside; None: if the base does, or they exceed 1.5 GiB.
         data_name: what to call that file; None: by its content.
+        max_shard_size: how large a file of weights may become, in bytes or as ``"2GB"`` or ``"500MiB"``: more get
+            files of their own, each with whole tensors. None: one file, whatever the base has.
         progress: called with the phase (``"match"``, ``"write"``, ``"verify"``) and the share of it that is done.
 
     Raises:
-        ExportError: ``base`` is damaged or not to be trusted (:func:`lorafx.export.onnx_file.read_onnx`), or ``out``
-            cannot be written.
+        ExportError: ``base`` is damaged or not to be trusted (:func:`lorafx.export.onnx_file.read_onnx`), ``out``
+            cannot be written, or an option is none or contradicts another.
         AdapterError: a tensor of the adapter has no one place in the file, or does not fit it. All in one list.
         MergeError: the adapter holds NaN or Inf, or a merged weight overflows.
         NotFiniteError: an initializer that is merged into holds NaN or Inf.
         ParityError: the proof failed. Nothing is written in any of these cases.
     """
-    Settings(verify=verify, external_data=external_data, data_name=data_name)  # refuses what contradicts itself
+    settings = Settings(verify=verify, external_data=external_data, data_name=data_name, max_shard_size=max_shard_size)
     run = Run(progress)
     proof = None
     with run.phase("match"):
@@ -147,7 +159,7 @@ def merge_onnx(
             keep_outside = external_data if external_data is not None else (True if file.data else None)
             outside = [model.graph.initializers[n] for n, s in file.sources.items() if s.path is not None]
             finish = partial(_with_messages, base=file, changed={c.name for c in changes})
-            written.write(model, keep_outside, done, outside, finish=finish)
+            written.write(model, keep_outside, done, outside, settings.limit, finish)
         if verify:
             with run.phase("verify") as done:
                 proof = prove(read_onnx(written.path), file, found, done)
@@ -196,7 +208,7 @@ def _reported(file: OnnxFile, change: Change) -> MergedTensor:
     return MergedTensor(
         initializer=change.name,
         found=change.target.how,
-        stored=change.target.kind,
+        stored=_LAYOUTS[change.target.kind],
         shape=tuple(source.proto.dims),
         dtype=ir.DataType(source.proto.data_type).numpy().name,
         change=str(change.edit),

@@ -121,11 +121,16 @@ def merge(
     data_name: Annotated[
         str | None, typer.Option(help="Keep the weights in a file of this name beside it: the one to swap.")
     ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Split the weights into files of at most this size, as 2GB or 500MiB.")
+    ] = None,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove the file before it gets its name.")] = True,
 ) -> None:
     """Fold an adapter into an ONNX file, without the model. Lists what it matched; refuses what is ambiguous."""
     with Parts(_errors, transient=True) as parts, parts.part("merge"):
-        result = lorafx.merge_onnx(base, adapter, out, part=part, data_name=data_name, verify=check)
+        result = lorafx.merge_onnx(
+            base, adapter, out, part=part, data_name=data_name, max_shard_size=max_shard_size, verify=check
+        )
     _console.print(str(result), highlight=False, markup=False, soft_wrap=True)
 
 

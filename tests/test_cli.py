@@ -16,6 +16,7 @@ import lorafx
 from lorafx import cli
 from lorafx.pretrained import SourceError
 from lorafx.sources import find_model
+from onnx_files import LAYERS, chain, lora, save, save_adapter
 from zoo import FAMILIES
 
 pytestmark = pytest.mark.xdist_group("cli")
@@ -106,6 +107,14 @@ def test_merge_and_verify_an_onnx_file(here: Path) -> None:
     code, shown = run("verify", str(base), *arguments)
     assert code == 1
     assert "NOT PROVED: initializer '0.weight" in shown
+
+
+def test_merge_splits_the_weights(here: Path) -> None:
+    base = save(chain(LAYERS, 32), here / "base.onnx")
+    folder = save_adapter(here / "mine", lora(LAYERS, 32, 32))
+    code, shown = run("merge", str(base), str(folder), "-o", "merged.onnx", "--max-shard-size", "5KiB")
+    assert code == 0
+    assert "of weights in 3 files)" in shown
 
 
 def test_merge_swaps_one_file_of_weights(here: Path) -> None:

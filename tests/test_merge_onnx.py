@@ -404,8 +404,30 @@ def test_merging_twice_adds_both(tmp_path: Path) -> None:
     assert [p for p in phases if p[1] == 1.0 and p[0] != "write"][-1] == ("verify", 1.0)
     text = str(first)
     assert "merged       3 of 3 initializers" in text
-    assert "encoder.1.proj.weight.T  name, transposed  addmm      6 x 6  float32  lora r=2, scaling 2" in text
+    assert "encoder.1.proj.weight.T  name, transposed  [in, out]  6 x 6  float32  lora r=2, scaling 2" in text
     assert first.to_dict()["tensors"][0]["initializer"] == "encoder.0.proj.weight.T"
+
+
+def test_weights_are_split_into_shards(tmp_path: Path) -> None:
+    """A base of one file or of several becomes files of at most that size, with the same tensors."""
+    base = save(chain(LAYERS, 32), tmp_path / "base.onnx", outside=True)  # 4 KiB a layer
+    adapter = save_adapter(tmp_path / "adapter", lora(LAYERS, 32, 32))
+    lorafx.merge_onnx(base, adapter, tmp_path / "one.onnx")
+    report = lorafx.merge_onnx(base, adapter, tmp_path / "split.onnx", max_shard_size="5KiB")
+    assert [Path(path).stat().st_size for path in report.data_paths] == [4096] * 3
+    assert "of weights in 3 files)" in str(report)
+    again = lorafx.merge_onnx(tmp_path / "split.onnx", adapter, tmp_path / "again.onnx", max_shard_size=2**14)
+    assert len(again.data_paths) == 1
+    one, split = weights(tmp_path / "one.onnx"), weights(tmp_path / "split.onnx")
+    assert all(torch.equal(one[name], split[name]) for name in one)
+    for options, message in (
+        ({"max_shard_size": "some"}, "max_shard_size='some' is no size"),
+        ({"max_shard_size": "5KiB", "data_name": "weights.data"}, "cannot all be called weights.data"),
+        ({"max_shard_size": "5KiB", "external_data": False}, "leave out one of them"),
+    ):
+        with pytest.raises(lorafx.ExportError, match=message):
+            lorafx.merge_onnx(base, adapter, tmp_path / "refused.onnx", **options)  # type: ignore[arg-type]
+        assert not (tmp_path / "refused.onnx").exists()
 
 
 _PEAK = """
