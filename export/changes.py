@@ -14,7 +14,7 @@ from lorafx.adapter_files import IN, OUT, RANK, StoredAdapter, StoredSite, as_ma
 from lorafx.errors import AdapterError, MergeError
 from lorafx.export.edits import Change, Replacement, Update
 from lorafx.export.onnx_file import OnnxFile
-from lorafx.export.onnx_parts import Absent, Unmatched
+from lorafx.export.onnx_parts import Absent, Unmatched, inside, listed, side_of
 from lorafx.export.onnx_targets import RMS_NORMS, Target, Targets, Wanted
 from lorafx.ir import Site
 from lorafx.spec import LoraSpec, matches
@@ -58,20 +58,22 @@ def find_changes(base: OnnxFile, adapter: StoredAdapter, source: str, part: str 
 
 @dataclass(frozen=True)
 class _Search:
-    """What was found so far, by initializer; what has no place in the file, and what else is wrong."""
+    """What was found so far: changes by initializer, the modules that they are of, what is absent, what is wrong."""
 
     base: OnnxFile
     adapter: StoredAdapter
     targets: Targets
     part: str | None
     found: dict[str, list[Change]] = field(default_factory=lambda: defaultdict(list))
+    placed: list[str] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def tensors(self) -> None:
         """Find the places of all that was trained whole."""
         for key, tensor in self.adapter.whole.items():
-            self._add(key, partial(_whole, self.base, self.targets, self.adapter, key, tensor))
+            path = base_name(key).rpartition(".")[0]
+            self._add(key, path, partial(_whole, self.base, self.targets, self.adapter, key, tensor))
 
     def sites(self) -> None:
         """Find the weights of all sites."""
@@ -87,15 +89,15 @@ class _Search:
         _share_vera(adapter, parts, layers, self.targets, self.problems)
         for site, tensors in parts:
             target = layers[site.path]
-            self._add(
-                f"site '{site.path}'", partial(_site_changes, self.base, self.targets, spec, site, tensors, target)
-            )
+            find = partial(_site_changes, self.base, self.targets, spec, site, tensors, target)
+            self._add(f"site '{site.path}'", site.path, find)
 
-    def _add(self, what: str, find: Callable[[], list[Change]]) -> None:
-        """Note the changes that something of the adapter makes, or why it makes none."""
+    def _add(self, what: str, path: str, find: Callable[[], list[Change]]) -> None:
+        """Note the changes that something of the adapter makes to a module, or why it makes none."""
         try:
             for change in find():
                 self.found[change.name].append(change)
+                self.placed.append(path)
         except Unmatched as why:
             missing = isinstance(why, Absent)
             if missing:
@@ -103,12 +105,20 @@ class _Search:
             if self.part is None or not missing:
                 self.problems.append(f"{what}: {why}")
 
+    def _of_another_part(self) -> list[str]:
+        """What is wrong if the file has the modules of another part, under the names of the whole model."""
+        if self.part is None or any(inside(path, self.part) for path in self.placed):
+            return []
+        others = dict.fromkeys(side for path in self.placed if (side := side_of(path)) is not None)
+        return [f"the file is not of part '{self.part}', but of {listed(others)}"] if others else []
+
     def result(self, source: str) -> Changes:
         """All changes in the file's order. Raises :class:`AdapterError` with all that is wrong."""
         problems, absent = self.problems, self.absent
         changes = [_one(self.found[name], problems) for name in self.base.sources if name in self.found]
         if not changes and absent and not problems:
             problems.append(f"nothing of it is in the file: not {', '.join(absent[:4])}")
+        problems += self._of_another_part()
         if problems:
             listing = "\n  - ".join((f"{source} does not fit {self.base.path}; nothing was written:", *problems))
             several = self.part is None and changes and len(absent) == len(problems)

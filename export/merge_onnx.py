@@ -128,7 +128,8 @@ def merge_onnx(
         adapter: a directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
         out: the file to write; what is there is replaced at the end, by a whole file.
         part: if the model was exported as several files, the path of the module that this one is of, as ``"encoder"``
-            or ``"decoder"``. What of the adapter is not in it is left out, and listed.
+            or ``"decoder"``. What of the adapter is not in it is left out, and listed; a part in which the adapter has
+            no layer is refused, and so is another part's file.
         verify: prove the file before it gets its name, as :func:`lorafx.verify_onnx`.
         external_data: keep weights in a file beside; None: if the base does, or they exceed 1.5 GiB.
         data_name: what to call that file; None: by its content.

@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 
 #: Modules of which a model has several with the same names inside, and which are exported as files of their own.
-_SIDE = re.compile(r"(?:.*\.)?(?:\w*(?:encoder|decoder)|(?:text|vision|audio|image|speech)_\w+)\.(?:.*\.)?")
+_SIDE_NAME = r"(?:\w*(?:encoder|decoder)|(?:text|vision|audio|image|speech)_\w+)"
+_SIDE = re.compile(rf"(?:.*\.)?{_SIDE_NAME}\.(?:.*\.)?")
+_FIRST_SIDE = re.compile(rf"((?:.*?\.)?{_SIDE_NAME})\..*")
 
 
 class Unmatched(Exception):
@@ -22,6 +24,26 @@ class Absent(Unmatched):
     """A tensor of an adapter has no place in the graph: nothing there has its name, or could hold it."""
 
 
+def inside(path: str, part: str) -> bool:
+    """Whether a module is the part or lies in it."""
+    return f"{path}.".startswith(f"{part}.")
+
+
+def side_of(path: str) -> str | None:
+    """The outermost module about another one, itself left aside, that might be exported as a file of its own."""
+    found = _FIRST_SIDE.fullmatch(path)
+    return None if found is None else found[1]
+
+
+def refuse_no_part(paths: Collection[str], part: str) -> None:
+    """Raise :class:`Unmatched` where none of the modules lies in the part."""
+    if any(inside(path, part) for path in paths):
+        return
+    sides = sorted(side for side in {*map(side_of, paths)} if side is not None)
+    there = f"Parts that it has layers in: {listed(sides)}" if sides else "It knows no such parts: leave it out"
+    raise Unmatched(f"part '{part}' (part=, --part): the adapter has no layer in a module of this path. {there}")
+
+
 def align(paths: Collection[str], known: Collection[str], part: str | None = None) -> tuple[str, str]:
     """What to take off the front of paths and what to put there, so that most of them are known.
 
@@ -29,8 +51,10 @@ def align(paths: Collection[str], known: Collection[str], part: str | None = Non
     (``model.``, ``bert.``), and not a side's (``decoder.``): the graph may be the other one's, with the same names.
 
     Raises:
-        Unmatched: there is more than one way, or it cannot be told whether it is one.
+        Unmatched: there is more than one way, or it cannot be told whether it is one; or the ``part`` is none.
     """
+    if part is not None:
+        refuse_no_part(paths, part)
     ways: Counter[tuple[str, str]] = Counter()
     for path in paths:
         ways["", ""] += path in known

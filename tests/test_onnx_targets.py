@@ -269,16 +269,50 @@ def test_a_side_does_not_go_into_another_ones_file(tmp_path: Path, side: str, in
 
 
 def test_a_part_must_hold_something_of_the_adapter_and_leave_out_nothing_else(tmp_path: Path) -> None:
-    adapter = save_adapter(tmp_path / "adapter", lora(SIDES[:2]))
     base = save(sides(SIDES[2:]), tmp_path / "base.onnx")
-    with pytest.raises(lorafx.AdapterError, match=r"nothing of it is in the file: not site 'encoder\.0\.q'"):
-        lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx", part="decoder")
+    other = save_adapter(tmp_path / "other", lora([*SIDES[:2], "decoder.9.q"]))
+    with pytest.raises(lorafx.AdapterError, match=r"nothing of it is in the file: not site 'decoder\.9\.q'"):
+        lorafx.merge_onnx(base, other, tmp_path / "merged.onnx", part="decoder")
+    adapter = save_adapter(tmp_path / "adapter", lora(SIDES[:2]))
     nameless = save(chain(SIDES[:2], named="nothing"), tmp_path / "nameless.onnx")  # a part keeps no order
     with pytest.raises(lorafx.AdapterError, match="nothing of it is in the file"):
         lorafx.merge_onnx(nameless, adapter, tmp_path / "merged.onnx", part="encoder")
     wide = save(chain(SIDES[:2], 8, named="scope"), tmp_path / "wide.onnx")
     with pytest.raises(lorafx.AdapterError, match="it is an adapter of another model"):
         lorafx.merge_onnx(wide, adapter, tmp_path / "merged.onnx", part="encoder")
+
+
+@pytest.mark.parametrize(
+    ("paths", "part", "message"),
+    [
+        (SIDES, "vision", r"no layer in a module of this path\. Parts that it has layers in: decoder, encoder$"),
+        (SIDES[:2], "decoder", "no layer in a module of this path"),
+        ([f"model.{path}" for path in SIDES], "encoder", r"Parts .*: model\.decoder, model\.encoder$"),
+        (["model.layers.0.q"], "decoder", "It knows no such parts: leave it out"),
+    ],
+)
+def test_a_part_that_the_adapter_has_no_layer_in_is_refused(
+    tmp_path: Path, paths: Sequence[str], part: str, message: str
+) -> None:
+    """Not a word of it was said where the file has all that the adapter changes."""
+    base = save(sides(paths), tmp_path / "base.onnx")
+    adapter = save_adapter(tmp_path / "adapter", lora(paths))
+    with pytest.raises(lorafx.AdapterError, match=f"part '{part}' .*{message}"):
+        lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx", part=part)
+    lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx")
+    with pytest.raises(lorafx.AdapterError, match=message):
+        lorafx.verify_onnx(tmp_path / "merged.onnx", base, adapter, part=part)
+
+
+def test_a_part_does_not_go_into_another_ones_file(tmp_path: Path) -> None:
+    """Whose modules have the paths of the whole model."""
+    base = save(sides(SIDES[:2]), tmp_path / "base.onnx")
+    adapter = save_adapter(tmp_path / "adapter", lora(SIDES))
+    with pytest.raises(lorafx.AdapterError, match="the file is not of part 'decoder', but of encoder"):
+        lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx", part="decoder")
+    assert set(lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx", part="encoder").absent) == {
+        f"site '{path}'" for path in SIDES[2:]
+    }
 
 
 @pytest.mark.parametrize("op", ["MatMulNBits", "DequantizeLinear"])
