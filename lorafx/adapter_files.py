@@ -191,6 +191,12 @@ def read_spec(directory: Path) -> LoraSpec:
             f"{directory}: no such directory. Give a local one that holds {PEFT_CONFIG_NAME} and {WEIGHTS_NAME}; an "
             "adapter on a hub must be downloaded first"
         )
+    named = sorted(path.parent for path in directory.glob(f"*/{PEFT_CONFIG_NAME}"))
+    if named and not (directory / PEFT_CONFIG_NAME).is_file():
+        raise AdapterError(
+            f"{directory}: it holds no adapter itself, but in {', '.join(map(str, named))}, where PEFT's "
+            "save_pretrained puts an adapter whose name is not 'default'. Give that folder"
+        )
     try:
         return LoraSpec.from_json(directory / PEFT_CONFIG_NAME)
     except (SpecError, OSError) as error:

@@ -356,6 +356,16 @@ def test_a_whole_tensor_that_the_settings_do_not_name_is_the_bases(tmp_path: Pat
                 lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx")
 
 
+def test_the_folder_of_a_named_adapter_is_said(tmp_path: Path) -> None:
+    """PEFT puts an adapter that is not called default into a folder below."""
+    base = save(chain(LAYERS), tmp_path / "base.onnx")
+    (tmp_path / "saved").mkdir()
+    inner = save_adapter(tmp_path / "saved" / "fr", lora(LAYERS))
+    with pytest.raises(lorafx.AdapterError, match=r"saved: it holds no adapter itself, but in .*saved/fr, where PEFT"):
+        lorafx.merge_onnx(base, tmp_path / "saved", tmp_path / "merged.onnx")
+    lorafx.merge_onnx(base, inner, tmp_path / "merged.onnx")
+
+
 def test_the_base_is_never_overwritten(tmp_path: Path) -> None:
     base = save(chain(LAYERS), tmp_path / "base.onnx")
     with pytest.raises(lorafx.ExportError, match="is the base, which would be lost"):
