@@ -201,11 +201,9 @@ class ExportReport(JsonReport):
         )
 
 
-def parity_lines(rows: Iterable[Parity]) -> list[str]:
-    """The runs as a table."""
-    table: list[Sequence[str]] = [
-        ("inputs", "torch graph", "ONNX Runtime ran", "output", "max abs", "relative", "allowed")
-    ]
+def parity_lines(rows: Iterable[Parity], sides: tuple[str, str] = ("torch graph", "ONNX Runtime ran")) -> list[str]:
+    """The runs as a table; ``sides`` are what is compared: the headings of :attr:`Parity.reference` and ``ran``."""
+    table: list[Sequence[str]] = [("inputs", *sides, "output", "max abs", "relative", "allowed")]
     for row in rows:
         if row.refused is not None:
             table.append(
@@ -226,5 +224,5 @@ def parity_lines(rows: Iterable[Parity]) -> list[str]:
                 f"{o.allowed:.2e}" + ("" if o.passed else "  EXCEEDED"),
             )
             table.append((row.where, row.reference, row.ran, o.output, *numbers))
-    widths = [max(len(r[i]) for r in table if len(r[2]) < 40) for i in range(len(table[0]))]
+    widths = [max(len(r[i]) for r in table if r[3]) for i in range(len(table[0]))]  # refusals are sentences
     return ["  ".join(cell.ljust(width) for cell, width in zip(r, widths, strict=True)).rstrip() for r in table]
