@@ -12,6 +12,6 @@ In the order in which data goes through: :mod:`~lorafx.export.export` (the calls
 for files that are there already :mod:`~lorafx.export.onnx_file` (reading them),
 :mod:`~lorafx.export.onnx_uses`, :mod:`~lorafx.export.onnx_parts`, :mod:`~lorafx.export.onnx_targets`,
 :mod:`~lorafx.export.changes`, :mod:`~lorafx.export.edits` and :mod:`~lorafx.export.merge_onnx` (an adapter folded into
-one), :mod:`~lorafx.export.prove` and :mod:`~lorafx.export.diff`; running them: :mod:`~lorafx.export.load` and
-:mod:`~lorafx.export.runtime`.
+one), :mod:`~lorafx.export.prove`, :mod:`~lorafx.export.diff` and :mod:`~lorafx.export.diff_runs`; running them:
+:mod:`~lorafx.export.load` and :mod:`~lorafx.export.runtime`.
 """

@@ -6,24 +6,20 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from onnx import GraphProto, ModelProto, NodeProto
 from torch import Tensor
 
-from lorafx.errors import ExportError
 from lorafx.export.compare import compare
+from lorafx.export.diff_runs import run_both
 from lorafx.export.onnx_file import DATA_FIELDS, OnnxFile, Source, copy_fields, read_onnx, without_initializers
-from lorafx.export.parity import TOLERANCES, Session, Tolerance, difference, random_like
+from lorafx.export.parity import TOLERANCES, Tolerance
 from lorafx.export.report import Parity, parity_lines
 from lorafx.variants.inits import leading_singular
 
-#: Sizes of dynamic dimensions in random runs: the first dimension of an input, and any other.
-_RANDOM_SIZES = ((1, 5), (3, 8))
 #: The largest rank that is told apart from "this or more", where the matrix is large.
 _RANKS = 64
 #: Up to so many elements differences are computed in float64; above, those of half types in float32.
@@ -74,6 +70,8 @@ class OnnxDifference:
 
     ``graph`` is the first difference of the graphs, ``structure`` that with names left aside, ``nodes`` are all nodes
     that differ, ``tensors`` the initializers whose values do, ``parity`` what both files computed, if they were run.
+    ``aside`` says what differs in graphs of one structure: names, the order of initializers, or what is declared of
+    values and versions.
     """
 
     left: str
@@ -83,15 +81,16 @@ class OnnxDifference:
     nodes: tuple[str, ...]
     tensors: tuple[TensorDifference, ...]
     parity: tuple[Parity, ...] = ()
+    aside: str | None = None
 
     @property
     def same(self) -> bool:
-        """Whether nothing differs that a number depends on, and no name."""
+        """Whether nothing differs that a number depends on, no name, and nothing else of the graphs but labels."""
         return self.graph is None and not self.tensors and self.same_numbers
 
     @property
     def same_structure(self) -> bool:
-        """Whether both have the same graph, names aside."""
+        """Whether both have the same graph, :attr:`aside` left aside."""
         return self.structure is None
 
     @property
@@ -104,7 +103,7 @@ class OnnxDifference:
         if self.graph is None:
             lines.append("graph    the same, names included")
         elif self.structure is None:
-            lines.append(f"graph    the same but for names ({self.graph})")
+            lines.append(f"graph    the same but for {self.aside} ({self.graph})")
         else:
             lines.append(f"graph    different: {self.structure}")
             lines += [f"         {node}" for node in self.nodes[:20]]
@@ -112,7 +111,7 @@ class OnnxDifference:
         lines.append(f"weights  {f'{len(self.tensors)} differ' if self.tensors else 'the same, to the bit'}")
         lines += [f"         {tensor}" for tensor in self.tensors]
         if self.parity:
-            lines += ["", *parity_lines(self.parity)]
+            lines += ["", *parity_lines(self.parity, ("the first file", "the second file"))]
         return "\n".join(lines)
 
 
@@ -132,27 +131,18 @@ def diff_onnx(
     Args:
         left, right: the files; ``left`` is the reference of numbers.
         inputs: an ``.npz`` file or arrays by input name to run both on.
-        random: run both on random inputs (integers are 0 or 1, since a file does not say what it allows).
+        random: run both on random inputs (integers are 0 or 1, since a file does not say what it allows). Dynamic
+            dimensions of one name have one size, and a decoder's total of tokens is that of past and new ones.
         tolerance: what counts as the same numbers.
         progress: called with the share of the weights that are compared.
 
     Raises:
-        ExportError: a file cannot be read or run, or ``inputs`` lacks one of its inputs.
+        ExportError: a file cannot be read or run, ``inputs`` lacks one of its inputs, or the files are to be run and
+            differ in what they take or give.
         ParityError: one of them cannot run on the inputs, or gives outputs of another shape.
     """
     a, b = (read_onnx(path) for path in (left, right))
-    cases = [("the inputs given", _read_inputs(inputs, a.model))] if inputs is not None else []
-    if random:
-        for batch, size in _RANDOM_SIZES:
-            cases.append((f"random, sizes {batch} and {size}", _random_inputs(a.model, batch, size)))
-    rows = []
-    if cases:
-        first, second = (Session(Path(path), str(path)) for path in (left, right))
-        names = tuple(str(v.name) for v in a.model.graph.outputs)
-        for origin, case in cases:
-            pairs = zip(names, first(case), second(case), strict=True)
-            found = tuple(difference(n, x, y, tolerance) for n, x, y in pairs)
-            rows.append(Parity(origin, {}, str(left), str(right), found))
+    rows = run_both(a, b, inputs, random, tolerance)
     graph = graph_difference(a, b)
     structure = None if graph is None else compare(a.model, b.model, names=False)
     return OnnxDifference(
@@ -162,7 +152,8 @@ def diff_onnx(
         None if structure is None else str(structure),
         () if graph is None else tuple(_nodes(a.proto.graph, b.proto.graph)),
         tuple(_tensors(a, b, progress)),
-        tuple(rows),
+        rows,
+        _aside(a.proto, b.proto) if graph is not None and structure is None else None,
     )
 
 
@@ -177,6 +168,23 @@ def graph_difference(left: OnnxFile, right: OnnxFile) -> str | None:
     parts = [field.name for field in a.DESCRIPTOR.fields if getattr(a, field.name) != getattr(b, field.name)]
     inner = [f.name for f in a.graph.DESCRIPTOR.fields if getattr(a.graph, f.name) != getattr(b.graph, f.name)]
     return f"their {', '.join(f'graph.{name}' for name in inner) or ', '.join(parts)}"
+
+
+def _aside(left: ModelProto, right: ModelProto) -> str:
+    """What two files of one structure differ in."""
+    a, b = _skeleton(left), _skeleton(right)
+    for bare in (a, b):
+        bare.graph.initializer.sort(key=lambda tensor: tensor.name)
+    if a == b:
+        return "the order of initializers"
+    return "names" if _names(a.graph) != _names(b.graph) else "what it declares of values or versions"
+
+
+def _names(graph: GraphProto) -> list[str]:
+    """All names at the top of a graph, in the order of what has them; initializers in that of their names."""
+    values = (*graph.input, *graph.output, *graph.initializer)
+    nodes = [name for node in graph.node for name in (node.name, *node.input, *node.output)]
+    return [graph.name, *(value.name for value in values), *nodes]
 
 
 def _skeleton(proto: ModelProto) -> ModelProto:
@@ -306,32 +314,3 @@ def _unit(stored: Tensor) -> float:
     limits = torch.finfo(stored.dtype)
     exponents = torch.frexp(stored.double().abs().clamp_min(limits.tiny)).exponent.double() - 1
     return limits.eps * math.sqrt(float(exponents.mul(2).exp2().mean()))
-
-
-def _read_inputs(inputs: str | os.PathLike[str] | Mapping[str, Any], model: ir.Model) -> dict[str, Tensor]:
-    if isinstance(inputs, Mapping):
-        arrays = dict(inputs)
-    else:
-        try:
-            with np.load(inputs, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError) as error:
-            raise ExportError(
-                f"cannot read inputs from {inputs}: {error}; it should be a file of numpy.savez"
-            ) from error
-    missing = [str(v.name) for v in model.graph.inputs if v.name not in arrays]
-    if missing:
-        raise ExportError(f"the inputs lack {', '.join(missing)}; there are {', '.join(arrays) or 'none'}")
-    return {name: torch.as_tensor(value) for name, value in arrays.items()}
-
-
-def _random_inputs(model: ir.Model, batch: int, size: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(batch)
-    inputs = {}
-    for value in model.graph.inputs:
-        assert value.dtype is not None
-        dtype = ir.tensor_adapters.to_torch_dtype(value.dtype)
-        shape = [n if isinstance(n, int) else (size if d else batch) for d, n in enumerate(value.shape or ())]
-        example = torch.tensor([0, 1]).to(dtype)
-        inputs[str(value.name)] = random_like(str(value.name), example, shape, generator)
-    return inputs

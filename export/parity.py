@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,19 @@ _LONGEST = 1024
 
 @dataclass(frozen=True)
 class Tolerance:
-    """|torch - ONNX Runtime| <= atol + rtol * max |torch|, per output."""
+    """|torch - ONNX Runtime| <= atol + rtol * max |torch|, per output.
+
+    Raises:
+        ExportError: one of them is no number from 0 on.
+    """
 
     atol: float
     rtol: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("atol", self.atol), ("rtol", self.rtol)):
+            if not isinstance(value, Real) or isinstance(value, bool) or not value >= 0:  # NaN is not
+                raise ExportError(f"{name}={value!r} is no tolerance: give a number from 0 on, as {name}=1e-3")
 
 
 #: By the coarsest floating dtype of a graph's weights. Integer and boolean outputs must be equal.
@@ -226,7 +236,7 @@ def difference(
         ParityError: the shapes differ.
     """
     if expected.shape != found.shape:
-        raise ParityError(f"output '{name}' is {list(found.shape)} in ONNX Runtime and {list(expected.shape)} in torch")
+        raise ParityError(f"output '{name}' is {list(found.shape)}, and that of the reference {list(expected.shape)}")
     exact = not np.issubdtype(expected.dtype, np.floating)
     a, b = expected.astype(np.float64), found.astype(np.float64)
     finite = np.isfinite(a) & np.isfinite(b)

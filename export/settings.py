@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from types import MappingProxyType
 
 import onnx
@@ -13,6 +12,7 @@ import torch
 
 from lorafx.errors import ExportError
 from lorafx.export.pack import WEIGHT_FORMATS, WeightFormat
+from lorafx.export.parity import Tolerance
 from lorafx.export.write import parse_size
 from lorafx.passes.example import ExampleInputs
 
@@ -84,11 +84,7 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, bool) and not (value is None and name == "external_data"):
                 raise ExportError(f"{name}={value!r} is neither True nor False")
-        for name in ("atol", "rtol"):
-            value = getattr(self, name)
-            number = isinstance(value, Real) and not isinstance(value, bool)
-            if value is not None and not (number and value >= 0):  # NaN is not
-                raise ExportError(f"{name}={value!r} is no tolerance: give a number from 0 on, as {name}=1e-3")
+        Tolerance(0.0 if self.atol is None else self.atol, 0.0 if self.rtol is None else self.rtol)
 
     @property
     def precision(self) -> torch.dtype | None:

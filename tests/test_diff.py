@@ -100,6 +100,75 @@ def test_nodes_and_tensors_that_only_one_has(tmp_path: Path) -> None:
     assert "MatMul 'n2': input" in str(found)
 
 
+def test_the_order_of_initializers_is_called_what_it_is(tmp_path: Path) -> None:
+    model = chain(LAYERS)
+    first = save(model, tmp_path / "first.onnx")
+    model.graph.initializer.reverse()
+    found = lorafx.diff_onnx(first, save(model, tmp_path / "second.onnx"))
+    assert (found.aside, found.same_structure, found.same) == ("the order of initializers", True, False)
+    assert "the same but for the order of initializers" in str(found)
+    model.graph.node[0].name = "another"
+    assert lorafx.diff_onnx(first, save(model, tmp_path / "second.onnx")).aside == "names"
+
+
+def test_what_a_file_declares_is_no_name(tmp_path: Path) -> None:
+    model = chain(LAYERS)
+    first = save(model, tmp_path / "first.onnx")
+    model.ir_version = 9
+    found = lorafx.diff_onnx(first, save(model, tmp_path / "second.onnx"))
+    assert "graph    the same but for what it declares of values or versions (their ir_version)" in str(found)
+
+
+CACHES = {  # as written here, by optimum and by onnxruntime-genai
+    "past_sequence": ("batch", "sequence", "total_sequence"),
+    "past_sequence_length": ("batch_size", "sequence_length", "past_sequence_length + sequence_length"),
+    "past_sequence_length ": ("batch_size", "sequence_length", "total_sequence_length"),
+}
+
+
+@pytest.mark.parametrize("past", CACHES)
+def test_random_sizes_of_a_cache_go_together(tmp_path: Path, past: str) -> None:
+    """The mask has all tokens, those of the past and the new ones; the batch is the same wherever it stands."""
+    batch, new, total = CACHES[past]
+    shapes = {
+        "input_ids": (batch, new), "attention_mask": (batch, total), "past": (batch, past.strip()),
+        "index": (3, batch, new),
+    }  # fmt: skip
+    nodes = [
+        helper.make_node("Concat", ["past", "input_ids"], ["all"], axis=1),
+        helper.make_node("Add", ["all", "attention_mask"], ["y"]),
+        helper.make_node("Add", ["index", "input_ids"], ["z"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info(name, onnx.TensorProto.INT64, shape) for name, shape in shapes.items()],
+        [helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None) for name in ("y", "z")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    file = save(model, tmp_path / "a_name_that_is_longer_than_forty_characters.onnx")
+    found = lorafx.diff_onnx(file, file, random=True)
+    assert found.same
+    assert len(found.parity) == 2
+    header, first, *_ = str(found).splitlines()[5:]
+    assert header.index("the second file") == first.rindex(str(file))
+    assert "torch" not in header
+
+
+def test_files_that_take_or_give_something_else_are_not_run(tmp_path: Path) -> None:
+    model = chain(LAYERS)
+    first = save(model, tmp_path / "first.onnx")
+    more = onnx.ModelProto()
+    more.CopyFrom(model)
+    more.graph.output.append(helper.make_tensor_value_info("y0", onnx.TensorProto.FLOAT, None))
+    model.graph.input[0].name = model.graph.node[0].input[0] = "z"
+    for other, message in ((model, "inputs of the first are x, and of the second z"), (more, "outputs .* y2, y0")):
+        second = save(other, tmp_path / "second.onnx")
+        assert not lorafx.diff_onnx(first, second).same
+        with pytest.raises(lorafx.ExportError, match=f"cannot be run side by side: the {message}"):
+            lorafx.diff_onnx(first, second, random=True)
+
+
 def test_names_alone(tmp_path: Path) -> None:
     model = chain(LAYERS)
     first = save(model, tmp_path / "first.onnx")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -10,10 +11,10 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from lorafx.errors import ParityError
+from lorafx.errors import ExportError, ParityError
 from lorafx.export.compare import compare
 from lorafx.export.diff import diff_onnx
-from lorafx.export.parity import TOLERANCES, difference, make_cases, random_like
+from lorafx.export.parity import TOLERANCES, Tolerance, difference, make_cases, random_like
 
 FLOAT32 = TOLERANCES[torch.float32]
 
@@ -63,9 +64,16 @@ def test_difference(expected: list[float], found: list[float], passed: bool) -> 
     assert difference("y", np.array(expected, np.float32), np.array(found, np.float32), FLOAT32).passed is passed
 
 
+@pytest.mark.parametrize("options", [{"atol": -1.0}, {"rtol": "1e-3"}, {"atol": float("nan")}, {"rtol": True}])
+def test_what_is_no_tolerance_is_refused(options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ExportError, match=rf"{name}=.* is no tolerance: give a number from 0 on, as {name}=1e-3"):
+        Tolerance(**{"atol": 1e-6, "rtol": 1e-4, **options})
+
+
 def test_difference_of_integers_and_shapes() -> None:
     assert not difference("y", np.array([3]), np.array([4]), FLOAT32).passed
-    with pytest.raises(ParityError, match=r"output 'y' is \[1, 2\] in ONNX Runtime and \[2\] in torch"):
+    with pytest.raises(ParityError, match=r"output 'y' is \[1, 2\], and that of the reference \[2\]"):
         difference("y", np.zeros(2), np.zeros((1, 2)), FLOAT32)
 
 
