@@ -43,8 +43,10 @@ class Tolerance:
     rtol: float
 
     def __post_init__(self) -> None:
-        for name, value in (("atol", self.atol), ("rtol", self.rtol)):
-            if not isinstance(value, Real) or isinstance(value, bool) or not value >= 0:  # NaN is not
+        given: Mapping[str, Any] = {"atol": self.atol, "rtol": self.rtol}
+        for name, value in given.items():
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if not (number and value >= 0):  # NaN is not
                 raise ExportError(f"{name}={value!r} is no tolerance: give a number from 0 on, as {name}=1e-3")
 
 
