@@ -19,7 +19,6 @@ from lorafx.export.example import flat_example
 from lorafx.export.job import Job
 from lorafx.export.pack import plan_packing, read_int4
 from lorafx.export.parity import Tolerance, make_cases
-from lorafx.export.provenance import digest
 from lorafx.export.report import Parity
 from lorafx.export.translate import Translation, structure
 from lorafx.export.verify import check_graph, check_numbers, check_weights
@@ -36,11 +35,10 @@ _ANYTHING = Tolerance(math.inf, 0.0)
 
 @dataclass
 class Checked:
-    """What was found: of each check what people are told, each run beside torch, and the hash of the base's weights."""
+    """What was found: of each check what people are told, and each run beside torch."""
 
     checks: dict[str, str] = field(default_factory=dict)
     parity: tuple[Parity, ...] = ()
-    base_sha256: str = ""
 
 
 def check_draft(
@@ -73,8 +71,7 @@ def check_draft(
     apart = [site.name for site in sites(trained) if site.apart]
     difference = check_graph(loaded, reference, apart)
     count = check_weights(loaded, model)
-    weights = ((name, t) for name, t in base.state_dict().items() if name in translation.names)
-    found = Checked(base_sha256=digest(weights))
+    found = Checked()
     if job.no_numbers is None:
         _check_numbers(job, translation, draft, loaded, bool(requantized), progress, found)
     else:

@@ -21,7 +21,7 @@ from lorafx.export.check import Checked, check_draft
 from lorafx.export.commit import draft
 from lorafx.export.job import Job
 from lorafx.export.pack import WeightFormat, describe_errors, describe_packing, fill_packed, refuse_none
-from lorafx.export.provenance import provenance
+from lorafx.export.provenance import digesting_base, provenance
 from lorafx.export.report import ExportReport, TensorRounding
 from lorafx.export.run import Progress, Run
 from lorafx.export.settings import Settings
@@ -188,7 +188,7 @@ def export_base(
     captured = captures(gm, settings, run)
     with run.phase("merge"):
         base = _base(gm)
-    return export_job(Job(base, base, settings, captured), path, run)
+    return export_job(Job(base, base, settings, captured, model=gm), path, run)
 
 
 def _base(gm: CapturedModule) -> CapturedModule:
@@ -245,7 +245,8 @@ def export_job(job: Job, path: str | os.PathLike[str], run: Run) -> ExportReport
             fold.rounding = Rounding()
     refuse_none(settings.weight_format, job.packing.layouts, job.packing.dense)
     origin = provenance(job.trained)
-    with draft(path, settings.data_name) as file:
+    digesting = digesting_base(job.model or job.trained, job.written)
+    with draft(path, settings.data_name) as file, digesting as base_sha256:
         with run.phase("translate"):
             translation = job.express(job.graph, job.packing)
             model = translation.model
@@ -266,10 +267,10 @@ def export_job(job: Job, path: str | os.PathLike[str], run: Run) -> ExportReport
         if settings.verify:
             with run.phase("compare") as done:
                 found = check_draft(job, translation, file, requantized, done)
-            origin["base_sha256"] = found.base_sha256
         refused = [f"torch itself refuses {p.where}: {p.refused}" for p in found.parity if p.refused is not None]
         onnx_sha256 = hashlib.sha256(file.path.read_bytes()).hexdigest()
         with run.phase("sync"):
+            origin["base_sha256"] = base_sha256()
             file.commit()
     tolerance = job.tolerance(job.packing)
     return ExportReport(

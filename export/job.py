@@ -31,7 +31,8 @@ class Job:
     """``written``, in which ``folds`` take the place of tensors, becomes a file with the numbers of ``trained``.
 
     ``no_numbers`` is why these are not to be compared, if they are not; ``to_merged`` says that they are beside the
-    merged graph, which is then not what was trained.
+    merged graph, which is then not what was trained. ``model`` is the graph whose base the report has the digest of, if
+    that is another one than ``trained``.
     """
 
     trained: CapturedModule
@@ -41,6 +42,7 @@ class Job:
     folds: Mapping[str, Fold | Tensor] = field(default_factory=dict)
     no_numbers: str | None = None
     to_merged: bool = False
+    model: CapturedModule | None = None
 
     def as_called(self, gm: CapturedModule) -> CapturedModule:
         """A graph of the model's as the file is called: for inference, as a step with a cache if that is written."""

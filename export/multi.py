@@ -52,7 +52,7 @@ from lorafx.export.pack import (
     refuse_none,
 )
 from lorafx.export.parity import Tolerance, make_cases, run_case
-from lorafx.export.provenance import provenance
+from lorafx.export.provenance import digesting_base, provenance
 from lorafx.export.report import JsonReport, Parity, parity_lines
 from lorafx.export.run import Run
 from lorafx.export.runtime import ADAPTER_SUFFIX, load_adapter_file, model_version
@@ -182,7 +182,8 @@ def export_tasks(
     own_names = {name for name in job.packing.layouts if id(get_path(job.graph, name)) in own}
     packing = job.packing.without(own_names, "an adapter has a version of its own, which is an input")
     refuse_none(settings.weight_format, packing.layouts, packing.dense)
-    with draft(path) as file:
+    origin = provenance(gm, tasks)
+    with draft(path) as file, digesting_base(gm, job.written) as base_sha256:
         with run.phase("translate"):
             translation = job.express(job.graph, packing)
             refuse_none(settings.weight_format, translation.packed, translation.dense)
@@ -234,6 +235,7 @@ def export_tasks(
         else:
             checks["not checked"] = "weights and numbers (verify=False)"
         with run.phase("sync"):
+            origin["base_sha256"] = base_sha256()
             placed = _commit(file, files, stale)
     return MultiReport(
         path=os.fspath(path),
@@ -254,7 +256,7 @@ def export_tasks(
         checks=checks,
         seconds=run.seconds,
         warnings=(*job.warnings(translation), *_orphans(target, placed, sha256)),
-        provenance={name: provenance(work) for name, work in active.items()},
+        provenance=origin,
     )
 
 

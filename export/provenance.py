@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sys
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,26 +16,59 @@ from torch import Tensor
 
 from lorafx.export.weights import Stored
 from lorafx.graph import CapturedModule, get_path
-from lorafx.ir import Adapter, active_adapters, adapters
+from lorafx.ir import Adapter, active_adapters, find_adapter
 
 #: What PEFT notes in a config about the place that it was made in.
 _PLACES = frozenset({"metadata", "auto_mapping", "base_model_name_or_path"})
 
 
-def provenance(gm: CapturedModule) -> dict[str, Any]:
-    """lorafx's version, and of each adapter that is active or merged in place its settings and digest."""
-    found = {a.name: a for a in active_adapters(gm)}
-    found |= {n: adapters(gm)[n] for n in gm.meta.get("merged", ())}
+def provenance(gm: CapturedModule, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """lorafx's version, and of each adapter its settings and digest.
+
+    Args:
+        gm: the graph that holds them.
+        names: the adapters, by what to call them; None: those that are active or merged in place.
+    """
+    if names is None:
+        names = {name: name for name in (*(a.name for a in active_adapters(gm)), *gm.meta.get("merged", ()))}
+    found = {called: find_adapter(gm, name) for called, name in names.items()}
     return {
         "lorafx": sys.modules["lorafx"].__version__,  # the package, which imports this: it is there by now
         "adapters": {
-            name: {
+            called: {
                 "specs": [{k: v for k, v in s.to_dict().items() if k not in _PLACES} for s in adapter.specs],
                 "sha256": digest(_tensors(gm, adapter)),
             }
-            for name, adapter in found.items()
+            for called, adapter in found.items()
         },
     }
+
+
+@contextmanager
+def digesting_base(gm: CapturedModule, written: CapturedModule) -> Iterator[Callable[[], str]]:
+    """Take the digest of what ``written`` is of the base of ``gm`` in a thread of its own, while the block runs.
+
+    Hashing leaves the interpreter to others, and an export has it busy for longer than that takes. What is given waits
+    for the digest, and raises what the thread did.
+    """
+    tensors = _base_weights(gm, written)
+    left = threading.Event()
+    with ThreadPoolExecutor(1, "lorafx-digest") as threads:
+        found = threads.submit(digest, tensors, left.is_set)
+        try:
+            yield found.result
+        finally:
+            left.set()
+
+
+def _base_weights(gm: CapturedModule, written: CapturedModule) -> list[tuple[str, Tensor]]:
+    """What a graph reads of the model's state as the base has it, each tensor under the first of its names."""
+    saved = gm.state_dict().keys()  # a weight that is kept apart has a name of its own, and is no base's
+    names = (str(read.target) for read in written.graph.find_nodes(op="get_attr"))
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in ((name, get_path(gm, name)) for name in names if name in saved):
+        found.setdefault(id(tensor), (name, tensor))
+    return list(found.values())
 
 
 def _tensors(gm: CapturedModule, adapter: Adapter) -> Iterable[tuple[str, Tensor]]:
@@ -43,11 +80,19 @@ def _tensors(gm: CapturedModule, adapter: Adapter) -> Iterable[tuple[str, Tensor
         yield name, get_path(gm, adapter.own_name(name))
 
 
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of tensors in the order of their names: of each its name, dtype and shape as text, then its bytes."""
+def digest(tensors: Iterable[tuple[str, Tensor]], is_stopped: Callable[[], bool] = bool) -> str:
+    """SHA-256 of tensors in the order of their names: of each its name, dtype and shape as text, then its bytes.
+
+    Of nothing in particular where it is told to stop.
+    """
     found = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        for panel in Stored(tensor, tensor.dtype).panels():
-            found.update(panel.cpu().reshape(-1).view(torch.uint8).numpy().data)
+    for piece in itertools.takewhile(lambda _: not is_stopped(), _pieces(tensors)):
+        found.update(piece)
     return found.hexdigest()
+
+
+def _pieces(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[bytes | memoryview]:
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        yield f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode()
+        for panel in Stored(tensor, tensor.dtype).panels():
+            yield panel.cpu().reshape(-1).view(torch.uint8).numpy().data

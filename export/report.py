@@ -111,8 +111,8 @@ class ExportReport(JsonReport):
 
     ``str(report)`` is the report for people; :meth:`save_json` keeps it. The file itself has no record of where it
     comes from, so that the graphs of a base and of all that is merged into it can be the same to the byte;
-    ``provenance`` has: lorafx's version, the settings of each adapter, and SHA-256 digests of adapters and (where they
-    were checked) of the base's weights (:func:`lorafx.export.provenance.digest`). It names no paths, users or machines.
+    ``provenance`` has: lorafx's version, the settings of each adapter, and SHA-256 digests of adapters and of the
+    base's weights (:func:`lorafx.export.provenance.digest`). It names no paths, users or machines.
     ``bytes_changed`` is the size of those weights in the file that adapters changed. ``requantized`` has for weights
     that the file holds in int4 how far that is from what it was made of, as norms over its norm.
     ``base`` is what adapters were folded into. Where that is not what was trained, ``parity`` is beside the merged

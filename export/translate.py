@@ -58,11 +58,6 @@ class Translation:
     dense: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def names(self) -> frozenset[str]:
-        """The names in the state dict of all weights that the model holds, in whatever form."""
-        return frozenset((*self.weights, *self.packed))
-
-    @property
     def values(self) -> frozenset[ir.Value]:
         """What stands for weights, or is made from them; initializers are among these."""
         operands = (value for weight in self.packed.values() for value in weight.values)

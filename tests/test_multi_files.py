@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +16,14 @@ import pytest
 import torch
 
 import lorafx
-from lorafx import AdapterSession
+from conftest import Zoo
+from lorafx import AdapterSession, LoraSpec
 from lorafx.errors import AdapterError, ExportError, LorafxError, MergeError, ParityError
-from lorafx.export import multi
+from lorafx.export import multi, provenance
 from lorafx.export.commit import Draft
 from lorafx.graph import CapturedModule
 from several import files, several
+from zoo import FAMILIES
 
 
 def test_a_saved_report_names_no_folder(tmp_path: Path) -> None:
@@ -150,3 +156,75 @@ def test_a_layer_that_the_translation_has_not_is_named(tmp_path: Path, monkeypat
     with pytest.raises(ExportError, match=r"site 'up': expected one product with 'up\.weight' .* MatMul 'up/MatMul'"):
         lorafx.export_multi(several(), tmp_path / "model.onnx", {"a": "adalora"})
     assert files(tmp_path) == {}
+
+
+def test_what_a_file_is_of(tmp_path: Path) -> None:
+    """Checked or not, base, merged or with adapters at run time: the base has one digest, and tasks their names."""
+    gm = copy.deepcopy(several())
+    lorafx.save_adapter(gm, tmp_path / "peft", "dora")
+    tasks = {"x": tmp_path / "peft", "y": "dora"}
+    one = lorafx.export_multi(gm, tmp_path / "m.onnx", tasks, verify=False).provenance
+    assert one == lorafx.export_multi(gm, tmp_path / "m.onnx", tasks).provenance
+    assert "task_0" not in json.dumps(one)
+    assert one["adapters"]["x"]["sha256"] == one["adapters"]["y"]["sha256"]
+    lorafx.set_adapter(gm, "dora")
+    others = [
+        call(gm, tmp_path / "o.onnx", verify=verify).provenance
+        for call in (lorafx.export_base, lorafx.merge_and_export)
+        for verify in (False, True)
+    ]
+    assert {p["base_sha256"] for p in (one, *others)} == {one["base_sha256"]}
+    assert others[2]["adapters"]["dora"] == one["adapters"]["y"]
+    changed = lorafx.export_base(other_base(gm), tmp_path / "o.onnx", verify=False)
+    assert changed.provenance["base_sha256"] != one["base_sha256"]
+
+
+def test_a_base_with_a_weight_kept_apart_has_the_digest_of_what_is_merged_into_it(tmp_path: Path, zoo: Zoo) -> None:
+    gm = zoo.captured(FAMILIES["gpt2"])
+    base = lorafx.export_base(gm, tmp_path / "a.onnx", verify=False).provenance["base_sha256"]
+    lorafx.add_adapter(gm, LoraSpec(r=2, target_modules=["lm_head"], tied="untie"), "head", seed=0)
+    for call in (lorafx.export_base, lorafx.merge_and_export):
+        assert call(gm, tmp_path / "a.onnx", verify=False).provenance["base_sha256"] == base
+
+
+def digests() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("lorafx-digest")]
+
+
+def test_what_goes_wrong_in_the_thread_that_takes_the_digest_reaches_the_caller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Torn(Exception):
+        pass
+
+    def pieces(tensors: Any) -> Any:
+        if threading.current_thread() in digests():
+            raise Torn
+        return real(tensors)
+
+    real = provenance._pieces
+    monkeypatch.setattr(provenance, "_pieces", pieces)
+    with pytest.raises(Torn):
+        lorafx.export_base(several(), tmp_path / "m.onnx", verify=False)
+    with pytest.raises(Torn):
+        lorafx.export_multi(several(), tmp_path / "m.onnx", verify=False)
+    assert files(tmp_path) == {}
+
+
+def test_a_failed_export_does_not_wait_for_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = itertools.count()
+
+    def pieces(tensors: Any) -> Iterator[bytes]:
+        for _ in zip(range(1000), taken, strict=False):
+            time.sleep(0.02)
+            yield b""
+
+    def fails(*arguments: Any) -> None:
+        raise ExportError("in between")
+
+    monkeypatch.setattr(provenance, "_pieces", pieces)
+    monkeypatch.setattr("lorafx.export.export.fill", fails)
+    with pytest.raises(ExportError, match="in between"):
+        lorafx.export_base(several(), tmp_path / "m.onnx", verify=False)
+    assert digests() == []
+    assert next(taken) < 1000
