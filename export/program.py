@@ -41,6 +41,7 @@ from lorafx.errors import ExportError
 from lorafx.graph import get_path
 
 aten = torch.ops.aten
+_NUMEL = aten.sym_numel.default
 
 #: What takes operands of one dtype only, and in ONNX too.
 _ONE_DTYPE = frozenset(
@@ -61,10 +62,10 @@ class _Program(ExportedProgram):
         mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
         with torch.no_grad(), mode, enable_python_dispatcher():
             for node in list(self.graph.nodes):
-                if node.target is aten.sym_numel.default:
-                    _spell_numel(node)
-                elif node.op == "call_function" and (node.target in table or _never_whole(node.target)):
+                if node.op == "call_function" and (node.target in table or _never_whole(node.target)):
                     _decompose(node, table)
+            for node in self.graph.find_nodes(op="call_function", target=_NUMEL):  # a reshape to -1 comes to one, too
+                _spell_numel(node)
         self.graph_signature.output_specs = _output_specs(self.graph)
         self.graph.eliminate_dead_code()
         self.graph.lint()
@@ -280,7 +281,8 @@ def _spell_numel(node: Node) -> None:
 
 def _never_whole(target: Any) -> bool:
     """Whether torch always takes this operator apart: those that may return their argument, and some that write."""
-    return isinstance(target, OpOverload) and _is_cia_op(target) and not _is_preservable_cia_op(target)
+    composite = isinstance(target, OpOverload) and target is not _NUMEL and _is_cia_op(target)
+    return composite and not _is_preservable_cia_op(target)
 
 
 def _decompose(node: Node, table: Mapping[Any, Callable[..., Any]]) -> None:
