@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -48,3 +49,18 @@ def named_as_in(model: nn.Module, tensors: Mapping[str, Tensor], where: object) 
                 "loads: load the model with its from_pretrained, and give that to lorafx.apply"
             )
     return found
+
+
+def without_expected(
+    model: nn.Module, missing: Iterable[str], unread: Iterable[str]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Names of the model that no file has, and of the files that the model has not, as far as something is amiss.
+
+    What transformers knows of, it drops in silence: buffers that older releases saved, weights that a model computes.
+    Which these are is the model's own knowledge (and, for names that are the same everywhere, transformers').
+    """
+    info = SimpleNamespace(missing_keys=set(missing), unexpected_keys=set(unread))
+    adjust: Any = getattr(model, "_adjust_missing_and_unexpected_keys", None)
+    if adjust is not None:
+        adjust(info)
+    return frozenset(info.missing_keys), frozenset(info.unexpected_keys)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafx.adapter_files import read_spec
+from lorafx.adapter_files import StoredAdapter
 from lorafx.api import apply, captured
 from lorafx.errors import CheckpointError, MergeError, NotFiniteError
 from lorafx.export.cast import captures
@@ -66,8 +66,10 @@ def export_checkpoint(
         model: a transformers config, the folder of one (``config.json``), or a module whose parameters are on the meta
             device. Buffers that are computed and not saved (rotary frequencies) must hold values.
         weights_dir: a folder with ``model.safetensors`` or ``model.safetensors.index.json``. Tied tensors may be in it
-            under one of their names, or under all with the same values.
-        adapter_dir: an adapter in PEFT's format; None: the base alone.
+            under one of their names, or under all with the same values. What the model has no place for (another head)
+            is not read, and listed in ``report.warnings``.
+        adapter_dir: an adapter in PEFT's format; None: the base alone. What it has trained whole (``modules_to_save``)
+            the checkpoint may lack.
         path: the ``.onnx`` file, as for :func:`lorafx.merge_and_export`; so are all the other arguments.
         verify: (c), the comparison of numbers, is left out, and the report says so, where ONNX Runtime and torch would
             not both fit into memory with the model.
@@ -76,10 +78,10 @@ def export_checkpoint(
         tied: as in :class:`lorafx.LoraSpec`, for an adapter of a weight with another use: its file does not say it.
 
     Raises:
-        CheckpointError: the files are damaged, or do not fit the model: missing, extra and wrongly shaped tensors are
-            listed, and a parameter that holds NaN or Inf is named with its file. (A flipped bit that makes another
-            number is not seen: the format has no checksums. ``report.provenance["base_sha256"]`` tells such files
-            apart.)
+        CheckpointError: the files are damaged, or do not fit the model: missing and wrongly shaped tensors are listed
+            beside those that it has no place for; and a parameter that holds NaN or Inf is named with its file. (A
+            flipped bit that makes another number is not seen: the format has no checksums.
+            ``report.provenance["base_sha256"]`` tells such files apart.)
         AdapterError, MergeError, ParityError, ExportError: as :func:`lorafx.load_adapter` and
             :func:`lorafx.merge_and_export`. Nothing is written.
     """
@@ -100,25 +102,31 @@ def export_checkpoint(
         raise MergeError(
             "base, original and requantize say what an adapter is folded into, and adapter_dir is None: leave them out"
         )
-    spec = None if adapter_dir is None else replace(read_spec(Path(adapter_dir)), tied=tied)
+    adapter = None if adapter_dir is None else StoredAdapter.read(Path(adapter_dir))
+    spec = None if adapter is None else replace(adapter.spec, tied=tied)
+    brought = () if adapter is None else [key for key in adapter.whole if adapter.trains(key)]
     tensors = read_weights(Path(weights_dir))
     with reading_ahead(Path(weights_dir), _available_memory() // 2):  # the capture leaves the disk idle
-        whole = model_over(tensors, Path(weights_dir), model)
+        fitted = model_over(tensors, Path(weights_dir), model, brought)
         run = Run(progress)
         with run.phase("capture"):
             if spec is None:
-                gm = captured(whole, example_inputs, dynamic_shapes)
+                gm = captured(fitted.model, example_inputs, dynamic_shapes)
             else:
-                gm = apply(whole, spec, example_inputs, dynamic_shapes=dynamic_shapes, seed=0, backend="reference")
+                gm = apply(
+                    fitted.model, spec, example_inputs, dynamic_shapes=dynamic_shapes, seed=0, backend="reference"
+                )
                 load_adapter(gm, Path(str(adapter_dir)))
             gm.eval()
         extra, no_numbers = captures(gm, settings, run), _too_large(gm)
         try:
             if spec is None:
-                return export_job(Job(gm, gm, settings, extra, no_numbers=no_numbers), path, run)
-            return export_merged(gm, path, run, settings, extra, base, original, requantize, no_numbers)
+                report = export_job(Job(gm, gm, settings, extra, no_numbers=no_numbers), path, run)
+            else:
+                report = export_merged(gm, path, run, settings, extra, base, original, requantize, no_numbers)
         except NotFiniteError as error:
             raise CheckpointError(f"{file_of(Path(weights_dir), error.weight)}: {error}") from error
+    return replace(report, warnings=(*fitted.notes, *report.warnings))
 
 
 def _too_large(gm: CapturedModule) -> str | None:

@@ -81,3 +81,7 @@ class FixedDimensionWarning(UserWarning):
 
 class FrozenHeadWarning(UserWarning):
     """A head that looks freshly initialised gets no adapter and does not train."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint holds tensors that its model has no place for, and that are not read."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lorafx.checkpoint_names import named_as_in
-from lorafx.errors import CheckpointError, LorafxError
-from lorafx.packed_files import as_held, with_packed_weights
-from lorafx.shards import main_dtype, read_shards
-
-#: How many bytes of tensors whose dtype in the files is not the module's are converted, which takes memory.
-_CONVERTED_LIMIT = 2**26
+from lorafx.errors import CheckpointError, CheckpointWarning, LorafxError
+from lorafx.fitting import Fitted, put_tensors
+from lorafx.packed_files import with_packed_weights
+from lorafx.shards import file_of, main_dtype, read_shards
 
 
 class SourceError(LorafxError):
@@ -47,31 +44,47 @@ def load_pretrained(
     Returns:
         The module in eval mode, its parameters frozen.
 
+    Warns:
+        CheckpointWarning: the files hold tensors that the model has no place for (another head), which are not read.
+
     Raises:
         CheckpointError: files are missing or damaged (a quantized weight's state included), are of fp4, or do not fit
-            the model: missing, extra and wrongly shaped tensors are listed.
+            the model: missing and wrongly shaped tensors are listed, and those that it has no place for.
         SourceError: there is no config, or none of a model that transformers has.
     """
     folder = Path(weights_dir)
-    return model_over(read_weights(folder), folder, folder if model is None else model).eval()
+    fitted = model_over(read_weights(folder), folder, folder if model is None else model)
+    for note in fitted.notes:
+        warnings.warn(note, CheckpointWarning, stacklevel=2)
+    return fitted.model.eval()
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint's folder, mapped; quantized ones as they are.
 
     Raises:
-        CheckpointError: files are missing or damaged.
+        CheckpointError: files are missing or damaged, or quantized in a way that lorafx does not read.
     """
-    return with_packed_weights(read_shards(folder), folder)
+    tensors = with_packed_weights(read_shards(folder), folder)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize == 1:
+            raise CheckpointError(
+                f"{file_of(folder, name)}: '{name}' is stored as {tensor.dtype}, which is a weight together with its "
+                "scales only, and lorafx does not read these: save the model in bfloat16 (in transformers: "
+                "from_pretrained with a quantization_config that has dequantize=True, then save_pretrained)"
+            )
+    return tensors
 
 
-def model_over(tensors: Mapping[str, Tensor], folder: Path, model: nn.Module | Any) -> nn.Module:
+def model_over(
+    tensors: Mapping[str, Tensor], folder: Path, model: nn.Module | Any, brought: Collection[str] = ()
+) -> Fitted:
     """A module, or that of a config in the dtype of the files, over these tensors; errors as :func:`load_pretrained`.
 
-    ``folder`` is where they are from.
+    ``folder`` is where they are from; ``brought`` may be absent, as :func:`lorafx.fitting.put_tensors` says.
     """
     found = model if isinstance(model, nn.Module) else model_on_meta(model, main_dtype(tensors))
-    return put_tensors(found, tensors, folder)
+    return put_tensors(found, tensors, folder, brought)
 
 
 def model_on_meta(config: Any, dtype: torch.dtype) -> nn.Module:
@@ -127,70 +140,3 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-def put_tensors(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> nn.Module:
-    """A copy of a module that has these tensors for its parameters and saved buffers; ties stay tied.
-
-    Raises:
-        CheckpointError: they do not fit, with a list of what is missing, extra, of another shape or untied; or
-            something is on the meta device that no file has.
-    """
-    tensors = named_as_in(model, tensors, folder)
-    whole = copy.deepcopy(model)
-    problems: list[str] = []
-    converted = 0
-    names: dict[int, list[str]] = {}
-    places = Places(whole)
-    wanted = dict(whole.state_dict(keep_vars=True))
-    for name, old in wanted.items():
-        names.setdefault(id(old), []).append(name)
-    for aliases in names.values():
-        old = wanted[aliases[0]]
-        given = [name for name in aliases if name in tensors]
-        if not given:
-            problems.append(f"missing: {aliases[0]} {list(old.shape)}")
-            continue
-        new = as_held(tensors[given[0]], old, whole.get_submodule(given[0].rpartition(".")[0]))
-        if new.shape != old.shape:
-            problems.append(f"{given[0]}: shape {list(new.shape)}, expected {list(old.shape)}")
-            continue
-        if differing := [n for n in given[1:] if not torch.equal(tensors[n], tensors[given[0]])]:
-            problems.append(f"'{given[0]}' and '{differing[0]}' are one tensor in the model and differ in the files")
-        if new.dtype is not old.dtype:
-            converted += new.nbytes
-            if new.is_floating_point() != old.is_floating_point() or converted > _CONVERTED_LIMIT:
-                problems.append(f"{given[0]}: {new.dtype}, and {old.dtype} in the model; make the model in {new.dtype}")
-                continue
-            new = new.to(old.dtype)
-        places.put(old, new)
-    known = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    extra = [n for n in tensors if n not in wanted and not any(re.search(pattern, n) for pattern in known)]
-    problems += [f"not of this model: {name}" for name in sorted(extra)]
-    if not problems:
-        left = [n for n, t in (*whole.named_parameters(), *whole.named_buffers()) if t.is_meta]
-        problems = [
-            f"'{name}' is on the meta device and in no file: it is computed, so make the model with its buffers (give "
-            "its config, or make it inside lorafx.pretrained.parameters_on_meta())"
-            for name in left
-        ]
-    if problems:
-        shown = [*problems[:12], *([f"and {len(problems) - 12} more"] if len(problems) > 12 else [])]
-        raise CheckpointError("\n  - ".join((f"{folder}: the checkpoint does not fit the model:", *shown)))
-    return whole
-
-
-class Places:
-    """Where a module's tensors are, to replace each under all its names."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._of: dict[int, list[tuple[dict[str, Any], str]]] = {}
-        for module in model.modules():
-            for store in (module._parameters, module._buffers):
-                for name, held in store.items():
-                    self._of.setdefault(id(held), []).append((store, name))
-
-    def put(self, old: Tensor, new: Tensor) -> None:
-        value = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
-        for store, name in self._of[id(old)]:
-            store[name] = value

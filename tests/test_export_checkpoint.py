@@ -231,7 +231,7 @@ def test_a_few_tensors_in_another_dtype_are_converted(
 ) -> None:
     edit(whole(base), lambda t: t.update({"model.norm.weight": t["model.norm.weight"].bfloat16()}))
     assert export_checkpoint(CONFIG, base, None, tmp_path / "m.onnx", verify=False).precision == "float32"
-    monkeypatch.setattr("lorafx.pretrained._CONVERTED_LIMIT", 8)
+    monkeypatch.setattr("lorafx.fitting._CONVERTED_LIMIT", 8)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight: torch.bfloat16, and torch.float32 in the model"):
         export_checkpoint(CONFIG, base, None, tmp_path / "m.onnx", verify=False)
 
