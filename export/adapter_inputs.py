@@ -16,7 +16,6 @@ should read: by structure, never by shapes or names of nodes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,12 +26,13 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from lorafx.errors import ExportError
+from lorafx.export.input_names import GAIN, SHIFT, WHOLE, A, B, Naming
 from lorafx.export.pack import AROUND
 from lorafx.export.repeat import CALL, number_calls
 from lorafx.export.translate import Translation
 from lorafx.export.weights import fill
 from lorafx.graph import CapturedModule, get_path, notes
-from lorafx.ir import Adapter, Site, adapters, layer_nodes
+from lorafx.ir import Adapter, Site, adapters
 from lorafx.kernels.rounding import round_once
 from lorafx.ops import LAYERS, updates
 from lorafx.passes.fold import Fold, scaled_rows
@@ -40,42 +40,8 @@ from lorafx.passes.layers import arguments_of
 from lorafx.passes.residual import plain_factors
 from lorafx.variants import VARIANTS
 
-#: What names inputs: from a site's path and a role.
-Naming = Callable[[str, str], str]
-
-A, B, GAIN, SHIFT = "lora_A", "lora_B", "lora_gain", "lora_shift"
-#: The role of a tensor that is an input as a whole, which keeps its own name, if a naming has any for it.
-WHOLE = "whole"
-
 _PRODUCTS = frozenset({"MatMul", "Gemm", "Gather", "Conv", "MatMulBnb4"})
 _THROUGH = frozenset({"Transpose", "Cast", "Identity"})
-#: The decoder layers that onnxruntime-genai's model builder has names for: the basenames of ``make_attention`` and
-#: ``make_mlp_proj``, to which ``make_matmul_lora`` adds ``lora_A`` and ``lora_B`` before the last part, and
-#: ``make_matmul_float`` ``weight`` (its src/python/py/models/builder.py). What it does for other MLPs (fc1, fc2),
-#: experts or packed projections is not the same for all models, and is refused.
-_GENAI = re.compile(r"(?:model\.)?layers\.(\d+)\.(?:self_(attn\.[qkvo]_proj)|(mlp\.(?:gate|up|down)_proj))")
-
-
-def site_name(site: str, role: str) -> str:
-    """lorafx's own names: ``model.layers.0.self_attn.q_proj.lora_A``."""
-    return f"{site}.{role}"
-
-
-def genai_name(site: str, role: str) -> str:
-    """The names that onnxruntime-genai's model builder gives: ``model.layers.0.attn.q_proj.lora_A.MatMul.weight``.
-
-    Raises:
-        ExportError: it has none for this.
-    """
-    found = _GENAI.fullmatch(site)
-    if found is None or role not in (A, B):
-        what = f"'{site}'" if found is None else f"the {role.removeprefix('lora_')} of '{site}'"
-        raise ExportError(
-            f"onnxruntime-genai has no name for {what}: it knows lora_A and lora_B of q, k, v, o, gate, up and "
-            "down_proj of a decoder's layers. Export with naming='lorafx'"
-        )
-    number, attention, mlp = found.groups()
-    return f"model.layers.{number}.{attention or mlp}.{role}.MatMul.weight"
 
 
 @dataclass(frozen=True)
@@ -118,21 +84,28 @@ class Inputs:
     whole: tuple[str, ...]
 
 
-def find_inputs(gm: CapturedModule, graph: CapturedModule, names: Iterable[str], naming: Naming) -> Inputs:
+def find_inputs(
+    gm: CapturedModule,
+    graph: CapturedModule,
+    names: Iterable[str],
+    naming: Naming,
+    made: Mapping[str, Sequence[Node]],
+) -> Inputs:
     """What adapters need.
 
     Args:
         gm: the graph that holds the adapters.
-        graph: the one for inference that is translated, without adapters, whose nodes have the same names.
+        graph: the one for inference that is translated, without adapters.
         names: the adapters.
         naming: what to call inputs.
+        made: the calls of each layer, in a graph whose nodes have the names of those in ``graph``.
 
     Raises:
         ExportError: what an adapter changes cannot be an input (names the site), or two inputs have one name.
     """
     numbers = _numbers(graph)
     nodes = {node.name: node for node in graph.graph.nodes}
-    calls = {layer: [nodes[n.name] for n in found if n.name in nodes] for layer, found in layer_nodes(gm).items()}
+    calls = {layer: [nodes[n.name] for n in found if n.name in nodes] for layer, found in made.items()}
     roles: dict[str, dict[str, None]] = {}
     first: dict[str, Site] = {}
     whole: dict[str, None] = {}

@@ -26,7 +26,7 @@ from lorafx.export.pack import DENSE, Plan
 from lorafx.export.parity import Session, Tolerance, difference, random_like, run_torch
 from lorafx.export.report import OutputParity, Parity
 from lorafx.export.translate import Translation, output_names, translate
-from lorafx.export.verify import open_runtime
+from lorafx.export.verify import Runtime, open_runtime
 from lorafx.graph import CapturedModule
 from lorafx.signature import Signature
 
@@ -129,32 +129,58 @@ def check_generation(
         ParityError: logits are further off than the tolerance allows.
         ExportError: the torch graph does not take sequences of all lengths, so that there is nothing to compare with.
     """
-    parities: list[Parity] = []
-    same = count = 0
-    index = output_names(graph).index("logits")
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         runtime = open_runtime(path, graph, dtype, Path(scratch), name)
-        for done, batch in enumerate(prompts):
-            worst: OutputParity | None = None
-            for row, (logits, tokens) in zip(batch.rows, generate(runtime.session, batch), strict=True):
-                fed = torch.cat([row, torch.from_numpy(tokens[:-1])])[None]
-                expected = _run_whole(runtime.graph, fed)[index][0]
-                found = difference("logits", expected, logits, tolerance)
-                worst = found if worst is None or found.max_abs > worst.max_abs else worst
-                same += int((expected[-len(tokens) :].argmax(-1) == tokens).sum())
-                count += len(tokens)
-            assert worst is not None
-            sizes = {"batch": len(batch.rows), "prompt": batch.length, "tokens": STEPS}
-            parity = Parity(batch.origin, sizes, f"{runtime.reference}, no cache", runtime.session.ran, (worst,))
-            if not parity.passed:
-                raise ParityError(
-                    f"ONNX Runtime (running {parity.ran}) with its cache and the torch graph ({parity.reference}) "
-                    f"disagree on {parity.where}: the logits by {worst.max_abs:.3g} (relative {worst.relative:.3g}), "
-                    f"allowed is {worst.allowed:.3g}"
-                )
-            parities.append(parity)
-            progress((done + 1) / len(prompts))
-    return tuple(parities), f"{same} of {count} tokens generated with the cache are torch's without one", runtime.note
+        found = continue_prompts(runtime, prompts, tolerance, progress)
+        return found.parity, found.text, runtime.note
+
+
+@dataclass(frozen=True)
+class Continued:
+    """What was run to continue prompts, and how many of the ``count`` new tokens are the ``same`` as torch's."""
+
+    parity: tuple[Parity, ...]
+    same: int
+    count: int
+
+    @property
+    def text(self) -> str:
+        """The tokens in words."""
+        return f"{self.same} of {self.count} tokens generated with the cache are torch's without one"
+
+
+def continue_prompts(
+    runtime: Runtime, prompts: Sequence[Prompts], tolerance: Tolerance, progress: Callable[[float], None]
+) -> Continued:
+    """:func:`check_generation` with a file that is open.
+
+    Raises:
+        ParityError, ExportError: as there.
+    """
+    parities: list[Parity] = []
+    same = count = 0
+    index = output_names(runtime.graph).index("logits")
+    for done, batch in enumerate(prompts):
+        worst: OutputParity | None = None
+        for row, (logits, tokens) in zip(batch.rows, generate(runtime.session, batch), strict=True):
+            fed = torch.cat([row, torch.from_numpy(tokens[:-1])])[None]
+            expected = _run_whole(runtime.graph, fed)[index][0]
+            found = difference("logits", expected, logits, tolerance)
+            worst = found if worst is None or found.max_abs > worst.max_abs else worst
+            same += int((expected[-len(tokens) :].argmax(-1) == tokens).sum())
+            count += len(tokens)
+        assert worst is not None
+        sizes = {"batch": len(batch.rows), "prompt": batch.length, "tokens": STEPS}
+        parity = Parity(batch.origin, sizes, f"{runtime.reference}, no cache", runtime.session.ran, (worst,))
+        if not parity.passed:
+            raise ParityError(
+                f"ONNX Runtime (running {parity.ran}) with its cache and the torch graph ({parity.reference}) "
+                f"disagree on {parity.where}: the logits by {worst.max_abs:.3g} (relative {worst.relative:.3g}), "
+                f"allowed is {worst.allowed:.3g}"
+            )
+        parities.append(parity)
+        progress((done + 1) / len(prompts))
+    return Continued(tuple(parities), same, count)
 
 
 def generate(session: Session, prompts: Prompts) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:

@@ -22,56 +22,38 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime as ort
+from torch.fx import Node
 
 from lorafx.checks import format_bytes
-from lorafx.errors import AdapterError, ExportError, MergeError, ParityError
-from lorafx.export.adapter_inputs import (
-    A,
-    Inputs,
-    adapter_values,
-    find_inputs,
-    genai_name,
-    insert_inputs,
-    site_name,
-)
+from lorafx.errors import AdapterError, ExportError, MergeError
+from lorafx.export.adapter_file import ADAPTER_SUFFIX, load_adapter_file, model_version, write_adapter
+from lorafx.export.adapter_inputs import Inputs, adapter_values, find_inputs, insert_inputs
 from lorafx.export.cast import captures
 from lorafx.export.commit import Draft, draft
+from lorafx.export.input_names import A, genai_name, site_name
 from lorafx.export.job import Job
-from lorafx.export.pack import (
-    describe_packing,
-    fill_packed,
-    refuse_none,
-)
-from lorafx.export.parity import Tolerance, make_cases, run_case
+from lorafx.export.multi_check import Checked, TaskDraft, check_tasks
+from lorafx.export.pack import Plan, describe_packing, fill_packed, refuse_none
 from lorafx.export.provenance import digesting_base, provenance
-from lorafx.export.report import JsonReport, Parity, parity_lines
+from lorafx.export.report import FileReport, Parity, parity_lines
 from lorafx.export.run import Run
-from lorafx.export.runtime import ADAPTER_SUFFIX, load_adapter_file, model_version
 from lorafx.export.settings import Settings
 from lorafx.export.translate import output_names
-from lorafx.export.verify import Runtime, check_weights, open_runtime
 from lorafx.export.weights import fill
-from lorafx.export.widen import widen_graph
 from lorafx.graph import CapturedModule, get_path, share
-from lorafx.ir import adapters, find_adapter
+from lorafx.ir import adapters, find_adapter, layer_nodes
+from lorafx.ops import LAYERS
 from lorafx.passes.activate import activate
-from lorafx.passes.inference import inference
+from lorafx.passes.candidates import candidates
 from lorafx.passes.merge import unadapted
 
-Array = npt.NDArray[Any]
 Naming = Literal["lorafx", "genai"]
-
-#: The version of lorafx's inputs, in each file as ``adapter_version``.
-ADAPTER_VERSION = 1
 
 _NAMES: Mapping[str, Callable[[str, str], str]] = {"lorafx": site_name, "genai": genai_name}
 
@@ -94,32 +76,16 @@ class TaskFile:
     parity: tuple[Parity, ...] = ()
 
 
-@dataclass(frozen=True)
-class MultiReport(JsonReport):
+@dataclass(frozen=True, kw_only=True)
+class MultiReport(FileReport):
     """What :func:`lorafx.export_multi` wrote and checked; ``str(report)`` is for people.
 
-    ``inputs`` are those that a call must give, ``optional`` counts the others, ``base`` are the runs without adapter.
+    ``optional`` counts the inputs that a call may leave out, ``base`` are the runs without adapter.
     """
 
-    path: str
-    data_paths: tuple[str, ...]
-    onnx_bytes: int
-    data_bytes: int
-    onnx_sha256: str
-    opset: int
-    nodes: int
-    inputs: Mapping[str, str]
-    outputs: tuple[str, ...]
     optional: int
-    precision: str
-    atol: float
-    rtol: float
     tasks: Mapping[str, TaskFile]
     base: tuple[Parity, ...] = ()
-    checks: Mapping[str, str] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def max_abs(self) -> float:
@@ -128,15 +94,7 @@ class MultiReport(JsonReport):
         return max((o.max_abs for p in runs for o in p.outputs), default=0.0)
 
     def __str__(self) -> str:
-        size = format_bytes(self.onnx_bytes)
-        if self.data_paths:
-            size += f" + {format_bytes(self.data_bytes)} of weights"
-        lines = [
-            f"ONNX file    {self.path}  ({size})",
-            f"graph        {self.nodes} nodes, opset {self.opset}; {self.optional} optional inputs",
-            f"inputs       {', '.join(f'{name} {shape}' for name, shape in self.inputs.items())}",
-            f"outputs      {', '.join(self.outputs)}",
-        ]
+        lines = self._head(f"opset {self.opset}; {self.optional} optional inputs")
         for name, task in self.tasks.items():
             low, high = task.ranks
             what = f"{task.branches} layers, rank {low}" + (f" to {high}" if high != low else "")
@@ -145,12 +103,11 @@ class MultiReport(JsonReport):
                 more = f" and {len(task.whole) - 3} more" if len(task.whole) > 3 else ""
                 what += f"; its own {', '.join(task.whole[:3])}{more}"
             lines.append(f"{name:<12} {task.path}  ({format_bytes(task.size)}): {what}")
-        lines += [f"{name:<12} {result}" for name, result in self.checks.items()]
+        lines += self._checks()
         for name, runs in (("no adapter", self.base), *((n, t.parity) for n, t in self.tasks.items())):
             if runs:
                 lines += ["", f"{name}:", *parity_lines(runs)]
-        lines += ["", "seconds      " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())]
-        return "\n".join([*lines, *(f"warning      {warning}" for warning in self.warnings)])
+        return "\n".join([*lines, *self._tail()])
 
 
 def export_tasks(
@@ -166,22 +123,14 @@ def export_tasks(
     Raises:
         AdapterError, MergeError, ParityError, ExportError: as there.
     """
-    _refuse(gm, tasks, naming)
-    if settings.weight_format == "nbits":
-        raise ExportError(
-            "weight_format='nbits' quantizes the base once more, to other values than those that adapters were trained "
-            "on: 'bnb4' keeps an nf4 base as it is; or merge an adapter first (merge_and_export)"
-        )
+    _refuse(gm, tasks, naming, settings)
     target = Path(os.path.realpath(path))
     captured = captures(gm, settings, run)
     with run.phase("merge"):
         job = Job(gm, unadapted(gm) if adapters(gm) else gm, settings, captured)
         active = {name: _active(gm, adapter) for name, adapter in tasks.items()}
-        inputs = find_inputs(gm, job.graph, tasks.values(), _NAMES[naming])
-    own = {id(get_path(job.graph, name)) for name in inputs.whole}
-    own_names = {name for name in job.packing.layouts if id(get_path(job.graph, name)) in own}
-    packing = job.packing.without(own_names, "an adapter has a version of its own, which is an input")
-    refuse_none(settings.weight_format, packing.layouts, packing.dense)
+        inputs = find_inputs(gm, job.graph, tasks.values(), _NAMES[naming], _calls(gm, job, tasks.values()))
+    packing = _packing(job, inputs)
     origin = provenance(gm, tasks)
     with draft(path) as file, digesting_base(gm, job.written) as base_sha256:
         with run.phase("translate"):
@@ -200,43 +149,22 @@ def export_tasks(
                 name: adapter_values(work, tasks[name], job.graph, translation, inputs, whole, job.source)
                 for name, work in active.items()
             }
-            files = {
-                name: write_adapter(file.path.parent / f"{name}{ADAPTER_SUFFIX}", held, model_version(sha256))
+            drafts = [
+                TaskDraft(name, active[name], held, _write_beside(file, name, held, model_version(sha256)))
                 for name, held in values.items()
-            }
-        stale = _stale(target, files, sha256)
-        checks = {"onnx.checker": "passed, with shape inference"}
-        if translation.packed:
-            checks["packed"] = describe_packing(translation.packed)
-        parity: dict[str | None, tuple[Parity, ...]] = {}
+            ]
+        stale = _stale(target, drafts, sha256)
         tolerance = job.tolerance(packing)
+        found = Checked({"not checked": "weights and numbers (verify=False)"})
         if settings.verify:
             with run.phase("compare") as done:
-                count = check_weights(ir.load(file.path), model)
-                for name, place in files.items():
-                    _check_values(place, values[name], name)
-                unmerged = {name: inference(work) for name, work in active.items()}
-                plain = widen_graph(job.plain) if job.is_cast else job.plain
-                runtime = open_runtime(file.path, plain, job.dtype, file.path.parent)
-                cases = make_cases(job.example.compared, translation.dims, job.plain.signature.ranges)
-                for number, (task, reference) in enumerate([(None, runtime.graph), *unmerged.items()]):
-                    held = None
-                    if task is not None:
-                        wide = runtime.note is not None or job.is_cast
-                        reference = widen_graph(reference) if wide else reference
-                        held = files[task] if runtime.note is None else _widened(files[task], values[task])
-                    parity[task] = _compare(runtime, reference, task, held, cases, tolerance)
-                    done((number + 1) / (len(files) + 1))
-            checks["same weights"] = f"{count} initializers in the file, to the bit, and all that adapters hold"
-            agreed = sum(p.refused is None for runs in parity.values() for p in runs)
-            checks["same numbers"] = f"{agreed} runs agree with torch, without an adapter and with each"
-            if runtime.note is not None:
-                checks["not run"] = runtime.note
-        else:
-            checks["not checked"] = "weights and numbers (verify=False)"
+                found = check_tasks(job, translation, file, drafts, tolerance, done)
         with run.phase("sync"):
             origin["base_sha256"] = base_sha256()
-            placed = _commit(file, files, stale)
+            placed = _commit(file, drafts, stale)
+    checks = {"onnx.checker": "passed, with shape inference"}
+    if translation.packed:
+        checks["packed"] = describe_packing(translation.packed)
     return MultiReport(
         path=os.fspath(path),
         data_paths=tuple(map(str, file.data)),
@@ -251,16 +179,16 @@ def export_tasks(
         precision=str(job.dtype).removeprefix("torch."),
         atol=tolerance.atol,
         rtol=tolerance.rtol,
-        tasks={name: _described(placed[name], values[name], inputs, whole, parity.get(name, ())) for name in files},
-        base=parity.get(None, ()),
-        checks=checks,
+        tasks={n: _described(p, values[n], inputs, whole, found.parity.get(n, ())) for n, p in placed.items()},
+        base=found.parity.get(None, ()),
+        checks={**checks, **found.checks},
         seconds=run.seconds,
         warnings=(*job.warnings(translation), *_orphans(target, placed, sha256)),
         provenance=origin,
     )
 
 
-def _refuse(gm: CapturedModule, tasks: Mapping[str, str], naming: str) -> None:
+def _refuse(gm: CapturedModule, tasks: Mapping[str, str], naming: str, settings: Settings) -> None:
     if naming not in _NAMES:
         raise ExportError(f"naming={naming!r} is none of {', '.join(map(repr, _NAMES))}")
     if not tasks:
@@ -271,6 +199,43 @@ def _refuse(gm: CapturedModule, tasks: Mapping[str, str], naming: str) -> None:
         raise MergeError(
             f"{', '.join(merged)} is merged in place, and the file's base is the model without it: call unmerge(gm)"
         )
+    if settings.weight_format == "nbits":
+        raise ExportError(
+            "weight_format='nbits' quantizes the base once more, to other values than those that adapters were trained "
+            "on: 'bnb4' keeps an nf4 base as it is; or merge an adapter first (merge_and_export)"
+        )
+
+
+def _calls(gm: CapturedModule, job: Job, names: Iterable[str]) -> Mapping[str, Sequence[Node]]:
+    """The calls of adapted layers, by the layer, in a graph that has the names of the one that is written.
+
+    Raises:
+        ExportError: the model's code, with a cache, has no call of an adapted layer.
+    """
+    found = layer_nodes(gm)
+    if job.captured.step is None:
+        return found
+    step = {layer.name: layer.nodes for layer in candidates(job.plain)}
+    adapted = (site for name in names for site in adapters(gm)[name].sites if site.kind in LAYERS and site.r > 0)
+    if missing := [site for site in adapted if site.layer in found and site.layer not in step]:
+        raise ExportError(
+            f"kv_cache=True: site '{missing[0].name}' (adapter '{missing[0].adapter}') is not called where the model's "
+            "code runs with a cache. Adapt without this layer, or export with kv_cache=False"
+        )
+    return step
+
+
+def _packing(job: Job, inputs: Inputs) -> Plan:
+    """Which weights are to be packed: not those that an adapter has a version of its own of."""
+    own = {id(get_path(job.graph, name)) for name in inputs.whole}
+    own_names = {name for name in job.packing.layouts if id(get_path(job.graph, name)) in own}
+    packing = job.packing.without(own_names, "an adapter has a version of its own, which is an input")
+    refuse_none(job.settings.weight_format, packing.layouts, packing.dense)
+    return packing
+
+
+def _write_beside(file: Draft, task: str, values: Mapping[str, ir.TensorProtocol], version: int) -> Path:
+    return write_adapter(file.path.with_name(f"{task}{ADAPTER_SUFFIX}"), values, version)
 
 
 def _active(gm: CapturedModule, adapter: str) -> CapturedModule:
@@ -281,79 +246,7 @@ def _active(gm: CapturedModule, adapter: str) -> CapturedModule:
     return work
 
 
-def write_adapter(path: Path, values: Mapping[str, ir.TensorProtocol], version: int) -> Path:
-    """Write ONNX Runtime's adapter file.
-
-    Raises:
-        ExportError: it cannot be written.
-    """
-    made = ort.AdapterFormat()
-    made.set_adapter_version(ADAPTER_VERSION)
-    made.set_model_version(version)
-    arrays = {name: np.ascontiguousarray(values[name].numpy()) for name in sorted(values)}  # referred to
-    made.set_parameters({name: _ort_value(array, values[name].dtype) for name, array in arrays.items()})
-    try:
-        made.export_adapter(str(path))
-    except RuntimeError as error:  # all that ONNX Runtime says is where in its code it could not
-        raise ExportError(
-            f"cannot write {path.name}, of {format_bytes(sum(a.nbytes for a in arrays.values()))}: give a path in a "
-            f"folder that may be written and has room (ONNX Runtime: {str(error).splitlines()[0]})"
-        ) from error
-    return path
-
-
-def _ort_value(array: Array, dtype: ir.DataType) -> ort.OrtValue:
-    if dtype is ir.DataType.BFLOAT16:
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), int(dtype))
-    return ort.OrtValue.ortvalue_from_numpy(array)
-
-
-def _widened(path: Path, values: Mapping[str, ir.TensorProtocol]) -> Path:
-    """An adapter for the float32 twin."""
-    wide = {
-        name: ir.tensor(t.numpy().astype(np.float32)) if t.dtype.is_floating_point() else t
-        for name, t in values.items()
-    }
-    return write_adapter(path.with_name(f"twin_{path.name}"), wide, 0)
-
-
-def _check_values(path: Path, values: Mapping[str, ir.TensorProtocol], task: str) -> None:
-    """Hold what a file has to what was to be written, bit for bit."""
-    found = load_adapter_file(path)
-    if set(found.values) != set(values) or any(found.data(name) != held.tobytes() for name, held in values.items()):
-        raise ParityError(f"the file of '{task}' does not hold what was written to it")
-
-
-def _compare(
-    runtime: Runtime,
-    reference: CapturedModule,
-    task: str | None,
-    file: Path | None,
-    cases: Iterable[Any],
-    tolerance: Tolerance,
-) -> tuple[Parity, ...]:
-    names = output_names(reference)
-    what = "without an adapter" if task is None else f"with adapter '{task}'"
-    rows = []
-    adapter = ort.LoraAdapter()  # which run options refer to, and do not keep
-    runtime.session.run_options = None
-    if file is not None:
-        adapter.Load(str(file))
-        runtime.session.run_options = ort.RunOptions()
-        runtime.session.run_options.add_active_adapter(adapter)
-    for case in cases:
-        row = run_case(case, names, runtime.session, reference, what, tolerance, runtime.prepare)
-        if not row.passed:
-            worst = max(row.outputs, key=lambda o: o.max_abs - o.allowed)
-            raise ParityError(
-                f"ONNX Runtime (running {row.ran}) and torch, {what}, disagree on {row.where}: output '{worst.output}' "
-                f"by {worst.max_abs:.3g} (relative {worst.relative:.3g}), allowed is {worst.allowed:.3g}"
-            )
-        rows.append(row)
-    return tuple(rows)
-
-
-def _stale(target: Path, files: Mapping[str, Path], sha256: str) -> list[Path]:
+def _stale(target: Path, drafts: Iterable[TaskDraft], sha256: str) -> list[Path]:
     """The adapters of these names that are for the base that is replaced.
 
     Raises:
@@ -361,7 +254,7 @@ def _stale(target: Path, files: Mapping[str, Path], sha256: str) -> list[Path]:
     """
     old = hashlib.sha256(target.read_bytes()).hexdigest() if target.exists() else None
     found = []
-    for place in (target.with_name(new.name) for new in files.values()):
+    for place in (target.with_name(new.path.name) for new in drafts):
         if not place.exists():
             continue
         version = load_adapter_file(place).version
@@ -390,17 +283,17 @@ def _orphans(target: Path, placed: Mapping[str, Path], sha256: str) -> list[str]
     return found
 
 
-def _commit(file: Draft, files: Mapping[str, Path], stale: Iterable[Path]) -> dict[str, Path]:
+def _commit(file: Draft, drafts: Sequence[TaskDraft], stale: Iterable[Path]) -> dict[str, Path]:
     """Put everything in place, in the order that the module's text gives."""
     target = file.target
     try:
-        for new in files.values():
-            with new.open("rb") as written:
+        for new in drafts:
+            with new.path.open("rb") as written:
                 os.fsync(written.fileno())
         for old in stale:
             old.unlink()
         file.commit()
-        placed = {name: new.replace(target.with_name(new.name)) for name, new in files.items()}
+        placed = {new.name: new.path.replace(target.with_name(new.path.name)) for new in drafts}
         folder = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

@@ -105,8 +105,54 @@ class TensorRounding:
     survived: float
 
 
-@dataclass(frozen=True)
-class ExportReport(JsonReport):
+@dataclass(frozen=True, kw_only=True)
+class FileReport(JsonReport):
+    """A model's files, and what was checked of them. ``inputs`` are those that a call must give, with their shapes."""
+
+    path: str
+    data_paths: tuple[str, ...]
+    onnx_bytes: int
+    data_bytes: int
+    onnx_sha256: str
+    opset: int
+    nodes: int
+    precision: str
+    atol: float
+    rtol: float
+    inputs: Mapping[str, str]
+    outputs: tuple[str, ...]
+    checks: Mapping[str, str] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def data_path(self) -> str | None:
+        """The (first) file of weights, if they have one of their own."""
+        return self.data_paths[0] if self.data_paths else None
+
+    def _head(self, graph: str) -> list[str]:
+        size = format_bytes(self.onnx_bytes)
+        if self.data_paths:
+            files = f" in {len(self.data_paths)} files" if len(self.data_paths) > 1 else ""
+            size += f" + {format_bytes(self.data_bytes)} of weights{files}"
+        return [
+            f"ONNX file    {self.path}  ({size})",
+            f"graph        {self.nodes} nodes, {graph}",
+            f"inputs       {', '.join(f'{name} {shape}' for name, shape in self.inputs.items())}",
+            f"outputs      {', '.join(self.outputs)}",
+        ]
+
+    def _checks(self) -> list[str]:
+        return [f"{name:<12} {result}" for name, result in self.checks.items()]
+
+    def _tail(self) -> list[str]:
+        seconds = ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items())
+        return ["", f"seconds      {seconds}", *(f"warning      {warning}" for warning in self.warnings)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport(FileReport):
     """What :func:`lorafx.export.export.merge_and_export` wrote and checked.
 
     ``str(report)`` is the report for people; :meth:`save_json` keeps it. The file itself has no record of where it
@@ -119,35 +165,14 @@ class ExportReport(JsonReport):
     torch graph, and ``deviation`` tells how far that one is from the unmerged one (None: not checked).
     """
 
-    path: str
-    data_paths: tuple[str, ...]
-    onnx_bytes: int
-    data_bytes: int
-    opset: int
-    nodes: int
     initializers: int
     sites: int
-    precision: str
-    atol: float
-    rtol: float
-    inputs: Mapping[str, str]
-    outputs: tuple[str, ...]
-    checks: Mapping[str, str] = field(default_factory=dict)
     parity: tuple[Parity, ...] = ()
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    onnx_sha256: str = ""
     bytes_changed: int = 0
     rounding: tuple[TensorRounding, ...] = ()
-    provenance: Mapping[str, Any] = field(default_factory=dict)
     requantized: Mapping[str, float] = field(default_factory=dict)
     base: str = "dequantized"
     deviation: Deviation | None = None
-
-    @property
-    def data_path(self) -> str | None:
-        """The (first) file of weights, if they have one of their own."""
-        return self.data_paths[0] if self.data_paths else None
 
     @property
     def max_abs(self) -> float:
@@ -155,28 +180,11 @@ class ExportReport(JsonReport):
         return max((o.max_abs for p in self.parity for o in p.outputs), default=0.0)
 
     def __str__(self) -> str:
-        size = format_bytes(self.onnx_bytes)
-        if self.data_paths:
-            files = f" in {len(self.data_paths)} files" if len(self.data_paths) > 1 else ""
-            size += f" + {format_bytes(self.data_bytes)} of weights{files}"
-        lines = [
-            f"ONNX file    {self.path}  ({size})",
-            f"graph        {self.nodes} nodes, {self.initializers} initializers, opset {self.opset}; "
-            f"{self.sites} adapted layers folded",
-            f"inputs       {', '.join(f'{name} {shape}' for name, shape in self.inputs.items())}",
-            f"outputs      {', '.join(self.outputs)}",
-            *self._changes(),
-            *self._base(),
-            *(f"{name:<12} {result}" for name, result in self.checks.items()),
-        ]
+        graph = f"{self.initializers} initializers, opset {self.opset}; {self.sites} adapted layers folded"
+        lines = [*self._head(graph), *self._changes(), *self._base(), *self._checks()]
         if self.parity:
             lines += ["", *parity_lines(self.parity), self._tolerance()]
-        lines += [
-            "",
-            "seconds      " + ", ".join(f"{name} {value:.1f}" for name, value in self.seconds.items()),
-        ]
-        lines += [f"warning      {warning}" for warning in self.warnings]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._tail()])
 
     def _changes(self) -> list[str]:
         if not self.rounding:

@@ -10,11 +10,9 @@ base as long as the shapes fit. Here each of these is an error that says what to
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,52 +22,10 @@ import onnxruntime as ort
 
 from lorafx.checks import did_you_mean
 from lorafx.errors import AdapterError, ExportError, InputError
+from lorafx.export.adapter_file import ADAPTER_SUFFIX, AdapterFile, load_adapter_file, model_version
+from lorafx.export.input_names import PAIRS
 
 Array = npt.NDArray[Any]
-
-ADAPTER_SUFFIX = ".onnx_adapter"
-
-#: How the inputs of a layer end that only make sense together.
-_PAIRS = (("lora_A", "lora_B"), ("lora_A.MatMul.weight", "lora_B.MatMul.weight"))
-
-
-def model_version(sha256: str) -> int:
-    """What an adapter's file notes of the ``.onnx`` with this digest: its first 31 bits.
-
-    There is room for no more. That keeps files apart that were mixed up, and is no protection against forgery.
-    """
-    return int(sha256[:8], 16) >> 1
-
-
-@dataclass(frozen=True)
-class AdapterFile:
-    """An ``.onnx_adapter`` file: the ``version`` of the base that it is for, and its values by the inputs' names."""
-
-    path: Path
-    version: int
-    values: Mapping[str, ort.OrtValue]
-    held: ort.AdapterFormat  # the mapped file that the values lie in
-
-    def data(self, name: str) -> bytes:
-        """A copy of a tensor's bytes, whatever its dtype (numpy has no bfloat16)."""
-        value = self.values[name]
-        return ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
-
-
-def load_adapter_file(path: str | os.PathLike[str]) -> AdapterFile:
-    """Read an adapter's file.
-
-    Raises:
-        AdapterError: it is not there, or no such file.
-    """
-    place = Path(path)
-    if not place.is_file():
-        raise AdapterError(f"{place}: no such file; export_multi writes one for each task, beside the .onnx")
-    try:
-        found = ort.AdapterFormat.read_adapter(str(place))
-        return AdapterFile(place, found.get_model_version(), found.get_parameters(), found)
-    except Exception as error:  # onnxruntime's exceptions share no base class
-        raise AdapterError(f"{place} is no adapter of ONNX Runtime's, or damaged: {error}") from error
 
 
 class AdapterSession:
@@ -160,8 +116,8 @@ class AdapterSession:
         """The outputs by name, with an adapter (several, if they adapt different layers), or with none.
 
         Raises:
-            AdapterError: there is no such adapter, its file is damaged, two have the same tensors, or the inputs are
-                bound.
+            AdapterError: there is no such adapter, its file is damaged, two have the same tensors, the inputs are
+                bound, or what is given is no name.
             InputError: an input is missing, unknown, or no numpy array of its dtype and rank.
         """
         if isinstance(inputs, ort.IOBinding) or not isinstance(inputs, Mapping):
@@ -258,7 +214,7 @@ class AdapterSession:
                     f"{file.path}: '{name}' is {value.data_type()} {value.shape()}, and the model takes {wanted.type} "
                     f"{wanted.shape}"
                 )
-        for a, b in _PAIRS:
+        for a, b in PAIRS:
             self._check_pairs(file, a, b)
         if file.version != self._version:
             raise AdapterError(
@@ -284,7 +240,13 @@ class AdapterSession:
 def _names(adapter: str | Sequence[str] | None) -> tuple[str, ...]:
     if adapter is None:
         return ()
-    return (adapter,) if isinstance(adapter, str) else tuple(adapter)
+    names = (adapter,) if isinstance(adapter, str) else adapter
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise AdapterError(
+            f"adapter={adapter!r} is of type {type(adapter).__name__}, and the name of an adapter, a list of names, or "
+            "None (the base alone) is expected; session.adapters has the names"
+        )
+    return tuple(names)
 
 
 def _quiet() -> ort.SessionOptions:

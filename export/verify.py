@@ -119,19 +119,30 @@ def check_numbers(
     Raises:
         ParityError: an output is further off than the tolerance allows.
     """
-    names = output_names(graph)
-    rows: list[Parity] = []
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         runtime = open_runtime(path, graph, dtype, Path(scratch), name)
-        for index, case in enumerate(cases):
-            row = run_case(case, names, runtime.session, runtime.graph, runtime.reference, tolerance, runtime.prepare)
-            if not row.passed:
-                worst = max(row.outputs, key=lambda o: o.max_abs - o.allowed)
-                raise ParityError(
-                    f"ONNX Runtime (running {row.ran}) and the {row.reference} torch graph disagree on "
-                    f"{row.where}: output '{worst.output}' by {worst.max_abs:.3g} (relative "
-                    f"{worst.relative:.3g}), allowed is {worst.allowed:.3g}"
-                )
-            rows.append(row)
-            progress((index + 1) / len(cases))
-    return tuple(rows), runtime.note
+        return compare_numbers(runtime, cases, tolerance, progress), runtime.note
+
+
+def compare_numbers(
+    runtime: Runtime, cases: Sequence[Case], tolerance: Tolerance, progress: Callable[[float], None]
+) -> tuple[Parity, ...]:
+    """:func:`check_numbers` of a file that is open.
+
+    Raises:
+        ParityError: as there.
+    """
+    names = output_names(runtime.graph)
+    rows: list[Parity] = []
+    for index, case in enumerate(cases):
+        row = run_case(case, names, runtime.session, runtime.graph, runtime.reference, tolerance, runtime.prepare)
+        if not row.passed:
+            worst = max(row.outputs, key=lambda o: o.max_abs - o.allowed)
+            raise ParityError(
+                f"ONNX Runtime (running {row.ran}) and the {row.reference} torch graph disagree on "
+                f"{row.where}: output '{worst.output}' by {worst.max_abs:.3g} (relative "
+                f"{worst.relative:.3g}), allowed is {worst.allowed:.3g}"
+            )
+        rows.append(row)
+        progress((index + 1) / len(cases))
+    return tuple(rows)

@@ -31,6 +31,7 @@ def export_multi(
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     *,
     naming: Naming = "lorafx",
+    kv_cache: bool = False,
     verify: bool = True,
     example_inputs: ExampleInputs = None,
     opset: int | None = None,
@@ -59,6 +60,8 @@ def export_multi(
         adapters: by task, the name of an adapter of ``gm`` or the folder of one in PEFT's format; None: all that
             ``gm`` has.
         naming: ``"genai"`` names the inputs as onnxruntime-genai's model builder does; it has no names for gains.
+        kv_cache: export a decoder as a step of generation, as in :func:`lorafx.merge_and_export`; onnxruntime-genai
+            needs it. Prompts are then continued without an adapter and with each.
         verify: hold ONNX Runtime's outputs to torch's, without an adapter and with each, at several sizes.
         dtype: the floating weights' in the files, adapters' included, each rounded once; None: the model's.
         weight_format: ``"bnb4"`` keeps an nf4 base in 4 bits, as in :func:`lorafx.merge_and_export`; layers that an
@@ -80,16 +83,28 @@ def export_multi(
         opset=opset,
         dtype=dtype,
         weight_format=weight_format,
+        kv_cache=kv_cache,
         external_data=external_data,
         max_shard_size=max_shard_size,
     )
     there = adapters_of(gm)
-    given: dict[str, str | os.PathLike[str]] = {n: n for n in there} if adapters is None else dict(adapters)
+    given = {n: n for n in there} if adapters is None else adapters
+    if not isinstance(given, Mapping):
+        raise AdapterError(
+            f"adapters={given!r} is of type {type(given).__name__}, and a mapping of task names to adapters of the "
+            "graph, or to folders, is expected: as adapters={'fr': 'default', 'de': 'path/to/adapter'}; None takes all "
+            "that the graph has"
+        )
     work = share(gm)
     tasks: dict[str, str] = {}
     for task, place in given.items():
         if not isinstance(task, str) or re.fullmatch(r"[\w-][\w.-]*", task) is None:
             raise AdapterError(f"{task!r} cannot be a task's name, and its file's: use letters, digits, '_', '-', '.'")
+        if not isinstance(place, str | os.PathLike):
+            raise AdapterError(
+                f"task '{task}': {place!r} is of type {type(place).__name__}, and the name of an adapter of the graph, "
+                "or the path of a folder, is expected"
+            )
         if place in there:
             tasks[task] = str(place)
             continue

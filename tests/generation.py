@@ -29,8 +29,14 @@ def of_torch(model: nn.Module, ids: Tensor, mask: Tensor, new: int = NEW) -> Ten
     return found[:, ids.shape[1] :]
 
 
-def of_file(path: Path, ids: Tensor, mask: Tensor, new: int = NEW, chunk: int | None = None) -> Tensor:
+def of_file(
+    path: Path, ids: Tensor, mask: Tensor, new: int = NEW, chunk: int | None = None, adapter: Path | None = None
+) -> Tensor:
     """The new tokens of a file, by nothing but its documented inputs and outputs; the prompt in parts of ``chunk``."""
+    options, loaded = ort.RunOptions(), ort.LoraAdapter()
+    if adapter is not None:
+        loaded.Load(str(adapter))
+        options.add_active_adapter(loaded)
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     inputs = {i.name: i for i in session.get_inputs()}
     outputs = [o.name for o in session.get_outputs()]
@@ -50,7 +56,7 @@ def of_file(path: Path, ids: Tensor, mask: Tensor, new: int = NEW, chunk: int | 
         seen += fed.shape[1]
         present = {name.replace("present", "past_key_values"): value for name, value in past.items()}
         feed = {"input_ids": fed.numpy(), "attention_mask": mask[:, :seen].numpy(), "position_ids": place.numpy()}
-        found = dict(zip(outputs, session.run(None, feed | present), strict=True))
+        found = dict(zip(outputs, session.run(None, feed | present, options), strict=True))
         past = {name: found[name] for name in past}
         assert all(value.shape[2] == seen for value in past.values())
         if not parts:

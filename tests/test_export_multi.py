@@ -18,12 +18,14 @@ from torch import Tensor, nn
 
 import lorafx
 from conftest import Zoo, leaves
+from generation import of_file, of_torch, prompts
 from lorafx import AdapterSession, LoraSpec
 from lorafx.errors import AdapterError, ExportError, InputError
-from lorafx.export.adapter_inputs import GAIN, WHOLE, A, B, genai_name
-from lorafx.export.multi import MultiReport, write_adapter
+from lorafx.export.adapter_file import load_adapter_file, write_adapter
+from lorafx.export.decoder import STEPS
+from lorafx.export.input_names import GAIN, WHOLE, A, B, genai_name
+from lorafx.export.multi import MultiReport
 from lorafx.export.parity import TOLERANCES, difference
-from lorafx.export.runtime import load_adapter_file
 from lorafx.graph import CapturedModule
 from lorafx.ir import adapters
 from several import IDS, SPECS, files, filled, several
@@ -283,6 +285,9 @@ def test_adapters_of_different_layers_run_together_and_others_are_refused(export
         session.run({"ids": IDS.numpy()}, ["small", "small"])
     with pytest.raises(AdapterError, match=r"no adapter 'smal'.*'small'"):
         session.run({"ids": IDS.numpy()}, "smal")
+    for wrong in (5, ["small", None], {"small": 1}):
+        with pytest.raises(AdapterError, match=r"adapter=.* is of type \w+, and the name of an adapter, a list"):
+            session.run({"ids": IDS.numpy()}, wrong)  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match="there is an adapter 'small' already"):
         session.add("small", exported[0] / "small.onnx_adapter")
 
@@ -376,3 +381,27 @@ def test_inputs_that_the_model_does_not_take_are_named(
 ) -> None:
     with pytest.raises(InputError, match=message):
         AdapterSession(exported[0] / "model.onnx").run(inputs, "small")
+
+
+def test_one_that_generates(tmp_path: Path, zoo: Zoo) -> None:
+    """With a cache, under the names of onnxruntime-genai: each adapter's tokens are those of torch's own generation."""
+    gm = with_adapters(zoo.adapted(FAMILIES["llama"], LoraSpec(r=2)), {"other": LoraSpec(r=3, alpha=9)})
+    report = lorafx.export_multi(gm, tmp_path / "model.onnx", naming="genai", kv_cache=True)
+    count = 3 * 6 * STEPS
+    assert report.checks["same tokens"].startswith(f"{count} of {count} tokens generated with the cache are torch's")
+    assert {p.reference for p in report.tasks["other"].parity} == {"adapter 'other', no cache"}
+    assert [n for n in report.inputs if n.startswith("past_key_values")] == [
+        f"past_key_values.{i}.{kind}" for i in (0, 1) for kind in ("key", "value")
+    ]
+    ids, mask = prompts(5, 9)
+    seen = []
+    for task in (None, "default", "other"):
+        model = FAMILIES["llama"].build()
+        if task is not None:
+            lorafx.set_adapter(gm, task)
+            model.load_state_dict(lorafx.merged_state_dict(gm))
+        seen.append(of_torch(model, ids, mask))
+        adapter = None if task is None else tmp_path / f"{task}.onnx_adapter"
+        assert torch.equal(of_file(tmp_path / "model.onnx", ids, mask, adapter=adapter), seen[-1]), task
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])

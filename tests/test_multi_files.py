@@ -106,7 +106,7 @@ def test_another_base_never_lies_beside_its_adapters(tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("error", "message", "arguments"),
     [
-        (ParityError, r"torch, with adapter 'd', disagree on example .*: output 'output' by", {"wrong": True}),
+        (ParityError, r"the adapter 'd' torch graph disagree on example .*: output 'output' by", {"wrong": True}),
         (MergeError, r"site 'down': lora_A holds NaN or Inf", {"nan": True}),
         (MergeError, r"dora is merged in place.*unmerge", {"merge": True}),
         (ExportError, "No such file or directory", {"path": "nowhere/model.onnx"}),
@@ -119,6 +119,12 @@ def test_another_base_never_lies_beside_its_adapters(tmp_path: Path, monkeypatch
             {"adapters": {"d": "dorra"}},
         ),
         (AdapterError, "cannot be a task's name", {"adapters": {"../d": "dora"}}),
+        (AdapterError, r"adapters=\['dora'\] is of type list, and a mapping of task names", {"adapters": ["dora"]}),
+        (
+            AdapterError,
+            r"task 'd': 5 is of type int, and the name of an .* is expected",
+            {"adapters": {"d": 5}},
+        ),
     ],
 )
 def test_what_is_refused_leaves_all_files(
