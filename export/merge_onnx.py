@@ -8,8 +8,6 @@ Only the values of the adapted initializers differ in the new file: nodes, names
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +26,8 @@ from lorafx.export.commit import draft
 from lorafx.export.edits import Change
 from lorafx.export.onnx_file import DATA_FIELDS, OnnxFile, copy_fields, read_onnx, without_initializers
 from lorafx.export.prove import Proof, prove
+from lorafx.export.provenance import digesting, origin
+from lorafx.export.report import JsonReport
 from lorafx.export.run import Progress, Run
 from lorafx.export.settings import Settings
 
@@ -66,10 +66,13 @@ class MergedTensor:
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(JsonReport):
     """What :func:`merge_onnx` matched and wrote; ``proof`` is None where it was not asked for.
 
     ``absent`` is what of the adapter is not in the file, which is an error unless the file is a part of the model.
+    ``provenance`` has lorafx's version, the adapter's settings and the SHA-256 digests of its tensors, by the names of
+    sites and parameters as in the reports of exports, and, where the file was verified, of the base's initializers
+    (:meth:`lorafx.export.onnx_file.OnnxFile.pieces`: wherever the file keeps them, and in whatever order).
     """
 
     path: str
@@ -81,11 +84,7 @@ class MergeReport:
     proof: Proof | None
     seconds: Mapping[str, float] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain data that JSON can hold."""
-        found: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
-        return found
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         size = format_bytes(self.onnx_bytes)
@@ -153,8 +152,9 @@ def merge_onnx(
         stored = StoredAdapter.read(Path(adapter))
         found = find_changes(file, stored, str(adapter), part)
         changes = found.changes
+        made_of = origin({"default": ([stored.spec], stored.tensors())})
     kept = {file.path: "the base", **dict.fromkeys(file.data, "the base's file of weights")}
-    with draft(out, data_name, kept) as written:
+    with draft(out, data_name, kept) as written, digesting(file.pieces() if verify else ()) as base_sha256:
         with run.phase("write") as done:
             model = _merged_model(file, changes)
             keep_outside = external_data if external_data is not None else (True if file.data else None)
@@ -165,6 +165,7 @@ def merge_onnx(
             with run.phase("verify") as done:
                 proof = prove(read_onnx(written.path), file, found, done)
                 proof.raise_if_failed()
+                made_of["base_sha256"] = base_sha256()
         written.commit()
     return MergeReport(
         path=os.fspath(out),
@@ -176,6 +177,7 @@ def merge_onnx(
         proof=proof,
         seconds=run.seconds,
         absent=found.absent,
+        provenance=made_of,
     )
 
 

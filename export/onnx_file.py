@@ -84,12 +84,21 @@ class Source:
     def same_bytes(self, other: Source) -> bool:
         """Whether it and a tensor of the same dtype and shape have the same bits."""
         if self.path is None or other.path is None:
-            return self.value().tobytes() == other.value().tobytes()
-        with self.path.open("rb") as mine, other.path.open("rb") as theirs:
-            mine.seek(self.offset)
-            theirs.seek(other.offset)
-            sizes = (min(_CHUNK, self.length - start) for start in range(0, self.length, _CHUNK))
-            return all(mine.read(size) == theirs.read(size) for size in sizes)
+            return b"".join(self.pieces()) == b"".join(other.pieces())
+        return all(mine == theirs for mine, theirs in zip(self.pieces(), other.pieces(), strict=True))
+
+    def pieces(self) -> Iterator[bytes]:
+        """Its bytes, in pieces; of strings each one's length (8 bytes, little-endian) before it."""
+        if self.path is not None:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                for start in range(0, self.length, _CHUNK):
+                    yield file.read(min(_CHUNK, self.length - start))
+        elif self.proto.data_type == TensorProto.STRING:
+            for text in self.proto.string_data:
+                yield len(text).to_bytes(8, "little") + text
+        else:
+            yield self.value().tobytes()
 
 
 @dataclass(frozen=True)
@@ -106,6 +115,12 @@ class OnnxFile:
     model: ir.Model
     sources: Mapping[str, Source]
     data: frozenset[Path] = field(default=frozenset())
+
+    def pieces(self) -> Iterator[bytes]:
+        """All initializers in the order of their names: of each its name, dtype and shape as text, then its bytes."""
+        for name, source in sorted(self.sources.items()):
+            yield f"{name} {ir.DataType(source.proto.data_type).name} {list(source.proto.dims)}\n".encode()
+            yield from source.pieces()
 
 
 def read_onnx(path: str | os.PathLike[str]) -> OnnxFile:

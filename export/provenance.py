@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from lorafx.export.weights import Stored
 from lorafx.graph import CapturedModule, get_path
 from lorafx.ir import Adapter, active_adapters, find_adapter
+from lorafx.spec import LoraSpec
 
 #: What PEFT notes in a config about the place that it was made in.
 _PLACES = frozenset({"metadata", "auto_mapping", "base_model_name_or_path"})
@@ -32,29 +33,38 @@ def provenance(gm: CapturedModule, names: Mapping[str, str] | None = None) -> di
     if names is None:
         names = {name: name for name in (*(a.name for a in active_adapters(gm)), *gm.meta.get("merged", ()))}
     found = {called: find_adapter(gm, name) for called, name in names.items()}
+    return origin({called: (adapter.specs, _tensors(gm, adapter)) for called, adapter in found.items()})
+
+
+def origin(adapters: Mapping[str, tuple[Iterable[LoraSpec], Iterable[tuple[str, Tensor]]]]) -> dict[str, Any]:
+    """lorafx's version, and of each adapter, given as its specs and its tensors by name, settings and digest."""
     return {
         "lorafx": sys.modules["lorafx"].__version__,  # the package, which imports this: it is there by now
         "adapters": {
             called: {
-                "specs": [{k: v for k, v in s.to_dict().items() if k not in _PLACES} for s in adapter.specs],
-                "sha256": digest(_tensors(gm, adapter)),
+                "specs": [{k: v for k, v in s.to_dict().items() if k not in _PLACES} for s in specs],
+                "sha256": digest(tensors),
             }
-            for called, adapter in found.items()
+            for called, (specs, tensors) in adapters.items()
         },
     }
 
 
+def digesting_base(gm: CapturedModule, written: CapturedModule) -> AbstractContextManager[Callable[[], str]]:
+    """Take the digest of what ``written`` is of the base of ``gm``, as :func:`digesting`."""
+    return digesting(_pieces(_base_weights(gm, written)))
+
+
 @contextmanager
-def digesting_base(gm: CapturedModule, written: CapturedModule) -> Iterator[Callable[[], str]]:
-    """Take the digest of what ``written`` is of the base of ``gm`` in a thread of its own, while the block runs.
+def digesting(pieces: Iterable[bytes | memoryview]) -> Iterator[Callable[[], str]]:
+    """Take the SHA-256 of all pieces in a thread of its own, while the block runs.
 
     Hashing leaves the interpreter to others, and an export has it busy for longer than that takes. What is given waits
-    for the digest, and raises what the thread did.
+    for the digest, and raises what the thread did. Whoever leaves the block without asking stops it.
     """
-    tensors = _base_weights(gm, written)
     left = threading.Event()
     with ThreadPoolExecutor(1, "lorafx-digest") as threads:
-        found = threads.submit(digest, tensors, left.is_set)
+        found = threads.submit(_sha256, itertools.takewhile(lambda _: not left.is_set(), pieces))
         try:
             yield found.result
         finally:
@@ -80,13 +90,14 @@ def _tensors(gm: CapturedModule, adapter: Adapter) -> Iterable[tuple[str, Tensor
         yield name, get_path(gm, adapter.own_name(name))
 
 
-def digest(tensors: Iterable[tuple[str, Tensor]], is_stopped: Callable[[], bool] = bool) -> str:
-    """SHA-256 of tensors in the order of their names: of each its name, dtype and shape as text, then its bytes.
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of tensors in the order of their names: of each its name, dtype and shape as text, then its bytes."""
+    return _sha256(_pieces(tensors))
 
-    Of nothing in particular where it is told to stop.
-    """
+
+def _sha256(pieces: Iterable[bytes | memoryview]) -> str:
     found = hashlib.sha256()
-    for piece in itertools.takewhile(lambda _: not is_stopped(), _pieces(tensors)):
+    for piece in pieces:
         found.update(piece)
     return found.hexdigest()
 

@@ -7,7 +7,7 @@ scales rows of the base's weights besides, and how wide its layers are stands no
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,6 +135,14 @@ class StoredAdapter:
                 f"{directory}: the file has no site of an adapter, only {', '.join([*whole][:3]) or 'nothing'}"
             )
         return cls(spec, tuple(sorted(sites.values(), key=_by_number)), shared, whole)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All of the adapter by its names in the base model, as exports digest what they hold of an adapter."""
+        for site in self.sites:
+            prefix = site.path + ".base_layer" * site.depth
+            yield from ((f"{prefix}.{name}", tensor) for name, tensor in site.tensors.items())
+        yield from self.shared.items()
+        yield from ((base_name(key), tensor) for key, tensor in self.whole.items())
 
     def unnamed(self) -> list[StoredSite]:
         """The sites that the settings do not name, so that PEFT does not read them. ``"all-linear"`` names any."""

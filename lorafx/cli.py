@@ -125,12 +125,17 @@ def merge(
         str | None, typer.Option(help="Split the weights into files of at most this size, as 2GB or 500MiB.")
     ] = None,
     check: Annotated[bool, typer.Option("--verify/--no-verify", help="Prove the file before it gets its name.")] = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the report into this file, with digests of adapter and base.")
+    ] = None,
 ) -> None:
     """Fold an adapter into an ONNX file, without the model. Lists what it matched; refuses what is ambiguous."""
     with Parts(_errors, transient=True) as parts, parts.part("merge"):
         result = lorafx.merge_onnx(
             base, adapter, out, part=part, data_name=data_name, max_shard_size=max_shard_size, verify=check
         )
+        if json_file is not None:
+            result.save_json(json_file)
     _console.print(str(result), highlight=False, markup=False, soft_wrap=True)
 
 

@@ -109,11 +109,13 @@ def test_merge_and_verify_an_onnx_file(here: Path) -> None:
     assert "NOT PROVED: initializer '0.weight" in shown
 
 
-def test_merge_splits_the_weights(here: Path) -> None:
+def test_merge_splits_the_weights_and_writes_its_report(here: Path) -> None:
     base = save(chain(LAYERS, 32), here / "base.onnx")
     folder = save_adapter(here / "mine", lora(LAYERS, 32, 32))
-    code, shown = run("merge", str(base), str(folder), "-o", "merged.onnx", "--max-shard-size", "5KiB")
+    options = ["--max-shard-size", "5KiB", "--json", "report.json"]
+    code, shown = run("merge", str(base), str(folder), "-o", "merged.onnx", *options)
     assert code == 0
+    assert len(json.loads((here / "report.json").read_text())["provenance"]["base_sha256"]) == 64
     assert "of weights in 3 files)" in shown
 
 

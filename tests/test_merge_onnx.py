@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import json
 import subprocess
 import sys
 import warnings
@@ -269,12 +271,16 @@ def test_merging_into_our_export_gives_the_bits_of_merge_and_export(
         (tmp_path / folder).mkdir()
     options: dict[str, Any] = {"external_data": True, "data_name": "weights.data"}
     lorafx.export_base(gm, tmp_path / "base" / "m.onnx", verify=False, **options)
-    lorafx.merge_and_export(gm, tmp_path / "exported" / "m.onnx", verify=False, **options)
+    exported = lorafx.merge_and_export(gm, tmp_path / "exported" / "m.onnx", verify=False, **options)
     report = lorafx.merge_onnx(
         tmp_path / "base" / "m.onnx", tmp_path / "adapter", tmp_path / "merged" / "m.onnx", data_name="weights.data"
     )
     for name in ("m.onnx", "weights.data"):
         assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "exported" / name).read_bytes(), name
+    if kind == "whole":
+        assert (
+            report.provenance["adapters"]["default"]["sha256"] == exported.provenance["adapters"]["default"]["sha256"]
+        )
     assert len(report.tensors) == len(lorafx.sites(gm)) + {"lora_bias": 2, "whole": 6}.get(kind, 0)
 
 
@@ -416,6 +422,38 @@ def test_merging_twice_adds_both(tmp_path: Path) -> None:
     assert "merged       3 of 3 initializers" in text
     assert "encoder.1.proj.weight.T  name, transposed  [in, out]  6 x 6  float32  lora r=2, scaling 2" in text
     assert first.to_dict()["tensors"][0]["initializer"] == "encoder.0.proj.weight.T"
+
+
+def test_the_report_says_where_the_file_comes_from(tmp_path: Path) -> None:
+    """And not where it was made. The base's digest is that of its initializers, wherever the file keeps them."""
+    model = chain(LAYERS)
+    model.graph.initializer.append(helper.make_tensor("words", TensorProto.STRING, [2], [b"a", b"bc"]))
+    inside = save(model, tmp_path / "base.onnx")
+    model.graph.initializer.reverse()
+    other = save(model, tmp_path / "other.onnx")
+    adapter = save_adapter(tmp_path / "adapter", lora(LAYERS), base_model_name_or_path="/home/me/base")
+    reports = [lorafx.merge_onnx(base, adapter, tmp_path / "merged.onnx") for base in (inside, other)]
+    assert reports[0].provenance == reports[1].provenance
+    origin = reports[0].provenance
+    (spec,) = origin["adapters"]["default"]["specs"]
+    assert (origin["lorafx"], spec["r"], spec["alpha"]) == (lorafx.__version__, 2, 4)
+    reports[0].save_json(tmp_path / "report.json")
+    text = (tmp_path / "report.json").read_text()
+    assert json.loads(text)["provenance"] == origin
+    assert str(tmp_path) not in text
+    assert "/home/me" not in text
+    assert json.loads(text)["path"] == "merged.onnx"
+    base = hashlib.sha256()
+    for name, data in sorted((t.name, t) for t in onnx.load(inside).graph.initializer):
+        words = b"".join(len(s).to_bytes(8, "little") + s for s in data.string_data)
+        kind = TensorProto.DataType.Name(data.data_type)
+        base.update(f"{name} {kind} {list(data.dims)}\n".encode() + (words or data.raw_data))
+    assert origin["base_sha256"] == base.hexdigest()
+    moved = save(chain(LAYERS, seed=1), tmp_path / "moved.onnx", outside=True)
+    changed = lorafx.merge_onnx(moved, save_adapter(adapter, lora(LAYERS, seed=2)), tmp_path / "merged.onnx").provenance
+    assert changed["base_sha256"] != origin["base_sha256"]
+    assert changed["adapters"]["default"]["sha256"] != origin["adapters"]["default"]["sha256"]
+    assert "base_sha256" not in lorafx.merge_onnx(moved, adapter, tmp_path / "m.onnx", verify=False).provenance
 
 
 def test_weights_are_split_into_shards(tmp_path: Path) -> None:
