@@ -46,5 +46,8 @@ def test_the_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "CPUExecutionProvider" in shown
     assert "same graph; 29 initializers have the base's bits, 14 are merged" in shown
     assert "the same, to the bit" in shown
+    assert "left out     site 'encoder.0': not in this part of the model" in shown
+    assert "random, sizes 3 and 8" in shown
+    assert (tmp_path / "merged.json").is_file()
     assert (tmp_path / "from_disk.onnx").is_file()
     assert (tmp_path / "de.onnx_adapter").is_file()
