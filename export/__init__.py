@@ -4,6 +4,7 @@ In the order in which data goes through: :mod:`~lorafx.export.export` (the calls
 :mod:`~lorafx.export.settings` and :mod:`~lorafx.export.job` (what is asked for, and what it means for a graph),
 :mod:`~lorafx.export.cast` (another precision),
 :mod:`~lorafx.export.translate` and :mod:`~lorafx.export.weights` (a graph becomes an ONNX model, its weights last),
+:mod:`~lorafx.export.operators` (what torch.onnx has no translation of),
 :mod:`~lorafx.export.pack` (those that stay packed),
 :mod:`~lorafx.export.write` with :mod:`~lorafx.export.pipe` (the files), :mod:`~lorafx.export.commit` (their names),
 :mod:`~lorafx.export.check`, :mod:`~lorafx.export.verify` with :mod:`~lorafx.export.compare`,

@@ -30,6 +30,7 @@ from torch.fx import Graph, GraphModule
 from lorafx.bases.tensor import QuantizedTensor
 from lorafx.errors import ExportError
 from lorafx.export.names import all_values, call_as_module, name_dimensions, name_values, read_call
+from lorafx.export.operators import spell_out, translations
 from lorafx.export.pack import DENSE, PackedWeight, Plan, pack_weights
 from lorafx.export.program import make_program
 from lorafx.export.repeat import CALL, drop_repeats, find_repeats, number_calls, unroll
@@ -87,6 +88,7 @@ def translate(
     flat = _flat(gm)
     with _quiet():
         model = _shortened(gm, flat, example, dims, opset) or _optimized(gm, flat, example, dims, opset)
+    spell_out(model)
     folded = fold_weights(model, [v for v in model.graph.initializers.values() if v.name in weights])
     packed, folded, dense = pack_weights(model, folded, packing)
     operands = {v for p in packed.values() for v in p.values}
@@ -177,7 +179,14 @@ def _optimized(
         program = make_program(_over_plain_tensors(gm, graph), kwargs, dims)
         for node in program.graph.nodes:
             node.meta["nn_module_stack"] = call_as_module(notes(node).get("call"))
-        converted = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False, opset_version=opset)
+        converted = torch.onnx.export(
+            program,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=opset,
+            custom_translation_table={**translations()},
+        )
     except ExportError:
         raise
     except Exception as error:  # whatever torch, or an operator's translation, raises ends up here

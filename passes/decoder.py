@@ -29,7 +29,7 @@ from lorafx.graph import CapturedModule, share
 from lorafx.ir import Stage, stage
 from lorafx.passes.canonical import share_sizes
 from lorafx.passes.capture import capture
-from lorafx.passes.huggingface import is_hf
+from lorafx.passes.huggingface import experts_without_values, is_hf
 from lorafx.passes.merge import unadapted
 from lorafx.passes.original import original_of
 
@@ -163,7 +163,7 @@ def _past_layout(model: nn.Module, device: torch.device) -> list[list[tuple[str,
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     tokens = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.long, device=device)
     try:
-        with torch.no_grad(), mode:
+        with torch.no_grad(), mode, experts_without_values(model):
             cache = model(
                 input_ids=mode.from_tensor(tokens),
                 attention_mask=mode.from_tensor(torch.ones_like(tokens)),

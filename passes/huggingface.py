@@ -76,6 +76,21 @@ def capture_config(model: nn.Module) -> Iterator[None]:
             vars(config).update(fields)
 
 
+@contextmanager
+def experts_without_values(model: nn.Module) -> Iterator[None]:
+    """Let experts run on fake tensors: torch knows the shapes of their default, ``grouped_mm``, for bfloat16 only."""
+    chosen: dict[str, str | None] = getattr(model, "get_experts_implementation", dict)()
+    if "grouped_mm" not in chosen.values():
+        yield
+        return
+    switch: Any = model
+    switch.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        switch.set_experts_implementation(chosen)
+
+
 def output_layers(model: nn.Module) -> tuple[str, ...]:
     """Paths of a Hugging Face model's output embedding and classification heads."""
     if not is_hf(model):

@@ -76,8 +76,10 @@ def gemm_configs(
     return [*found, library] if fused else [library, *found]
 
 
-def skinny_configs(rows: int, itemsize: int, ranks: int, device: Device, aligned: bool) -> list[Config]:
-    """For :mod:`down`: many rows, few columns, a long sum."""
+def skinny_configs(
+    rows: int, itemsize: int, ranks: int, device: Device, aligned: bool, masks: int = 0
+) -> list[Config]:
+    """For :mod:`down`: many rows, few columns, a long sum; ``masks`` of the pieces drop elements."""
     warps = 4 if ranks <= 64 or device.amd else 8
     if not aligned:  # as above, and an accumulator for each piece of the ranks; on AMD a mask is two scalar registers
         depth = 32 if ranks * itemsize <= (32 if device.amd else 128) else 16
@@ -86,8 +88,10 @@ def skinny_configs(rows: int, itemsize: int, ranks: int, device: Device, aligned
     if device.amd and ranks > 32:  # the masks again
         depth = min(depth, 32) if ranks <= 64 else 16
     heights = [16, 32] if rows <= 256 else [64, 32] if ranks <= 64 or itemsize == 2 else [32, 16]
+    if masks > 1 and ranks > 48 and not device.amd:
+        heights = [32, 16] if itemsize == 2 or ranks <= 64 else [16]
     if ranks > 64 and device.amd:
-        heights = [32]
+        heights = [32] if ranks <= 128 else [16]
     return [Config(h, ranks, depth, warps, _stages(depth * (h + ranks) * itemsize, device)) for h in heights]
 
 
@@ -101,7 +105,7 @@ def stream_configs(
     if device.amd and not even:  # each has a mask, of two scalar registers
         ranks = MIN_RANKS
     if not aligned:
-        return [Config(ranks, 32, 16, 4, 2)]
+        return [Config(ranks, 16 if itemsize == 4 and ranks > 128 else 32, 16, 4, 2)]
     narrow = 16 if device.amd else 32  # as many ranks leave registers for wide tiles
     if itemsize == 4:
         tiles = [(128, 16, 8)] if ranks <= narrow and columns > 64 and (even or device.amd) else []
@@ -110,7 +114,8 @@ def stream_configs(
     elif columns > 128 and ranks <= narrow:
         tiles = [(256, 32, 8), (128, 32, 4), (256, 64, 8)] if even or not device.amd else [(256, 16, 8), (128, 16, 4)]
     elif ranks <= 128:
-        tiles = [(min(128, max(64, power_class(columns))), 16, 4 if ranks <= 64 else 8), (64, 16, 4), (64, 32, 4)]
+        widest = 64 if device.amd and ranks > 64 else 128
+        tiles = [(min(widest, max(64, power_class(columns))), 16, 4 if ranks <= 64 else 8), (64, 16, 4), (64, 32, 4)]
     else:
         tiles = [(64, 16, 8), (64, 16, 4)]
     return [

@@ -93,7 +93,7 @@ def down(x: Tensor, right: Tensor, plan: Plan, seed: Tensor | None) -> Tensor:
         sums.finish()
         return s
 
-    columns = min(plan.padded, MAX_COLUMNS)
+    columns, masks = min(plan.padded, MAX_COLUMNS), sum(drop > 0 for drop in plan.drops)
     key = ("down", device, x.dtype, right.dtype, power_class(m), k, r, plan, aligned)
     with on_device(x):
-        return choose(key, skinny_configs(m, x.dtype.itemsize, columns, device, aligned), run)
+        return choose(key, skinny_configs(m, x.dtype.itemsize, columns, device, aligned, masks), run)
