@@ -45,6 +45,12 @@ FULL = [
     ("sm_80", torch.float32, (32,), True, "grad_up"),
     ("sm_80", torch.bfloat16, (33,), True, "grad_up"),
     ("sm_90", torch.float32, (16,), False, "dequantize"),
+    # several masks beside one large accumulator, or several
+    ("sm_80", torch.bfloat16, (3, 17, 1), True, "down"),
+    ("sm_90", torch.float32, (8, 64, 16), True, "down"),
+    ("sm_80", torch.float32, (100, 100), False, "dright"),
+    ("gfx942", torch.bfloat16, (64, 64, 64), True, "down"),
+    ("gfx942", torch.bfloat16, (32, 32, 32), True, "dright"),
     *((part, torch.float32, (5,), True, kernel) for part in PARTS for kernel in ("grad_up", "up")),
 ]
 

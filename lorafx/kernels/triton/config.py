@@ -76,9 +76,7 @@ def gemm_configs(
     return [*found, library] if fused else [library, *found]
 
 
-def skinny_configs(
-    rows: int, itemsize: int, ranks: int, device: Device, aligned: bool, masks: int = 0
-) -> list[Config]:
+def skinny_configs(rows: int, itemsize: int, ranks: int, device: Device, aligned: bool, masks: int = 0) -> list[Config]:
     """For :mod:`down`: many rows, few columns, a long sum; ``masks`` of the pieces drop elements."""
     warps = 4 if ranks <= 64 or device.amd else 8
     if not aligned:  # as above, and an accumulator for each piece of the ranks; on AMD a mask is two scalar registers
@@ -89,7 +87,9 @@ def skinny_configs(
         depth = min(depth, 32) if ranks <= 64 else 16
     heights = [16, 32] if rows <= 256 else [64, 32] if ranks <= 64 or itemsize == 2 else [32, 16]
     if masks > 1 and ranks > 48 and not device.amd:
-        heights = [32, 16] if itemsize == 2 or ranks <= 64 else [16]
+        heights = [32, 16]
+        if itemsize == 4 and ranks > 64:
+            depth = 16
     if ranks > 64 and device.amd:
         heights = [32] if ranks <= 128 else [16]
     return [Config(h, ranks, depth, warps, _stages(depth * (h + ranks) * itemsize, device)) for h in heights]
