@@ -8,14 +8,16 @@ commits meanwhile, these are gone, or some are of each export, of which nothing 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import onnxruntime as ort
 
 from lorafx.errors import ExportError
 from lorafx.export.onnx_file import weight_files
+
+T = TypeVar("T")
 
 #: How often a load may meet a commit before somebody is told.
 _ATTEMPTS = 100
@@ -36,20 +38,29 @@ def open_session(
     Raises:
         ExportError: ONNX Runtime cannot load the file; or it was replaced during each of 100 loads.
     """
-    place = Path(path)
     chosen = ["CPUExecutionProvider"] if providers is None else list(providers)
+    return while_unchanged(path, lambda: ort.InferenceSession(str(path), session_options, providers=chosen))
+
+
+def while_unchanged(path: str | os.PathLike[str], load: Callable[[], T]) -> T:
+    """What ``load()`` makes of a file and its weights, once these were the same ones before it and after.
+
+    Raises:
+        ExportError: as :func:`open_session`.
+    """
+    place = Path(path)
     for _ in range(_ATTEMPTS):
         before = _identities([place])  # first, so that one replaced while it is read below is seen
         data = _weights(place)
         before += _identities(data)
         try:
-            session = ort.InferenceSession(str(place), session_options, providers=chosen)
+            loaded = load()
         except Exception as error:  # onnxruntime's exceptions share no base class
             if before == _identities([place, *data]):
                 raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
         else:
             if before == _identities([place, *data]):
-                return session
+                return loaded
     raise ExportError(
         f"{path} or its weights were replaced during each of {_ATTEMPTS} loads: something exports to it without a "
         "pause, or writes over it"

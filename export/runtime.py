@@ -21,9 +21,10 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from lorafx.checks import did_you_mean
-from lorafx.errors import AdapterError, ExportError, InputError
+from lorafx.errors import AdapterError, InputError
 from lorafx.export.adapter_file import ADAPTER_SUFFIX, AdapterFile, load_adapter_file, model_version
 from lorafx.export.input_names import PAIRS
+from lorafx.export.load import while_unchanged
 
 Array = npt.NDArray[Any]
 
@@ -55,11 +56,12 @@ class AdapterSession:
     ) -> None:
         self.path = Path(path)
         chosen = ["CPUExecutionProvider"] if providers is None else list(providers)
-        try:
-            self._version = model_version(hashlib.sha256(self.path.read_bytes()).hexdigest())
-            self.session = ort.InferenceSession(str(path), session_options or _quiet(), providers=chosen)
-        except Exception as error:  # onnxruntime's exceptions share no base class
-            raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
+
+        def load() -> tuple[int, ort.InferenceSession]:
+            version = model_version(hashlib.sha256(self.path.read_bytes()).hexdigest())
+            return version, ort.InferenceSession(str(path), session_options or _quiet(), providers=chosen)
+
+        self._version, self.session = while_unchanged(path, load)
         self._optional = {i.name: i for i in self.session.get_overridable_initializers()}
         self._files: dict[str, AdapterFile] = {}
         self._loaded: dict[str, ort.LoraAdapter] = {}

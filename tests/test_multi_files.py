@@ -203,10 +203,10 @@ def test_what_goes_wrong_in_the_thread_that_takes_the_digest_reaches_the_caller(
     class Torn(Exception):
         pass
 
-    def pieces(tensors: Any) -> Any:
+    def pieces(tensors: Any) -> Iterator[Any]:
         if threading.current_thread() in digests():
             raise Torn
-        return real(tensors)
+        yield from real(tensors)
 
     real = provenance._pieces
     monkeypatch.setattr(provenance, "_pieces", pieces)

@@ -105,7 +105,7 @@ def stream_configs(
     if device.amd and not even:  # each has a mask, of two scalar registers
         ranks = MIN_RANKS
     if not aligned:
-        return [Config(ranks, 16 if itemsize == 4 and ranks > 128 else 32, 16, 4, 2)]
+        return [Config(ranks, 32, 16, 8 if itemsize == 4 and ranks > 64 else 4, 2)]
     narrow = 16 if device.amd else 32  # as many ranks leave registers for wide tiles
     if itemsize == 4:
         tiles = [(128, 16, 8)] if ranks <= narrow and columns > 64 and (even or device.amd) else []

@@ -83,7 +83,7 @@ def down(x: Tensor, right: Tensor, plan: Plan, seed: Tensor | None) -> Tensor:
         split, chunk = parts(m, k, config, device.processors)
         sums = Sums()
         out = sums.target(s, split)
-        for pack in plan.packs(MAX_COLUMNS):
+        for pack in plan.packs(limit):
             launch(
                 down_kernel, (cdiv(m, config.rows), split),
                 x, right, seed, out, m, k, r, chunk, *x.stride(), *right.stride(), *pack.columns,
@@ -93,7 +93,9 @@ def down(x: Tensor, right: Tensor, plan: Plan, seed: Tensor | None) -> Tensor:
         sums.finish()
         return s
 
-    columns, masks = min(plan.padded, MAX_COLUMNS), sum(drop > 0 for drop in plan.drops)
+    masks = sum(drop > 0 for drop in plan.drops)
+    limit = MAX_COLUMNS if masks < 2 or x.dtype.itemsize < 4 else MAX_COLUMNS // 2
+    columns = min(plan.padded, limit)
     key = ("down", device, x.dtype, right.dtype, power_class(m), k, r, plan, aligned)
     with on_device(x):
         return choose(key, skinny_configs(m, x.dtype.itemsize, columns, device, aligned, masks), run)
