@@ -94,7 +94,9 @@ std::vector<Tensor> forward(const Tensor &x, at::TensorList tensors, c10::List<s
   size_t left = 0;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Maybe bias = biases[i], gain = scaled.layers[i], plain = gain ? wide(bias) : std::nullopt;
-    Tensor y = weights[i].linear(x, bias);
+    // addmm copies the bias to where it then adds the product: so may the rest be there, and takes no pass of its own.
+    const bool before = counts[i] && bias && !gain && weights[i].adds_exactly(x, *bias);
+    Tensor y = before ? x.new_empty({m, weights[i].out()}) : weights[i].linear(x, bias);
     if (counts[i]) {
       y = flat(y, m);
       std::vector<Adapter> mine;
@@ -106,7 +108,9 @@ std::vector<Tensor> forward(const Tensor &x, at::TensorList tensors, c10::List<s
       Job job = make(EXPAND, y, s.narrow(1, column, r), std::move(mine));
       job.gain = floats(gain);
       job.bias = floats(plain);
+      if (before) job.start = bias->const_data_ptr<float>();
       run(y.scalar_type(), {job});  // while y is near
+      if (before) weights[i].add_product(y, flat(x, m));
       column += r;
       y = at::_unsafe_view(y, sizes(x, y.size(1)));  // not a view: that may not be written to
     }

@@ -2,7 +2,7 @@
 // float32.
 //
 //   NARROW   s_j = factor_j * D_j(big) small_j               reads big once, draws D's masks
-//   EXPAND   big += (gain - 1) * (big - bias) + sum_j factor_j * D_j(s_j small_j)
+//   EXPAND   big += (gain - 1) * (big - bias) + sum_j factor_j * D_j(s_j small_j); with start, that is big's rows before
 //   OUTER    small_j = factor_j * s_j^T D_j(big)             also sums over the rows, and gain * big
 //
 // In EXPAND the factor counts where D_j drops; elsewhere it is in s_j or small_j. s_j are columns of one matrix, side
@@ -47,7 +47,7 @@ struct Job {
   std::vector<Adapter> adapters;
   uint64_t seed = 0;
   bool s_is_float = false;
-  const float *gain = nullptr, *bias = nullptr;
+  const float *gain = nullptr, *bias = nullptr, *start = nullptr;
   void *base = nullptr;  // [rows, columns], one row after the other
   const void *y = nullptr;
   int64_t ldy = 0;
@@ -212,7 +212,7 @@ template <typename T> void expand(const Task<T> &task) {
   const T *s = static_cast<const T *>(job.s);
   for (int64_t m = task.from; m < task.to; m += ROWS) {
     const int64_t rows = std::min(ROWS, task.to - m);
-    Rest rest = {job.gain, job.bias, nullptr, chunks, 1.0f};
+    Rest rest = {job.gain, job.bias, job.start, nullptr, chunks, 1.0f};
     for (const Panel<T> &panel : task.prepared->panels) {
       const int64_t depth = round_up(panel.r, W);
       float *const memory = own(ROWS * depth);
@@ -229,7 +229,7 @@ template <typename T> void expand(const Task<T> &task) {
       rest.scale = panel.adapters->factor;
       expand_rows<T>(y + m * job.ld, job.ld, rows, job.columns, reinterpret_cast<const O *>(memory), panel.r,
                      panel.packed, rest);
-      rest.gain = nullptr;  // once
+      rest.gain = rest.start = nullptr;  // once
     }
     for (int64_t i = m; job.h && i < m + rows; ++i) {
       const auto row = [&](auto *p) { return p ? static_cast<const T *>(p) + i * job.columns : nullptr; };

@@ -222,6 +222,7 @@ inline void expand_sums(vec (&sum)[ROWS][WIDE], const O *s, int64_t depth, const
 // What is added to y beside s packed: (gain - 1) * (y - bias), and which elements of s packed are kept, times scale.
 struct Rest {
   const float *gain, *bias;
+  const float *start;    // what y is before, in each row; null: what is there
   const uint16_t *bits;  // of the first row
   int64_t chunks;        // words a row of them
   float scale;
@@ -234,7 +235,8 @@ inline void expand_full(T *y, int64_t ldy, int64_t n, const O *s, int64_t depth,
   vec sum[ROWS][2] = {};
   if constexpr (!GAIN && !BITS) {
     UNROLL
-    for (int64_t m = 0; m < ROWS; ++m) load_two(y + m * ldy + n, sum[m][0], sum[m][1]);
+    for (int64_t m = 0; m < ROWS; ++m)
+      rest.start ? load_two(rest.start + n, sum[m][0], sum[m][1]) : load_two(y + m * ldy + n, sum[m][0], sum[m][1]);
   }
   UNROLL
   for (int64_t m = 0; m < ROWS; ++m) __builtin_prefetch(y + (m + ROWS) * ldy + n, 1);
@@ -249,7 +251,7 @@ inline void expand_full(T *y, int64_t ldy, int64_t n, const O *s, int64_t depth,
   for (int64_t m = 0; m < ROWS; ++m) {
     if constexpr (GAIN || BITS) {
       vec value[2];
-      load_two(y + m * ldy + n, value[0], value[1]);
+      rest.start ? load_two(rest.start + n, value[0], value[1]) : load_two(y + m * ldy + n, value[0], value[1]);
       UNROLL
       for (int v = 0; v < 2; ++v) {
         if constexpr (BITS)
@@ -271,7 +273,7 @@ inline void expand_any(T *y, int64_t ldy, int64_t rows, int64_t n, int64_t colum
   const vec excess = rest.gain ? load(rest.gain + n, columns) - 1.0f : vec{};
   const vec shift = rest.bias ? load(rest.bias + n, columns) : vec{};
   for (int64_t m = 0; m < rows; ++m) {
-    vec value = load(y + m * ldy + n, columns), low = sum[m][0];
+    vec value = rest.start ? load(rest.start + n, columns) : load(y + m * ldy + n, columns), low = sum[m][0];
     if (rest.bits) low = keep(low, mask_of(rest.bits + m * rest.chunks, n)) * rest.scale;
     if (rest.gain) value += excess * (value - shift);
     store(y + m * ldy + n, value + low, columns);

@@ -79,6 +79,15 @@ class Weight {
     return at::_unsafe_view(y, sizes);
   }
 
+  // Whether linear() is add_product() on rows that are the bias, to the bit.
+  bool adds_exactly(const Tensor &x, const Tensor &bias) const {
+    return format.empty() && x.scalar_type() == at::kFloat && x.is_contiguous() && bias.scalar_type() == at::kFloat &&
+           bias.is_contiguous() && bias.dim() == 1;
+  }
+
+  // y += x W^T
+  void add_product(Tensor &y, const Tensor &x) const { y.addmm_(x, tensors[0].t()); }
+
   // y += (gain * x) W, into memory of its own where there is no y yet. Of a gain * x there are only ever some rows.
   void add_mm(Tensor &y, const Tensor &x, const Maybe &gain = std::nullopt) const {
     if (!format.empty() && known()) {
