@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lorafx.bases.ops import describe, packed_rows
 from lorafx.bases.tensor import QuantizedTensor, as_dense
+from lorafx.bases.view import ReadAsDense
 from lorafx.errors import ExportError, NotFiniteError
 from lorafx.kernels.rounding import all_finite, round_once
 from lorafx.passes.fold import Fold, one_thread
@@ -144,6 +145,8 @@ class Stored:
             yield self._round(piece.to(weight.dtype))
 
     def _round(self, piece: Tensor) -> Tensor:
+        if isinstance(piece, ReadAsDense):
+            piece = piece.dequantize()
         if not piece.is_floating_point():
             return piece.to(self.dtype)
         rounded = round_once(piece, self.dtype)
