@@ -20,7 +20,7 @@ from onnxscript.values import Op, Opset
 
 from lorafx.export.repeat import CALL
 
-op: Any = opset18  # its types leave no operand that may be several
+op: Any = opset18  # typed for one dtype each; so what the functions here return is Any to mypy
 Parameter = onnx.defs.OpSchema.FormalParameter
 _DOMAIN = Opset("lorafx", 1)
 
@@ -49,7 +49,8 @@ def grouped_mm(rows: TFloat, weights: TFloat, offsets: TInt, carrier: int) -> TF
         place = op.Unsqueeze(expert, first)
         mine = op.Slice(rows, op.Gather(starts, place), op.Gather(stops, place), first)
         products = op.SequenceInsert(products, op.Cast(op.MatMul(mine, op.Gather(weights, expert)), to=carrier))
-    return op.CastLike(op.ConcatFromSequence(op.SequenceInsert(products, zeros), axis=0), rows)  # type: ignore[no-any-return]
+    every = op.ConcatFromSequence(op.SequenceInsert(products, zeros), axis=0)
+    return op.CastLike(every, rows)  # type: ignore[no-any-return]  # see op
 
 
 #: What holds the products of what sequences do not take.
@@ -75,7 +76,7 @@ _NODE = Op(
 
 def _as_node(rows: TFloat, weights: TFloat, offsets: TInt) -> TFloat:
     found: Any = _NODE(rows, weights, offsets, carrier=_CARRIERS.get(rows.dtype, rows.dtype))
-    return found  # type: ignore[no-any-return]
+    return found  # type: ignore[no-any-return]  # see op
 
 
 def translations() -> Mapping[Callable[..., Any], Callable[..., Any]]:
