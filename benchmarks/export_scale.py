@@ -7,11 +7,14 @@ process of its own, one after the other. Flushing to disk, which only ours does,
 large: a checkpoint of --params parameters in shards of 4 GB, written here: export_checkpoint with an adapter, beside
 copying the same bytes and flushing them, both with the files out of the system's cache first. All files are removed.
 
+checked: a Llama of 0.6 B parameters in float32, 2.4 GB: merge_and_export with every check, ONNX Runtime's runs beside
+torch's among them, and two sessions over the one file that run at the same time.
+
 Memory is what belongs to the process (anonymous pages): mapped pages of the checkpoint can be dropped by the system. It
 is sampled every 5 ms, and printed as growth over what there was when the export began. Prints ratios; absolute times
 say little across machines.
 
-    python benchmarks/export_scale.py [small|large|both] [--params 7e9] [--rounds 1] [--folder DIRECTORY]
+    python benchmarks/export_scale.py [small|large|checked|all] [--params 7e9] [--rounds 1] [--folder DIRECTORY]
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,11 +75,11 @@ def watched(found: dict[str, float]) -> Iterator[None]:
         found["growth"] = max(0, peak[0] - start)
 
 
-def small_config() -> transformers.LlamaConfig:
+def small_config(layers: int = 16) -> transformers.LlamaConfig:
     return transformers.LlamaConfig(
         hidden_size=2048,
         intermediate_size=5632,
-        num_hidden_layers=16,
+        num_hidden_layers=layers,
         num_attention_heads=16,
         num_key_value_heads=8,
         vocab_size=32000,
@@ -102,14 +106,15 @@ def large_config(parameters: float) -> transformers.LlamaConfig:
     )
 
 
-def model_in_memory() -> transformers.PreTrainedModel:
+def model_in_memory(layers: int = 16, dtype: torch.dtype = torch.bfloat16) -> transformers.PreTrainedModel:
     """Random weights; drawn once and repeated, which takes seconds where drawing all takes a minute."""
+    config = small_config(layers)
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(small_config()).to(torch.bfloat16)
+        model = transformers.LlamaForCausalLM(config).to(dtype)
     with parameters_on_meta():
-        buffers = dict(transformers.LlamaForCausalLM(small_config()).named_buffers())
+        buffers = dict(transformers.LlamaForCausalLM(config).named_buffers())
     model.to_empty(device="cpu")
-    block = (0.02 * torch.randn(2**22)).bfloat16()
+    block = (0.02 * torch.randn(2**22)).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
             flat = parameter.reshape(-1)
@@ -174,6 +179,30 @@ def run_checkpoint(folder: Path) -> dict[str, Any]:
     return {**found, "phases": report.seconds, "most": memory("VmHWM")}
 
 
+def run_checked(folder: Path) -> dict[str, Any]:
+    import onnxruntime as ort
+
+    gm = lorafx.apply(model_in_memory(10, torch.float32), SPEC, inputs(), seed=0)
+    fill_adapters(gm)
+    with watched(found := {}):
+        report = lorafx.merge_and_export(gm, folder / "checked.onnx")
+    with torch.no_grad():
+        largest = float(gm(**inputs())[0].abs().max())
+    del gm
+    feed = {name: value.numpy() for name, value in inputs().items()}
+    sessions = [ort.InferenceSession(folder / "checked.onnx", providers=["CPUExecutionProvider"]) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda session: [session.run(None, feed)[0] for _ in range(3)], sessions)
+    return {
+        **found,
+        "bytes": report.data_bytes,
+        "runs": len(report.parity),
+        "off": report.max_abs,
+        "largest": largest,
+        "equal": all((a == first[0]).all() for a in [*first, *second]),
+    }
+
+
 def in_process(worker: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, __file__, "--worker", worker, "--folder", str(folder)]
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -181,7 +210,7 @@ def in_process(worker: str, folder: Path) -> dict[str, Any]:
     return answer
 
 
-# The two comparisons.
+# What is printed of them.
 
 
 def small(folder: Path, rounds: int) -> None:
@@ -300,12 +329,27 @@ def large(folder: Path, rounds: int, parameters: float) -> None:
     print(f"median of {rounds}: {statistics.median(ratios):.2f}")
 
 
-WORKERS = {"ours": run_ours, "peft": run_peft, "checkpoint": run_checkpoint}
+def checked(folder: Path) -> None:
+    found = in_process("checked", folder)
+    print(f"weights of {found['bytes'] / 1e9:.2f} GB, exported and checked in {found['seconds']:.1f} s")
+    print(f"{found['runs']} runs, off by at most {found['off']:.1e} where outputs reach {found['largest']:.1f}")
+    print(f"two sessions at the same time, three runs each: {'equal' if found['equal'] else 'NOT equal'} to the bit")
+
+
+WORKERS = {"ours": run_ours, "peft": run_peft, "checkpoint": run_checkpoint, "checked": run_checked}
+
+
+#: What can be asked for, from a folder for the files and the command's options.
+SECTIONS: Mapping[str, Callable[[Path, argparse.Namespace], None]] = {
+    "small": lambda folder, options: small(folder, options.rounds),
+    "large": lambda folder, options: large(folder, options.rounds, options.params),
+    "checked": lambda folder, options: checked(folder),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["small", "large", "both"], default="both")
+    parser.add_argument("what", nargs="?", choices=[*SECTIONS, "all"], default="all")
     parser.add_argument("--params", type=float, default=7e9)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument(
@@ -318,12 +362,10 @@ def main() -> None:
             answer = WORKERS[options.worker](options.folder)
         print(json.dumps(answer))
         return
-    for what in ["small", "large"] if options.what == "both" else [options.what]:
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            if what == "small":
-                small(Path(folder), options.rounds)
-            else:
-                large(Path(folder), options.rounds, options.params)
+    for name, section in SECTIONS.items():
+        if options.what in (name, "all"):
+            with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+                section(Path(folder), options)
 
 
 if __name__ == "__main__":
