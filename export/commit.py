@@ -117,6 +117,8 @@ class Draft:
         folder = self.target.parent
         with _writing(self.target):
             for file in (*self.data, self.path):
+                if self.target.exists():  # who may read a model may read the next one, and nobody else
+                    shutil.copymode(self.target, file)
                 _flush(file)
         with _writing(self.target), _locked(folder):
             there = set(_data_files(self.target))
@@ -193,7 +195,7 @@ def draft(
 
     Raises:
         ExportError: the folder does not exist or cannot be written, or the disk is full; or what is to be written is to
-            take the place of a file that must stay.
+            take the place of a file that must stay, or is read-only.
     """
     kept = kept or {}
     target = Path(os.path.realpath(path))
@@ -202,6 +204,9 @@ def draft(
     if data_name is not None and (Path(data_name).name != data_name or data_name in ("", ".", "..", target.name)):
         raise ExportError(f"data_name={data_name!r} must be the name of a file beside {target.name}, without a folder")
     written = [target] if data_name is None else [target, target.with_name(data_name)]
+    for place in written:
+        if place.exists() and not place.stat().st_mode & 0o222:  # a rename would not ask
+            raise ExportError(f"cannot write {place}: it is read-only. Give another name, or make it writable first")
     for place, (file, what) in itertools.product(written, kept.items()):
         if place.exists() and place.samefile(file):
             raise ExportError(

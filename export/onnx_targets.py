@@ -147,6 +147,14 @@ class Targets:
             return target
         if not names:
             self._refuse_copy(self._local(name))
+            if leaf == "bias" and (
+                self._named.get(self._local(f"{path}.weight")) or self._scoped.get(self._scope(path))
+            ):
+                raise Unmatched(
+                    f"the graph has no initializer '{self._local(name)}', though its module is there: torch's "
+                    "optimizer leaves a bias of zeros out. Export the base without it "
+                    "(torch.onnx.export(..., optimize=False)), or by lorafx.export_base"
+                )
             raise self._absent(f"initializer '{self._local(name)}'", path)
         return self._chosen(names, self._local(path), layer=False)
 

@@ -194,7 +194,3 @@ def _show_warning(
     """Show what lorafx warns of, as one line; other packages' warnings are for ``--debug``."""
     if category.__module__.startswith("lorafx"):
         _errors.print(f"warning: {message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -66,10 +66,15 @@ def capture(
         eval_only: capture eval mode alone: a graph that is the same in both modes, and nothing to train.
 
     Raises:
-        CaptureError: the model cannot be traced, with the line of its code and what to do; its modes cannot be
-            reconciled; or a module or tensor has a name that no graph can have.
+        CaptureError: the model is no module; it cannot be traced, with the line of its code and what to do; its modes
+            cannot be reconciled; or a module or tensor has a name that no graph can have.
         QuantizationError: the state of a layer of bitsandbytes is damaged.
     """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"expected a torch.nn.Module, not {type(model).__name__}. A folder with a checkpoint is for "
+            "lorafx.load_pretrained, or for lorafx.export_checkpoint"
+        )
     _refuse_keywords(model)
     model = with_packed_layers(model)
     with capture_config(model), _unchanged(model):

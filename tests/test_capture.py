@@ -371,3 +371,10 @@ def test_labels_that_make_the_decoders_input_are_an_input(zoo: Zoo) -> None:
     del inputs["labels"]
     with pytest.raises(InputError, match="missing: labels"):
         gm(**inputs)
+
+
+def test_what_is_no_module_is_refused() -> None:
+    with pytest.raises(lorafx.CaptureError, match=r"expected a torch.nn.Module, not str\. .*load_pretrained"):
+        lorafx.apply("checkpoint", {"r": 4})  # type: ignore[arg-type]
+    with pytest.raises(lorafx.CaptureError, match=r"expected a torch.nn.Module, not str"):
+        lorafx.export_base("checkpoint", "model.onnx")  # type: ignore[arg-type]

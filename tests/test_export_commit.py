@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +235,24 @@ def test_settings_that_mean_nothing_are_refused(
     for call in calls:
         with pytest.raises(lorafx.ExportError, match=message):
             call(*given[call], **settings)
+
+
+@pytest.mark.parametrize("named", [None, "weights.data"])
+def test_a_file_that_is_read_only_stays(gm: CapturedModule, tmp_path: Path, named: str | None) -> None:
+    target = tmp_path / "m.onnx"
+    export = partial(lorafx.merge_and_export, gm, target, external_data=True, data_name=named, verify=False)
+    report = export()
+    there = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    guarded = target if named is None else Path(report.data_paths[0])
+    guarded.chmod(0o444)
+    with pytest.raises(lorafx.ExportError, match=rf"cannot write .*{guarded.name}: it is read-only"):
+        export()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == there
+
+
+def test_who_may_read_a_file_may_read_the_next_one(gm: CapturedModule, tmp_path: Path) -> None:
+    target = tmp_path / "m.onnx"
+    lorafx.export_base(gm, target, external_data=True, verify=False)
+    target.chmod(0o600)
+    report = lorafx.merge_and_export(gm, target, external_data=True, verify=False)
+    assert {Path(path).stat().st_mode & 0o777 for path in (report.path, *report.data_paths)} == {0o600}

@@ -23,7 +23,7 @@ def run(guide: str) -> str:
             continue
         for line in block.splitlines():
             program, *arguments = shlex.split(line)
-            command = [sys.executable, *(["-m", "lorafx.cli"] if program == "lorafx" else []), *arguments]
+            command = [sys.executable, *(["-m", "lorafx"] if program == "lorafx" else []), *arguments]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
             shown += done.stdout
