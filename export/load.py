@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import onnxruntime as ort
 
+from lorafx.checks import did_you_mean
 from lorafx.errors import ExportError
 from lorafx.export.onnx_file import weight_files
 
@@ -33,13 +34,37 @@ def open_session(
 
     Args:
         path: the ``.onnx`` file.
-        providers, session_options: as for ``onnxruntime.InferenceSession``; None: the CPU, ONNX Runtime's defaults.
+        providers, session_options: as for ``onnxruntime.InferenceSession``; None: the CPU, and ONNX Runtime's defaults
+            without its warnings.
 
     Raises:
-        ExportError: ONNX Runtime cannot load the file; or it was replaced during each of 100 loads.
+        ExportError: ONNX Runtime cannot load the file, or has no such provider; or the file was replaced during each of
+            100 loads.
+    """
+    chosen = known_providers(providers)
+    return while_unchanged(path, lambda: ort.InferenceSession(str(path), session_options or quiet(), providers=chosen))
+
+
+def known_providers(providers: Sequence[Any] | None) -> list[Any]:
+    """The providers to ask for; None: the CPU.
+
+    Raises:
+        ExportError: ONNX Runtime is without one of them, and would run on the CPU instead.
     """
     chosen = ["CPUExecutionProvider"] if providers is None else list(providers)
-    return while_unchanged(path, lambda: ort.InferenceSession(str(path), session_options, providers=chosen))
+    there = ort.get_available_providers()
+    for provider in chosen:
+        name = provider[0] if isinstance(provider, tuple) else provider
+        if name not in there:
+            raise ExportError(f"this ONNX Runtime has no provider '{name}'{did_you_mean(name, there)}; it has {there}")
+    return chosen
+
+
+def quiet() -> ort.SessionOptions:
+    """ONNX Runtime warns of each optional input that it is no constant, which is what it is for."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return options
 
 
 def while_unchanged(path: str | os.PathLike[str], load: Callable[[], T]) -> T:

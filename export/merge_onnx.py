@@ -75,8 +75,6 @@ class MergeReport(JsonReport):
     (:meth:`lorafx.export.onnx_file.OnnxFile.pieces`: wherever the file keeps them, and in whatever order).
     """
 
-    path: str
-    data_paths: tuple[str, ...]
     onnx_bytes: int
     data_bytes: int
     initializers: int

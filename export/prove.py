@@ -147,17 +147,26 @@ def prove(merged: OnnxFile, base: OnnxFile, found: Changes, progress: Callable[[
     expected = {change.name: change for change in found.changes}
     proofs: list[TensorProof] = []
     foreign: list[str] = []
+    rounded: set[torch.dtype] = set()
     unchanged = 0
     for index, (name, source) in enumerate(base.sources.items()):
         other = merged.sources[name]
         if name in expected:
-            proofs.append(_prove_tensor(expected[name], source.tensor(), other.tensor()))
+            tensor = source.tensor()
+            proofs.append(_prove_tensor(expected[name], tensor, other.tensor()))
+            if tensor.dtype.itemsize < 4 and not proofs[-1].error <= 1.0:
+                rounded.add(tensor.dtype)
         elif not source.same_bytes(other):
             foreign.append(f"initializer '{name}' is not the base's, and the adapter does not change it")
         else:
             unchanged += 1
         progress((index + 1) / len(base.sources))
-    failures = [f for f in (_shortened(_off(proofs)), _shortened(foreign)) if f]
+    hints = [
+        f"if the base was rounded to {dtype} when it was exported, a merge of what it was before is another file than "
+        "this: prove files that were exported in the dtype of the model, or what merge_onnx makes of the base"
+        for dtype in rounded
+    ]
+    failures = [f for f in (_shortened(_off(proofs)), _shortened(foreign), *hints) if f]
     return Proof(tuple(proofs), unchanged, "; ".join(failures) or None, found.absent)
 
 

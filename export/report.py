@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafx.checks import format_bytes
-from lorafx.export.commit import write_text
+from lorafx.errors import ExportError
+from lorafx.export.commit import draft, write_text
 from lorafx.passes.deviation import Deviation
 
 #: What reports call their files' paths.
@@ -20,7 +21,10 @@ _PATHS = frozenset({"path", "data_paths"})
 
 @dataclass(frozen=True)
 class JsonReport:
-    """A report as plain data and as a JSON file, where what the report has as paths are names of files."""
+    """A report of an ONNX file and its weights, as plain data and as a JSON file, where paths are names of files."""
+
+    path: str
+    data_paths: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data that JSON can hold."""
@@ -31,9 +35,23 @@ class JsonReport:
         """Write the report as JSON.
 
         Raises:
-            ExportError: the file cannot be written; what was there is.
+            ExportError: the file cannot be written, or is one of those that the report is of; what was there is.
         """
+        check_place(path, dict.fromkeys([self.path, *self.data_paths], "what the report is of"))
         write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+def check_place(path: str | os.PathLike[str], taken: Mapping[str, str]) -> None:
+    """Refuse a place where no report can be written, or one of files that are, or will be, something else.
+
+    Raises:
+        ExportError: it is, by any path, one of ``taken``, which says of each what it is; or as :func:`draft`.
+    """
+    for file, what in taken.items():
+        if os.path.realpath(path) == os.path.realpath(file):
+            raise ExportError(f"{path} is {what}, which would be lost: give the report another name or folder")
+    with draft(path):
+        pass  # what is not committed leaves no trace
 
 
 def _without_folders(fields: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -109,8 +127,6 @@ class TensorRounding:
 class FileReport(JsonReport):
     """A model's files, and what was checked of them. ``inputs`` are those that a call must give, with their shapes."""
 
-    path: str
-    data_paths: tuple[str, ...]
     onnx_bytes: int
     data_bytes: int
     onnx_sha256: str

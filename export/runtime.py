@@ -24,7 +24,7 @@ from lorafx.checks import did_you_mean
 from lorafx.errors import AdapterError, InputError
 from lorafx.export.adapter_file import ADAPTER_SUFFIX, AdapterFile, load_adapter_file, model_version
 from lorafx.export.input_names import PAIRS
-from lorafx.export.load import while_unchanged
+from lorafx.export.load import known_providers, quiet, while_unchanged
 
 Array = npt.NDArray[Any]
 
@@ -43,7 +43,7 @@ class AdapterSession:
 
     Raises:
         AdapterError: as :meth:`add`.
-        ExportError: ONNX Runtime cannot load the file.
+        ExportError: ONNX Runtime cannot load the file, or has no such provider.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class AdapterSession:
         session_options: ort.SessionOptions | None = None,
     ) -> None:
         self.path = Path(path)
-        chosen = ["CPUExecutionProvider"] if providers is None else list(providers)
+        chosen = known_providers(providers)
 
         def load() -> tuple[int, ort.InferenceSession]:
             version = model_version(hashlib.sha256(self.path.read_bytes()).hexdigest())
-            return version, ort.InferenceSession(str(path), session_options or _quiet(), providers=chosen)
+            return version, ort.InferenceSession(str(path), session_options or quiet(), providers=chosen)
 
         self._version, self.session = while_unchanged(path, load)
         self._optional = {i.name: i for i in self.session.get_overridable_initializers()}
@@ -120,7 +120,7 @@ class AdapterSession:
         Raises:
             AdapterError: there is no such adapter, its file is damaged, two have the same tensors, the inputs are
                 bound, or what is given is no name.
-            InputError: an input is missing, unknown, or no numpy array of its dtype and rank.
+            InputError: an input is missing, unknown, an adapter's, or no numpy array of its dtype and rank.
         """
         if isinstance(inputs, ort.IOBinding) or not isinstance(inputs, Mapping):
             raise AdapterError(
@@ -153,9 +153,11 @@ class AdapterSession:
     def _check_inputs(self, inputs: Mapping[str, object]) -> None:
         wanted = {i.name: i for i in self.session.get_inputs()}
         for name in dict.fromkeys((*wanted, *inputs)):
-            if name not in wanted and name not in self._optional:
+            if name in self._optional:  # ONNX Runtime would take A without B, and any of them beside an active adapter
+                raise InputError(f"input '{name}' is an adapter's: give run the name of one, add(name, path) adds it")
+            if name not in wanted:
                 raise InputError(f"the model has no input '{name}'{did_you_mean(name, wanted)}; it takes {[*wanted]}")
-            expected = wanted.get(name) or self._optional[name]
+            expected = wanted[name]
             what = f"input '{name}' is to be a numpy array, {expected.type} of shape {expected.shape}"
             if name not in inputs:
                 raise InputError(f"{what}, and is missing")
@@ -249,10 +251,3 @@ def _names(adapter: str | Sequence[str] | None) -> tuple[str, ...]:
             "None (the base alone) is expected; session.adapters has the names"
         )
     return tuple(names)
-
-
-def _quiet() -> ort.SessionOptions:
-    """ONNX Runtime warns of each optional input that it is no constant, which is what it is for."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return options

@@ -13,6 +13,7 @@ from rich.console import Console
 
 import lorafx
 from lorafx.errors import LorafxError
+from lorafx.export.report import check_place
 from lorafx.progress import Parts
 
 app = typer.Typer(
@@ -130,6 +131,9 @@ def merge(
     ] = None,
 ) -> None:
     """Fold an adapter into an ONNX file, without the model. Lists what it matched; refuses what is ambiguous."""
+    if json_file is not None:
+        mine = {str(file): "a file of the adapter" for file in adapter.glob("*")}
+        check_place(json_file, {**mine, str(base): "the base", str(out): "the file to write"})
     with Parts(_errors, transient=True) as parts, parts.part("merge"):
         result = lorafx.merge_onnx(
             base, adapter, out, part=part, data_name=data_name, max_shard_size=max_shard_size, verify=check

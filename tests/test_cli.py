@@ -119,6 +119,29 @@ def test_merge_splits_the_weights_and_writes_its_report(here: Path) -> None:
     assert "of weights in 3 files)" in shown
 
 
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        ("merged.onnx", "is the file to write"),
+        ("base.onnx", "is the base"),
+        ("mine/adapter_config.json", "is a file of the adapter"),
+        ("no/r.json", "cannot write .*r.json"),
+    ],
+)
+def test_a_report_takes_no_files_place_and_is_refused_before_the_merge(here: Path, report: str, message: str) -> None:
+    base = save(chain(LAYERS), here / "base.onnx")
+    folder = save_adapter(here / "mine", lora(LAYERS))
+    before, config = base.read_bytes(), (folder / "adapter_config.json").read_bytes()
+    there = sorted(here.iterdir())
+    with pytest.raises(lorafx.ExportError, match=message):
+        run("merge", str(base), str(folder), "-o", str(here / "merged.onnx"), "--json", report)
+    assert sorted(here.iterdir()) == there
+    assert (base.read_bytes(), (folder / "adapter_config.json").read_bytes()) == (before, config)
+    merged = lorafx.merge_onnx(base, folder, here / "merged.onnx")
+    with pytest.raises(lorafx.ExportError, match=r"merged.onnx is what the report is of"):
+        merged.save_json("merged.onnx")
+
+
 def test_merge_swaps_one_file_of_weights(here: Path) -> None:
     """A base and what is merged into it differ in the file of weights alone."""
     folder = adapter(here / "mine")

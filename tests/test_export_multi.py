@@ -383,6 +383,15 @@ def test_inputs_that_the_model_does_not_take_are_named(
         AdapterSession(exported[0] / "model.onnx").run(inputs, "small")
 
 
+@pytest.mark.parametrize("adapter", [None, "small"])
+def test_an_adapters_tensors_are_no_inputs_of_a_run(exported: tuple[Path, MultiReport], adapter: str | None) -> None:
+    """ONNX Runtime takes A without B, and mixes what it is given with the adapter that is active."""
+    session = AdapterSession(exported[0] / "model.onnx")
+    name = next(i.name for i in session.session.get_overridable_initializers())
+    with pytest.raises(InputError, match=rf"input '{name}' is an adapter's: give run the name of one"):
+        session.run({"ids": IDS.numpy(), name: np.zeros((2, 2), np.float32)}, adapter)
+
+
 def test_one_that_generates(tmp_path: Path, zoo: Zoo) -> None:
     """With a cache, under the names of onnxruntime-genai: each adapter's tokens are those of torch's own generation."""
     gm = with_adapters(zoo.adapted(FAMILIES["llama"], LoraSpec(r=2)), {"other": LoraSpec(r=3, alpha=9)})

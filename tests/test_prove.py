@@ -272,3 +272,23 @@ def test_an_adapter_of_another_model_is_an_error(tmp_path: Path) -> None:
     base, _, merged = files(tmp_path)
     with pytest.raises(lorafx.AdapterError, match="no weight of"):
         lorafx.verify_onnx(merged, base, save_adapter(tmp_path / "other", lora(["m.0.q"])))
+
+
+def test_a_base_that_was_rounded_before_the_merge_is_named_as_a_cause(tmp_path: Path) -> None:
+    """What merge_and_export makes with dtype= is the sum rounded once: no merge of a base that was rounded itself."""
+    torch.manual_seed(0)
+    gm = lorafx.apply(
+        torch.nn.Sequential(torch.nn.Linear(32, 32)),
+        lorafx.LoraSpec(r=2, target_modules=["0"]),
+        (torch.ones(2, 32),),
+        seed=0,
+    )
+    with torch.no_grad():
+        gm.get_parameter("0.lora_B.default").normal_(std=0.1)
+    lorafx.save_adapter(gm, tmp_path / "adapter")
+    for dtype in (None, "bf16"):
+        lorafx.export_base(gm, tmp_path / "base.onnx", dtype=dtype, verify=False)
+        lorafx.merge_and_export(gm, tmp_path / "merged.onnx", dtype=dtype, verify=False)
+        proof = lorafx.verify_onnx(tmp_path / "merged.onnx", tmp_path / "base.onnx", tmp_path / "adapter")
+        assert proof.passed == (dtype is None)
+        assert ("rounded to torch.bfloat16 when it was exported" in str(proof)) == (dtype is not None)
