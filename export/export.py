@@ -87,7 +87,8 @@ def merge_and_export(
         external_data: keep weights in a file beside; None: if they exceed 1.5 GiB.
         data_name: what to call that file, which then exists always; None: by its content. Weights of another
             graph are not overwritten.
-        max_shard_size: keep them in several files of at most so many bytes (or ``"2GB"``).
+        max_shard_size: keep them in several files of at most so many bytes (or ``"2GB"``); a tensor larger than that
+            has one of its own.
         keep_loss: export the loss, and the labels as an input.
         kv_cache: export a decoder as a step of generation, with the keys and values of what came before as inputs and
             outputs (:mod:`lorafx.passes.decoder` has their names and shapes). The model's code is traced once more.

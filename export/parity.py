@@ -197,15 +197,17 @@ def run_case(
         tolerance: what is allowed.
 
     Raises:
+        InputError: the graph does not take the example inputs.
         ParityError: ONNX Runtime refuses the inputs, or gives other shapes than torch.
     """
     inputs = {name: prepare(tensor) for name, tensor in case.inputs.items()}
     try:
         expected = run_torch(graph, inputs)
     except (RuntimeError, IndexError, ValueError, InputError) as error:
-        if case.origin == "example":
-            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if case.origin == "example":
+            sizes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+            raise InputError(f"the graph cannot run on the example inputs ({sizes}): {reason}") from error
         return Parity(case.origin, case.sizes, reference, "", refused=reason)
     found = session(inputs)
     rows = [difference(n, t, o, tolerance) for n, t, o in zip(names, expected, found, strict=True)]

@@ -190,7 +190,7 @@ def _optimized(
     except ExportError:
         raise
     except Exception as error:  # whatever torch, or an operator's translation, raises ends up here
-        raise _not_expressible(error) from error
+        raise _not_expressible(error, example) from error
     assert converted is not None
     model = converted.model
     if opset is not None and model.opset_imports[""] != opset:
@@ -270,15 +270,16 @@ def _clean(model: ir.Model) -> None:
         node.doc_string = None
 
 
-def _not_expressible(error: Exception) -> ExportError:
+def _not_expressible(error: Exception, example: Mapping[str, Tensor]) -> ExportError:
     root: BaseException = error
     while root.__cause__ is not None:
         root = root.__cause__
     lines = [line for line in str(root).strip().splitlines() if line.strip()]
+    inputs = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in example.items())
     return ExportError(
         f"torch cannot express the graph in ONNX: {lines[0] if lines else type(root).__name__}. Replace the "
         "operator in the model (in Hugging Face models another attn_implementation or experts_implementation "
-        "may do), or try a newer opset"
+        f"may do), try a newer opset, or give example_inputs that the model takes, if it does not take {inputs}"
     )
 
 

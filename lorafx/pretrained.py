@@ -97,7 +97,7 @@ def model_of_config(config: Any, dtype: torch.dtype) -> nn.Module:
     """The model that a transformers config, or the ``config.json`` in a folder, describes, with random weights.
 
     Raises:
-        SourceError: there is no such config, or it names no architecture of transformers.
+        SourceError: there is no such config, it is none, or it names no architecture of transformers.
     """
     import transformers
 
@@ -106,7 +106,10 @@ def model_of_config(config: Any, dtype: torch.dtype) -> nn.Module:
         if not (folder / "config.json").is_file():
             raise SourceError(f"'{folder}' has no config.json; give the folder of a Hugging Face checkpoint")
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    names = getattr(config, "architectures", None) or []
+    if not isinstance(config, transformers.PretrainedConfig):
+        given = config.__name__ if isinstance(config, type) else f"a {type(config).__name__}"
+        raise SourceError(f"expected a transformers config, the folder of one, or a torch.nn.Module, not {given}")
+    names = config.architectures or []
     builder: Any = getattr(transformers, names[0], None) if names else None
     if builder is None:
         what = f"the architecture {names[0]}, which transformers does not have" if names else "no architecture"

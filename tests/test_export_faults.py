@@ -331,9 +331,3 @@ def test_an_error_in_a_value_is_the_one_that_is_raised(tmp_path: Path) -> None:
             file.write(broken, external, lambda done: None)
     assert threading.active_count() == before
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_provider_that_onnx_runtime_is_without_is_refused(tmp_path: Path) -> None:
-    """It would run on the CPU, and print so."""
-    with pytest.raises(lorafx.ExportError, match=r"has no provider 'CPUExecutionProvder' \(did you mean 'CPUExec"):
-        lorafx.open_session(tmp_path / "model.onnx", providers=[("CPUExecutionProvder", {})])
