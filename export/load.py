@@ -42,7 +42,8 @@ def open_session(
             100 loads.
     """
     chosen = known_providers(providers)
-    return while_unchanged(path, lambda: ort.InferenceSession(str(path), session_options or quiet(), providers=chosen))
+    options = session_options or quiet()
+    return while_unchanged(path, lambda place: ort.InferenceSession(str(place), options, providers=chosen))
 
 
 def known_providers(providers: Sequence[Any] | None) -> list[Any]:
@@ -67,29 +68,37 @@ def quiet() -> ort.SessionOptions:
     return options
 
 
-def while_unchanged(path: str | os.PathLike[str], load: Callable[[], T]) -> T:
-    """What ``load()`` makes of a file and its weights, once these were the same ones before it and after.
+def while_unchanged(path: str | os.PathLike[str], load: Callable[[Path], T]) -> T:
+    """What ``load`` makes of a file and its weights, once these were the same ones before it and after.
+
+    It is given the file's place: behind a link, if the weights lie there and not beside the link, where ONNX Runtime
+    looks for them.
 
     Raises:
         ExportError: as :func:`open_session`.
     """
-    place = Path(path)
     for _ in range(_ATTEMPTS):
-        before = _identities([place])  # first, so that one replaced while it is read below is seen
+        before = _identities([Path(path)])  # first, so that one replaced while it is read below is seen
+        place = _followed(Path(path))
         data = _weights(place)
         before += _identities(data)
         try:
-            loaded = load()
+            loaded = load(place)
         except Exception as error:  # onnxruntime's exceptions share no base class
-            if before == _identities([place, *data]):
+            if before == _identities([Path(path), *data]):
                 raise ExportError(f"ONNX Runtime cannot load {path}: {error}") from error
         else:
-            if before == _identities([place, *data]):
+            if before == _identities([Path(path), *data]):
                 return loaded
     raise ExportError(
         f"{path} or its weights were replaced during each of {_ATTEMPTS} loads: something exports to it without a "
         "pause, or writes over it"
     )
+
+
+def _followed(path: Path) -> Path:
+    there = Path(os.path.realpath(path))
+    return there if path.is_symlink() and not all(file.exists() for file in _weights(path)) else path
 
 
 def _weights(path: Path) -> list[Path]:

@@ -57,9 +57,9 @@ class AdapterSession:
         self.path = Path(path)
         chosen = known_providers(providers)
 
-        def load() -> tuple[int, ort.InferenceSession]:
-            version = model_version(hashlib.sha256(self.path.read_bytes()).hexdigest())
-            return version, ort.InferenceSession(str(path), session_options or quiet(), providers=chosen)
+        def load(place: Path) -> tuple[int, ort.InferenceSession]:
+            version = model_version(hashlib.sha256(place.read_bytes()).hexdigest())
+            return version, ort.InferenceSession(str(place), session_options or quiet(), providers=chosen)
 
         self._version, self.session = while_unchanged(path, load)
         self._optional = {i.name: i for i in self.session.get_overridable_initializers()}

@@ -256,3 +256,24 @@ def test_who_may_read_a_file_may_read_the_next_one(gm: CapturedModule, tmp_path:
     target.chmod(0o600)
     report = lorafx.merge_and_export(gm, target, external_data=True, verify=False)
     assert {Path(path).stat().st_mode & 0o777 for path in (report.path, *report.data_paths)} == {0o600}
+
+
+def test_a_session_over_a_link_to_one_of_two_exports(gm: CapturedModule, tmp_path: Path) -> None:
+    """ONNX Runtime looks for weights beside the link; those of a file that is linked with its weights are there."""
+    x = torch.randn(3, 16)
+    for name, export in {"base": lorafx.export_base, "tuned": lorafx.merge_and_export}.items():
+        (tmp_path / name).mkdir()
+        report = export(gm, tmp_path / name / "m.onnx", external_data=True, verify=False)
+    link = tmp_path / "current.onnx"
+    outputs = []
+    for name in ("base", "tuned"):
+        link.unlink(missing_ok=True)
+        link.symlink_to(tmp_path / name / "m.onnx")
+        session = lorafx.open_session(link)
+        outputs.append(torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]))
+    torch.testing.assert_close(outputs[1], gm(x).detach())
+    assert not torch.allclose(outputs[0], outputs[1])
+    (tmp_path / "both").mkdir()
+    for file in (report.path, *report.data_paths):
+        (tmp_path / "both" / Path(file).name).symlink_to(file)
+    lorafx.open_session(tmp_path / "both" / "m.onnx")
