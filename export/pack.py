@@ -137,11 +137,15 @@ def refuse_none(weight_format: WeightFormat, packed: Collection[str], dense: Map
     """
     if weight_format == "dense" or packed:
         return
+    if dense:  # each reason has its remedy, where there is one
+        raise ExportError(
+            f"weight_format={weight_format!r}, and all would be dense ({'; '.join(dense_notes(dense))}): change that, "
+            "or leave weight_format out"
+        )
     wanted = "stored as nf4" if weight_format == "bnb4" else "quantized"
-    found = "".join(f"; {note}" for note in dense_notes(dense))
     raise ExportError(
-        f"weight_format={weight_format!r}: the graph has no linear layer whose weight is {wanted}{found}. Quantize the "
-        "base (LoraSpec(base='nf4'), lorafx.quantize), or leave weight_format out"
+        f"weight_format={weight_format!r}: the graph has no linear layer whose weight is {wanted}. Quantize the base "
+        "(LoraSpec(base='nf4'), lorafx.quantize), or leave weight_format out"
     )
 
 

@@ -379,7 +379,7 @@ _CHECKS: Mapping[str, checks.Check[Any]] = {
     "adapter_dtype": checks.dtype_name(get_args(AdapterDtype)),
     "tied": checks.one_of(get_args(Tied)),
     "base": checks.optional(checks.one_of(tuple(FORMATS))),
-    "block_size": checks.optional(checks.count),
+    "block_size": checks.optional(checks.rank),
     "double_quant": checks.optional(checks.flag),
     "metadata": checks.json_object(METADATA),
 }

@@ -173,10 +173,12 @@ def quantize(
         is stored only if it is named (as for adapters).
 
     Raises:
+        PassError: ``gm`` is no graph of lorafx's.
         SpecError, MatchError: as :func:`lorafx.apply`.
-        QuantizationError: an adapter started from the dense weight (DoRA's magnitudes, PiSSA); or a weight cannot be
-            stored. Nothing is changed.
+        QuantizationError: an adapter started from the dense weight (DoRA's magnitudes, PiSSA), or is merged into it in
+            place; or a weight cannot be stored. Nothing is changed.
     """
+    there = adapters(gm)
     spec = LoraSpec(
         base=base,
         target_modules=target_modules,
@@ -189,7 +191,12 @@ def quantize(
     deactivate(bare)
     choices = match(bare, (spec,))
     chosen = {c.candidate.weight for c in choices if c.site is not None}
-    for adapter in adapters(gm).values():
+    if both := sorted(chosen.intersection(gm.meta.get("folded", ()))):
+        raise QuantizationError(
+            f"{', '.join(gm.meta['merged'])} is merged in place, into the dense values of '{both[0]}': call "
+            "unmerge(gm) first, and merge again afterwards"
+        )
+    for adapter in there.values():
         started = {s.weight for s in adapter.sites if VARIANTS[s.variant].scales_rows} | set(adapter.residual)
         if both := sorted(started & chosen):
             raise QuantizationError(

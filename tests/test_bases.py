@@ -351,6 +351,22 @@ def test_weights_that_cannot_be_stored(base: Format, weight: Tensor, message: st
         base.quantize(weight, double_quant=double_quant if base.name == "nf4" else None, where="layer 'q_proj'")
 
 
+def test_finite_weights_whose_scales_overflow() -> None:
+    weight = torch.zeros(512, 64)
+    weight[::2] = 3e38
+    assert torch.equal(NF4.dequantize(NF4.quantize(weight, double_quant=False)), weight)
+    with pytest.raises(lorafx.QuantizationError, match=r"holds values up to 3e\+38, whose scales overflow"):
+        NF4.quantize(weight)  # their mean does
+
+
+def test_scales_at_the_end_of_a_dtype() -> None:
+    weight = torch.zeros(512, 64, dtype=torch.float16)
+    weight[::2] = torch.finfo(torch.float16).max
+    kept = NF4.quantize(weight)
+    assert torch.equal(NF4.dequantize(kept)[::2], weight[::2])
+    NF4.validate(kept)
+
+
 def test_settings_that_a_format_does_not_have() -> None:
     with pytest.raises(lorafx.SpecError, match=r"block_size=48 is not allowed: nf4 has 32, 64"):
         NF4.quantize(normal(8, 48), block_size=48)
@@ -383,6 +399,10 @@ def now(key: str, value: Tensor) -> Change:
     return lambda state: state.update({key: value})
 
 
+def grown(factor: float) -> Change:
+    return lambda state: state["weight.nested_absmax"].mul_(factor)
+
+
 DAMAGE: dict[str, tuple[Format, Change, str]] = {
     "codes too short": (NF4, short("weight"), r"codes is .*\(255,\); .*\(8, 64\) expected torch.uint8 \(256,\)"),
     "scales too short": (NF4, short("weight.absmax"), r"absmax is torch.uint8 \(7,\)"),
@@ -390,6 +410,8 @@ DAMAGE: dict[str, tuple[Format, Change, str]] = {
     "no scales": (NF4, gone("weight.absmax"), "weight.absmax is missing"),
     "no nested scales": (NF4, gone("weight.nested_absmax"), "weight.nested_absmax is missing"),
     "negative scale": (NF4, now("weight.nested_absmax", torch.tensor([-1.0])), "nested_absmax holds a value that is"),
+    "scales that come out negative": (NF4, grown(1e3), "with nested_absmax and offset, holds a value that is neg"),
+    "scales that float16 lacks": (NF4, now(NF4.mark, state_of(nested_offset=1e30, dtype="float16")), "of 1e.30, and"),
     "scale NaN": (NF4, now("weight.nested_absmax", torch.tensor([torch.nan])), "nested_absmax holds a value"),
     "another table": (NF4, now("weight.quant_map", TABLE.flip(0)), "weight.quant_map is not the table of nf4"),
     "nested table NaN": (NF4, now("weight.nested_quant_map", torch.full((256,), torch.nan)), "no table of 256 finite"),

@@ -243,13 +243,24 @@ def test_weights_that_have_no_operator_stay_dense(tmp_path: Path) -> None:
 @pytest.mark.parametrize("base", [None, "int8"])
 def test_nothing_to_pack(base: str | None, tmp_path: Path) -> None:
     gm = adapted(base=base)
-    with pytest.raises(ExportError, match=r"no linear layer whose weight is stored as nf4.*LoraSpec\(base='nf4'\)"):
-        lorafx.export_base(gm, tmp_path / "m.onnx", weight_format="bnb4")
-    with pytest.raises(ExportError, match="no linear layer whose weight is stored as nf4"):
-        lorafx.export_multi(gm, tmp_path / "m.onnx", weight_format="bnb4")
+    message = {
+        None: r"no linear layer whose weight is stored as nf4\. Quantize the base \(LoraSpec\(base='nf4'\)",
+        "int8": r"all would be dense \(.*: stored as int8, and MatMulBnb4 takes nf4\)",
+    }[base]
+    for export in (lorafx.export_base, lorafx.export_multi):
+        with pytest.raises(ExportError, match=message):
+            export(gm, tmp_path / "m.onnx", weight_format="bnb4")  # type: ignore[operator]
     if base is None:
         with pytest.raises(ExportError, match="no linear layer whose weight is quantized"):
             lorafx.merge_and_export(gm, tmp_path / "m.onnx", weight_format="nbits")
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_merged_is_dense(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gm = lorafx.apply(Model(), LoraSpec(r=2, base="nf4"), (X,)).eval()
+    with pytest.raises(ExportError, match=r"all would be dense .*requantize=True stores it as nf4 again\): change"):
+        lorafx.merge_and_export(gm, tmp_path / "m.onnx", weight_format="bnb4")
     assert not list(tmp_path.iterdir())
 
 

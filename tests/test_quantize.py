@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import lorafx
 from conftest import Zoo, randomize
 from kinds import Experts
-from lorafx import LoraSpec, MatchError, QuantizationError, SpecError
+from lorafx import LoraSpec, MatchError, PassError, QuantizationError, SpecError
 from lorafx.bases import FORMATS
 from lorafx.bases.base import Packed
 from lorafx.bases.ops import describe, packed_linear, packed_mm, packed_rows
@@ -282,6 +282,26 @@ def test_an_adapter_that_started_from_the_dense_weight(options: dict[str, str]) 
     assert len(lorafx.quantize(gm, exclude_modules=["q"])) == 6
 
 
+def test_what_is_merged_in_place_is_taken_out_first() -> None:
+    gm = adapted(None, "auto", target_modules=["q"])
+    for parameter in gm.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    lorafx.merge(gm, inplace=True)
+    before = gm(X)
+    with pytest.raises(QuantizationError, match=r"default is merged in place, .*'layers\.0\.q\.weight': call unmerge"):
+        lorafx.quantize(gm)
+    assert torch.equal(gm(X), before)
+    assert len(lorafx.quantize(gm, exclude_modules=["q"])) == 6
+    lorafx.unmerge(gm)
+    assert lorafx.quantize(gm) == ("layers.0.q.weight",)
+    before = gm(X)
+    lorafx.merge(gm, inplace=True)  # now of the weight as it is read
+    torch.testing.assert_close(gm(X), before)
+    with pytest.raises(PassError, match=r"made by lorafx\.apply, got Linear"):
+        lorafx.quantize(nn.Linear(8, 8))  # type: ignore[arg-type]
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -393,6 +413,7 @@ def test_sizes_that_do_not_fit() -> None:
         ({"base": "int8", "double_quant": True}, "double_quant=True.*leave it out"),
         ({"block_size": 64}, r"LoraSpec.block_size=64.*give one \(base='nf4' or 'int8'\)"),
         ({"double_quant": False}, "LoraSpec.double_quant=False.*it is a setting of a base format"),
+        ({"base": "nf4", "block_size": "64"}, "block_size='64'.*an integer of at least 1"),
         ({"base": "nf4", "double_quant": 1}, "LoraSpec.double_quant=1"),
     ],
 )

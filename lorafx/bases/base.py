@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from typing import ClassVar
 
 import torch
@@ -94,7 +94,8 @@ class Format(ABC):
     def pack(self, weight: Tensor, block_size: int, double_quant: bool) -> dict[str, Tensor]:
         """The tensors for ``weight``, which has one of ``DTYPES``.
 
-        What is not finite in the weight is not finite in ``absmax``, or, where that is quantised, in ``offset``.
+        What is not finite in the weight is not finite in ``absmax``, or, where that is quantised, in ``offset``:
+        :meth:`damage` finds it.
         """
 
     @abstractmethod
@@ -146,12 +147,15 @@ class Format(ABC):
         block_size, double_quant = self.settings(shape[-1], block_size, double_quant)
         with torch.no_grad():
             tensors = self.pack(weight.detach(), block_size, double_quant)
-        if not bool(tensors["offset" if double_quant else "absmax"].isfinite().all()):
+        packed = Packed(self.name, shape, weight.dtype, block_size, double_quant, tensors)
+        if self.damage(packed) is not None:
+            largest = float(weight.detach().abs().max())
+            what = f"values up to {largest:.3g}, whose scales overflow" if isfinite(largest) else "NaN or Inf"
             raise QuantizationError(
-                f"{where} holds NaN or Inf and cannot be stored as {self.name}: one such value would spoil every value "
+                f"{where} holds {what} and cannot be stored as {self.name}: one such value would spoil every value "
                 "that shares its scale. Look at the checkpoint that it came from."
             )
-        return Packed(self.name, shape, weight.dtype, block_size, double_quant, tensors)
+        return packed
 
     def panels(
         self,
@@ -239,11 +243,15 @@ def loss_of_zeros(count: int, cell: float) -> float:
     return sqrt(lost / (1 + lost))
 
 
-def scales_damage(name: str, scales: Tensor) -> str | None:
-    """What is wrong with magnitudes, which are finite and not negative; None if nothing is."""
+def scales_damage(name: str, scales: Tensor, largest: float = torch.finfo(torch.float32).max) -> str | None:
+    """What is wrong with magnitudes, which are not negative and at most ``largest``; None if nothing is."""
     # One pass that NaN goes through.
     low, high = (float(end) for end in scales.aminmax())
-    return None if low >= 0 and high < float("inf") else f"{name} holds a value that is negative, NaN or Inf"
+    if low >= 0 and high <= largest:
+        return None
+    finite = low >= 0 and isfinite(high)
+    what = f"of {high:.3g}, and the weight's dtype ends at {largest:.3g}" if finite else "that is negative, NaN or Inf"
+    return f"{name} holds a value {what}"
 
 
 def take(tensors: Mapping[str, Tensor], prefix: str, name: str, key: str) -> Tensor:

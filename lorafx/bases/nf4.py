@@ -62,6 +62,9 @@ def _dynamic_table() -> Tensor:
 
 NESTED_TABLE = _dynamic_table()
 
+#: No two neighbours in ``NESTED_TABLE`` are further apart.
+NESTED_GAP = 1 / 64
+
 # Both values of a byte, as one number of 8 bytes: one look-up for two values.
 _PAIRS = torch.stack([TABLE.repeat_interleave(16), TABLE.repeat(16)], 1).view(torch.int64).flatten()
 
@@ -154,11 +157,19 @@ class Nf4(Format):
         return loss_of_zeros(packed.block_size, max(abs(m) for m in _MIDPOINTS[6:8]))
 
     def damage(self, packed: Packed) -> str | None:
-        """Scales that are none."""
+        """Scales that are none, or that values of the weight's dtype cannot have."""
+        tensors, largest = packed.tensors, torch.finfo(packed.dtype).max
         if not packed.double_quant:
-            return scales_damage("absmax", packed.tensors["absmax"])
-        means = scales_damage("offset", packed.tensors["offset"])
-        return means or scales_damage("nested_absmax", packed.tensors["nested_absmax"])
+            return scales_damage("absmax", tensors["absmax"], largest)
+        if found := scales_damage("offset", tensors["offset"]):
+            return found
+        if found := scales_damage("nested_absmax", tensors["nested_absmax"]):
+            return found
+        # A block of next to zeros may have come out below zero, by what rounding its scale to the table loses.
+        scales = self.scales(packed)
+        lost = (tensors["nested_absmax"] * NESTED_GAP).repeat_interleave(NESTED_BLOCK)[: len(scales)]
+        scales = scales.where(scales < -lost, scales.clamp_min(0))
+        return scales_damage("absmax, with nested_absmax and offset,", scales, largest)
 
     def state_dict(self, packed: Packed) -> dict[str, Tensor]:
         """bitsandbytes': the codes as a column, scales, tables, and a JSON text with what is no tensor."""
