@@ -11,6 +11,9 @@ BIN := $(CURDIR)/.venv/bin
 DEPS := .venv/.deps-installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Depends on the package onnxruntime, which must not come beside onnxruntime-gpu; that one does as well.
+GENAI := "onnxruntime-genai>=0.18; sys_platform == 'linux' and platform_machine == 'x86_64'"
+
 # Nothing of the caller's may put other code on the import path.
 unexport PYTHONPATH PYTHONHOME
 
@@ -61,6 +64,7 @@ $(DEPS): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || test -n "$(PYTHON)" || { echo "lorafx needs Python 3.11 or newer: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install --constraint constraints.txt ".[test,dev]"
+	$(PIP) install --constraint constraints.txt --no-deps $(GENAI)
 	rm -rf build *.egg-info
 	touch $@
 

@@ -1,4 +1,4 @@
-"""docs/adapters.md and docs/deploy.md, run as they are written."""
+"""docs/adapters.md, docs/deploy.md and docs/genai.md, run as they are written."""
 
 from __future__ import annotations
 
@@ -51,3 +51,10 @@ def test_the_recipes_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (tmp_path / "merged.json").is_file()
     assert (tmp_path / "from_disk.onnx").is_file()
     assert (tmp_path / "de.onnx_adapter").is_file()
+
+
+def test_onnxruntime_genai_generates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="has no wheel for this platform, or was not installed")
+    monkeypatch.chdir(tmp_path)
+    run("genai.md")
+    assert (tmp_path / "assistant" / "fr.onnx_adapter").is_file()
