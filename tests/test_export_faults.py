@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from disk import room_for
 from lorafx.errors import ExportError
 from lorafx.export import uncached
 from lorafx.export.commit import draft
+from lorafx.graph import CapturedModule
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs fork, POSIX signals and limits")
 
@@ -110,6 +112,50 @@ def test_killed_at_any_moment(data_name: str | None, tmp_path: Path) -> None:
     assert left > 0, "never killed half way"
     export(path, 7, data_name)
     assert seed_of(path) == 7
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def merged(number: int) -> CapturedModule:
+    torch.manual_seed(number)
+    layers = nn.Sequential(nn.Linear(64, 256, bias=False), nn.ReLU(), nn.Linear(256, 64, bias=False))
+    gm = lorafx.apply(layers, {"r": 2, "target_modules": ["0", "2"]}, (torch.eye(64),)).eval()
+    with torch.no_grad():
+        for parameter in (p for p in gm.parameters() if p.requires_grad):
+            parameter.normal_(std=0.1)
+    return gm
+
+
+def merge_forever(path: Path, graphs: Sequence[CapturedModule], data_name: str | None) -> None:
+    for gm in itertools.cycle(graphs):
+        lorafx.merge_and_export(gm, path, external_data=True, data_name=data_name)
+
+
+@pytest.mark.parametrize("data_name", [None, "weights.data"], ids=["by content", "by name"])
+def test_killed_at_any_moment_of_merge_and_export(data_name: str | None, tmp_path: Path) -> None:
+    """As above, and the whole call: capture, merge, translation, checks and commit."""
+    path = tmp_path / "model.onnx"
+    chance = random.Random(1)
+    graphs = [merged(number) for number in range(2)]
+    wanted = [gm(torch.eye(64)).detach().numpy() for gm in graphs]
+    lorafx.merge_and_export(graphs[0], path, external_data=True, data_name=data_name)
+    seen, left = set(), 0
+    for _ in range(KILLS // 2):
+        work = (path, graphs[:: chance.choice((1, -1))], data_name)
+        process = multiprocessing.get_context("fork").Process(target=merge_forever, args=work)
+        process.start()
+        time.sleep(chance.uniform(0.2, 1.6))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (name,) = (i.name for i in session.get_inputs())
+        found = session.run(None, {name: np.eye(64, dtype=np.float32)})[0]
+        (number,) = (i for i, y in enumerate(wanted) if np.allclose(found, y, atol=1e-5))
+        seen.add(number)
+        left += len(list(tmp_path.iterdir())) > 2
+    assert seen == {0, 1}
+    assert left > 0, "never killed half way"
+    lorafx.merge_and_export(graphs[0], path, external_data=True, data_name=data_name)
     assert len(list(tmp_path.iterdir())) == 2
 
 
