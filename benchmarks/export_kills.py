@@ -15,5 +15,6 @@ import pytest
 
 if __name__ == "__main__":
     os.environ["LORAFX_KILLS"] = sys.argv[1] if len(sys.argv) > 1 else "200"
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # a pool of threads does not survive fork
     tests = Path(__file__).parents[1] / "tests" / "test_export_faults.py"
     sys.exit(pytest.main([str(tests), "-k", "killed", "-q"]))

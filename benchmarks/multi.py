@@ -3,7 +3,8 @@
 bert: BERT-base's layers (4 of them), 8 x 128 and 1 x 16 tokens; llama: blocks as wide as a Llama of 1 B parameters
 (hidden 2048, 2 layers), 256 tokens and one. Adapters of rank 16 at all linear layers (but the head). All runs take
 turns, in an order that is drawn for each turn; printed is the median over the turns of each time over the plain file's
-in the same turn, with the middle half of the turns. Times themselves say little across machines.
+in the same turn, with the middle half of the turns; of fewer than 64 tokens, ten times as many turns. Times themselves
+say little across machines.
 
     python benchmarks/multi.py [bert|llama|all] [--turns 40] [--threads 2]
 """
@@ -86,8 +87,9 @@ def measure(name: str, make: Callable[[], Sized], turns: int, threads: int) -> N
                 "base alone, with gains": lambda feed=feed: dora.run(feed),
                 "DoRA r=16": lambda feed=feed: dora.run(feed, "r16"),
             }
-            times = interleaved(runs, turns)
-            print(f"{name}, {batch} x {length} tokens, {threads} threads, {turns} turns: time over the plain file's")
+            count = turns * (10 if batch * length < 64 else 1)
+            times = interleaved(runs, count)
+            print(f"{name}, {batch} x {length} tokens, {threads} threads, {count} turns: time over the plain file's")
             for what, values in times.items():
                 ratios = sorted(t / p for t, p in zip(values, times["plain"], strict=True))
                 low, high = ratios[len(ratios) // 4], ratios[-len(ratios) // 4]

@@ -272,6 +272,7 @@ def export_job(job: Job, path: str | os.PathLike[str], run: Run) -> ExportReport
         onnx_sha256 = hashlib.sha256(file.path.read_bytes()).hexdigest()
         with run.phase("sync"):
             origin["base_sha256"] = base_sha256()
+            settings.refuse_other_base(origin["base_sha256"])
             file.commit()
     tolerance = job.tolerance(job.packing)
     return ExportReport(

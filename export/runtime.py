@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ from lorafx.export.input_names import PAIRS
 from lorafx.export.load import known_providers, quiet, while_unchanged
 
 Array = npt.NDArray[Any]
+
+
+@cache
+def onnx_type(dtype: np.dtype[Any]) -> str:
+    """What ONNX Runtime calls tensors of this dtype, as ``tensor(int64)``."""
+    found: str = ort.OrtValue.ortvalue_from_numpy(np.zeros(1, dtype)).data_type()
+    return found
 
 
 class AdapterSession:
@@ -62,6 +70,8 @@ class AdapterSession:
             return version, ort.InferenceSession(str(place), session_options or quiet(), providers=chosen)
 
         self._version, self.session = while_unchanged(path, load)
+        self._inputs = {i.name: (i.type, i.shape) for i in self.session.get_inputs()}
+        self._outputs = [o.name for o in self.session.get_outputs()]
         self._optional = {i.name: i for i in self.session.get_overridable_initializers()}
         self._files: dict[str, AdapterFile] = {}
         self._loaded: dict[str, ort.LoraAdapter] = {}
@@ -129,9 +139,8 @@ class AdapterSession:
                 "and call session.session.run_with_iobinding(binding)"
             )
         self._check_inputs(inputs)
-        names = [o.name for o in self.session.get_outputs()]
-        found: Sequence[Array] = self.session.run(names, dict(inputs), self._run_options(_names(adapter)))
-        return dict(zip(names, found, strict=True))
+        found: Sequence[Array] = self.session.run(self._outputs, dict(inputs), self._run_options(_names(adapter)))
+        return dict(zip(self._outputs, found, strict=True))
 
     def binding(self, adapter: str | Sequence[str] | None = None) -> ort.IOBinding:
         """For runs with bound inputs and outputs: a binding that has an adapter's tensors as inputs.
@@ -151,22 +160,23 @@ class AdapterSession:
         return binding
 
     def _check_inputs(self, inputs: Mapping[str, object]) -> None:
-        wanted = {i.name: i for i in self.session.get_inputs()}
-        for name in dict.fromkeys((*wanted, *inputs)):
+        wanted = self._inputs
+        for name in (*wanted, *inputs):
             if name in self._optional:  # ONNX Runtime would take A without B, and any of them beside an active adapter
                 raise InputError(f"input '{name}' is an adapter's: give run the name of one, add(name, path) adds it")
             if name not in wanted:
                 raise InputError(f"the model has no input '{name}'{did_you_mean(name, wanted)}; it takes {[*wanted]}")
-            expected = wanted[name]
-            what = f"input '{name}' is to be a numpy array, {expected.type} of shape {expected.shape}"
+        for name, (type_, shape) in wanted.items():
+            value = inputs.get(name)
+            if isinstance(value, np.ndarray) and onnx_type(value.dtype) == type_ and value.ndim == len(shape):
+                continue
+            what = f"input '{name}' is to be a numpy array, {type_} of shape {shape}"
             if name not in inputs:
                 raise InputError(f"{what}, and is missing")
-            if not isinstance(value := inputs[name], np.ndarray):
+            if not isinstance(value, np.ndarray):
                 hint = ": give its .numpy()" if hasattr(value, "numpy") else ""
                 raise InputError(f"{what}, and is a {type(value).__module__}.{type(value).__qualname__}{hint}")
-            given = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)).data_type()
-            if given != expected.type or value.ndim != len(expected.shape):
-                raise InputError(f"{what}, and is {given} of shape {[*value.shape]}")
+            raise InputError(f"{what}, and is {onnx_type(value.dtype)} of shape {[*value.shape]}")
 
     def _run_options(self, names: tuple[str, ...]) -> ort.RunOptions | None:
         if not names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,6 +50,7 @@ class Settings:
     kv_cache: bool = False
     atol: float | None = None
     rtol: float | None = None
+    base_sha256: str | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -68,6 +70,11 @@ class Settings:
                 )
         if self.kv_cache and self.keep_loss:
             raise ExportError("kv_cache=True and keep_loss=True: a step of generation has no labels. Export two files")
+        if self.base_sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", str(self.base_sha256)):
+            raise ExportError(
+                f"base_sha256={self.base_sha256!r} is no SHA-256 (64 hexadecimal digits): give what another export of this "
+                "base has in report.provenance['base_sha256']"
+            )
         if self.dtype is not None and self.precision not in DTYPES.values():
             raise ExportError(
                 f"dtype={self.dtype!r} is none of {', '.join(map(repr, DTYPES))}, or the torch.dtype of that name"
@@ -85,6 +92,18 @@ class Settings:
             if not isinstance(value, bool) and not (value is None and name == "external_data"):
                 raise ExportError(f"{name}={value!r} is neither True nor False")
         Tolerance(0.0 if self.atol is None else self.atol, 0.0 if self.rtol is None else self.rtol)
+
+    def refuse_other_base(self, sha256: str) -> None:
+        """Refuse a base with another digest than the one that was asked for.
+
+        Raises:
+            ExportError: that is so.
+        """
+        if self.base_sha256 is not None and self.base_sha256.lower() != sha256:
+            raise ExportError(
+                f"the base's weights have the SHA-256 {sha256}, and base_sha256={self.base_sha256!r} was asked for: they "
+                "are another model's, or bits of them were flipped. Get the files again. Nothing was written"
+            )
 
     @property
     def precision(self) -> torch.dtype | None:

@@ -55,6 +55,7 @@ def export_checkpoint(
     original: Original | None = None,
     requantize: bool = False,
     tied: Tied = "refuse",
+    base_sha256: str | None = None,
     progress: Progress | None = None,
 ) -> ExportReport:
     """Fold an adapter on disk into a checkpoint on disk and write the model as ONNX, without loading it.
@@ -76,14 +77,15 @@ def export_checkpoint(
         dtype: None: the files'.
         base, original, requantize: as for :func:`lorafx.merge_and_export`; for a quantized checkpoint and an adapter.
         tied: as in :class:`lorafx.LoraSpec`, for an adapter of a weight with another use: its file does not say it.
+        base_sha256: the digest that the base's weights must have: ``report.provenance["base_sha256"]`` of an export that
+            is known to be good, from disk or from memory. None: not compared.
 
     Raises:
         CheckpointError: the files are damaged, or do not fit the model: missing and wrongly shaped tensors are listed
             beside those that it has no place for; and a parameter that holds NaN or Inf is named with its file. (A
-            flipped bit that makes another number is not seen: the format has no checksums.
-            ``report.provenance["base_sha256"]`` tells such files apart.)
+            flipped bit that makes another number is seen by ``base_sha256`` only: the format has no checksums.)
         AdapterError, MergeError, ParityError, ExportError: as :func:`lorafx.load_adapter` and
-            :func:`lorafx.merge_and_export`. Nothing is written.
+            :func:`lorafx.merge_and_export`; or the base has another digest. Nothing is written.
     """
     settings = Settings(
         verify=verify,
@@ -97,6 +99,7 @@ def export_checkpoint(
         kv_cache=kv_cache,
         atol=atol,
         rtol=rtol,
+        base_sha256=base_sha256,
     )
     if adapter_dir is None and (base != "dequantized" or original is not None or requantize):
         raise MergeError(

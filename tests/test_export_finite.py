@@ -101,17 +101,25 @@ def test_a_flipped_exponent_is_named_with_its_file(name: str, adapter: bool, che
 
 
 def test_a_flipped_mantissa_is_another_model(checkpoint: Path, tmp_path: Path) -> None:
-    """Which nothing in the files contradicts; the digest of the base's weights that the report has is another one."""
-    digests = []
-    for _ in range(2):
+    """Which nothing in the files contradicts: the digest of the base's weights that another export has does."""
+    known = lorafx.merge_and_export(adapted(net()), tmp_path / "m.onnx").provenance["base_sha256"]
+
+    def export(base_sha256: str | None) -> str:
         report = lorafx.export_checkpoint(
-            net(), checkpoint, tmp_path / "adapter", tmp_path / "m.onnx", example_inputs=X
+            net(), checkpoint, tmp_path / "adapter", tmp_path / "m.onnx", example_inputs=X, base_sha256=base_sha256
         )
-        digests.append(report.provenance["base_sha256"])
-        flip(checkpoint / "True.safetensors", "down.weight", 1)
-    assert digests[0] != digests[1]
-    in_memory = lorafx.merge_and_export(adapted(net()), tmp_path / "m.onnx")
-    assert in_memory.provenance["base_sha256"] == digests[0]
+        found: str = report.provenance["base_sha256"]
+        return found
+
+    assert export(known.upper()) == known
+    flip(checkpoint / "True.safetensors", "down.weight", 1)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    with pytest.raises(ExportError, match=rf"have the SHA-256 (?!{known}).*{known}.* Nothing was written"):
+        export(known)
+    with pytest.raises(ExportError, match=r"base_sha256='1234' is no SHA-256 .*report\.provenance"):
+        export("1234")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
+    assert export(None) != known
 
 
 def test_one_file_is_named_too(tmp_path: Path) -> None:
