@@ -38,12 +38,14 @@ def open_session(
             without its warnings.
 
     Raises:
-        ExportError: ONNX Runtime cannot load the file, or has no such provider; or the file was replaced during each of
-            100 loads.
+        ExportError: ONNX Runtime cannot load the file, or has no such provider, or cannot start it; or the file was
+            replaced during each of 100 loads.
     """
     chosen = known_providers(providers)
     options = session_options or quiet()
-    return while_unchanged(path, lambda place: ort.InferenceSession(str(place), options, providers=chosen))
+    session = while_unchanged(path, lambda place: ort.InferenceSession(str(place), options, providers=chosen))
+    refuse_fallback(session, chosen)
+    return session
 
 
 def known_providers(providers: Sequence[Any] | None) -> list[Any]:
@@ -54,11 +56,29 @@ def known_providers(providers: Sequence[Any] | None) -> list[Any]:
     """
     chosen = ["CPUExecutionProvider"] if providers is None else list(providers)
     there = ort.get_available_providers()
-    for provider in chosen:
-        name = provider[0] if isinstance(provider, tuple) else provider
+    for name in _names(chosen):
         if name not in there:
             raise ExportError(f"this ONNX Runtime has no provider '{name}'{did_you_mean(name, there)}; it has {there}")
     return chosen
+
+
+def refuse_fallback(session: ort.InferenceSession, providers: Sequence[Any]) -> None:
+    """Refuse a session on the CPU that nobody asked for: ONNX Runtime's answer where a provider does not start.
+
+    Raises:
+        ExportError: a provider is missing, and the CPU's is not among those that were asked for.
+    """
+    asked, running = _names(providers), session.get_providers()
+    missing = [name for name in asked if name not in running]
+    if missing and "CPUExecutionProvider" not in asked:
+        raise ExportError(
+            f"ONNX Runtime could not start '{missing[0]}' and runs on {running} instead; what it printed says why (a "
+            "library or a device that is missing). List 'CPUExecutionProvider' as well if that will do"
+        )
+
+
+def _names(providers: Sequence[Any]) -> list[str]:
+    return [provider[0] if isinstance(provider, tuple) else provider for provider in providers]
 
 
 def quiet() -> ort.SessionOptions:

@@ -25,7 +25,7 @@ from lorafx.checks import did_you_mean
 from lorafx.errors import AdapterError, InputError
 from lorafx.export.adapter_file import ADAPTER_SUFFIX, AdapterFile, load_adapter_file, model_version
 from lorafx.export.input_names import PAIRS
-from lorafx.export.load import known_providers, quiet, while_unchanged
+from lorafx.export.load import known_providers, quiet, refuse_fallback, while_unchanged
 
 Array = npt.NDArray[Any]
 
@@ -51,7 +51,7 @@ class AdapterSession:
 
     Raises:
         AdapterError: as :meth:`add`.
-        ExportError: ONNX Runtime cannot load the file, or has no such provider.
+        ExportError: ONNX Runtime cannot load the file, or has no such provider, or cannot start it.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class AdapterSession:
             return version, ort.InferenceSession(str(place), session_options or quiet(), providers=chosen)
 
         self._version, self.session = while_unchanged(path, load)
+        refuse_fallback(self.session, chosen)
         self._inputs = {i.name: (i.type, i.shape) for i in self.session.get_inputs()}
         self._outputs = [o.name for o in self.session.get_outputs()]
         self._optional = {i.name: i for i in self.session.get_overridable_initializers()}

@@ -72,8 +72,8 @@ class Settings:
             raise ExportError("kv_cache=True and keep_loss=True: a step of generation has no labels. Export two files")
         if self.base_sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", str(self.base_sha256)):
             raise ExportError(
-                f"base_sha256={self.base_sha256!r} is no SHA-256 (64 hexadecimal digits): give what another export of this "
-                "base has in report.provenance['base_sha256']"
+                f"base_sha256={self.base_sha256!r} is no SHA-256 (64 hexadecimal digits): give what another export of "
+                "this base has in report.provenance['base_sha256']"
             )
         if self.dtype is not None and self.precision not in DTYPES.values():
             raise ExportError(
@@ -101,8 +101,8 @@ class Settings:
         """
         if self.base_sha256 is not None and self.base_sha256.lower() != sha256:
             raise ExportError(
-                f"the base's weights have the SHA-256 {sha256}, and base_sha256={self.base_sha256!r} was asked for: they "
-                "are another model's, or bits of them were flipped. Get the files again. Nothing was written"
+                f"the base's weights have the SHA-256 {sha256}, and base_sha256={self.base_sha256!r} was asked for: "
+                "they are another model's, or bits of them were flipped. Get the files again. Nothing was written"
             )
 
     @property

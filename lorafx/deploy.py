@@ -77,8 +77,8 @@ def export_checkpoint(
         dtype: None: the files'.
         base, original, requantize: as for :func:`lorafx.merge_and_export`; for a quantized checkpoint and an adapter.
         tied: as in :class:`lorafx.LoraSpec`, for an adapter of a weight with another use: its file does not say it.
-        base_sha256: the digest that the base's weights must have: ``report.provenance["base_sha256"]`` of an export that
-            is known to be good, from disk or from memory. None: not compared.
+        base_sha256: the digest that the base's weights must have: ``report.provenance["base_sha256"]`` of an export
+            that is known to be good, from disk or from memory. None: not compared.
 
     Raises:
         CheckpointError: the files are damaged, or do not fit the model: missing and wrongly shaped tensors are listed

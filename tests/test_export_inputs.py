@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnxruntime as ort
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -20,6 +21,21 @@ def test_a_provider_that_onnx_runtime_is_without_is_refused(tmp_path: Path) -> N
     """It would run on the CPU, and print so."""
     with pytest.raises(lorafx.ExportError, match=r"has no provider 'CPUExecutionProvder' \(did you mean 'CPUExec"):
         lorafx.open_session(tmp_path / "model.onnx", providers=[("CPUExecutionProvder", {})])
+
+
+def test_a_provider_that_does_not_start_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the CPU is asked for beside it. Played, so that it does so where there is a GPU too."""
+    model = nn.Sequential(nn.Linear(4, 4)).eval()
+    lorafx.export_base(model, tmp_path / "model.onnx", example_inputs=(torch.ones(2, 4),), verify=False)
+    gpu = ["CUDAExecutionProvider"]
+    monkeypatch.setattr(ort, "get_available_providers", lambda: [*gpu, "CPUExecutionProvider"])
+    start = ort.InferenceSession
+    on_cpu = {"providers": ["CPUExecutionProvider"]}
+    monkeypatch.setattr(ort, "InferenceSession", lambda *arguments, **options: start(*arguments, **on_cpu))
+    for session in (lorafx.open_session, lorafx.AdapterSession):
+        with pytest.raises(lorafx.ExportError, match=r"could not start 'CUDAExecutionProvider' and runs on \['CPU"):
+            session(tmp_path / "model.onnx", providers=gpu)  # type: ignore[operator]
+        session(tmp_path / "model.onnx", providers=[(gpu[0], {}), "CPUExecutionProvider"])  # type: ignore[operator]
 
 
 def test_example_inputs_that_the_model_does_not_take_are_named(tmp_path: Path, zoo: Zoo) -> None:

@@ -22,7 +22,7 @@ using Maybe = std::optional<Tensor>;
 
 constexpr int64_t TILE_BYTES = 1 << 20;
 constexpr int64_t TILE = 256;  // elements of the product's own side
-constexpr int64_t PART = 256;  // rows of gain * x
+constexpr int64_t PART = 512;  // rows of gain * x
 
 class Weight {
  public:
