@@ -34,13 +34,15 @@ from lorafx.bases.tensor import QuantizedTensor
 
 SPEC: Mapping[str, Any] = {"r": 16, "alpha": 32, "target_modules": "all-linear"}
 
+#: The width of a Llama of a billion parameters.
+WIDTH: dict[str, int] = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32}
+
 
 def llama(layers: int, vocabulary: int, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The width of a Llama of a billion parameters."""
+    """As wide as ``WIDTH``, with as many keys as queries."""
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers,
-        num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False, use_cache=False,
-    )  # fmt: skip
+        vocab_size=vocabulary, num_hidden_layers=layers, tie_word_embeddings=False, use_cache=False, **WIDTH
+    )
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -108,7 +110,7 @@ def check(step: tax.Step, bound: float) -> None:
 
 def time_steps(ways: list[str], tokens: int, rounds: int, dtype: torch.dtype) -> None:
     model = llama(1, 1000, dtype).model
-    example = tax.text(tokens // 256, 256, 2048)
+    example = tax.text(tokens // 256, 256, WIDTH["hidden_size"])
     example["inputs_embeds"] = example["inputs_embeds"].to(dtype)
     with torch.no_grad():
         grad = torch.randn_like(model(**example)[0])

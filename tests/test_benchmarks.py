@@ -1,4 +1,4 @@
-"""`benchmarks/tax.py` at a tiny size: what it checks before it times, when it measures again, and what it writes."""
+"""The benchmarks `tax.py` and `qlora.py` at a tiny size: what is checked before it is timed, and what they write."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import lorafx
 from lorafx.kernels.aten import Aten
 from lorafx.kernels.base import Adapters, Provider
 from lowered import replaced
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import calls
+import qlora
 import tax
 import tax_report
 
@@ -97,6 +99,31 @@ class OtherMasks(Aten):
 def test_wrong_gradients_are_not_timed(method: str, broken: type[Provider], message: str) -> None:
     with replaced("torch", broken), pytest.raises(SystemExit, match=message):
         tax.measure(tax.Case("bert", "fp32", 4, method), ["frozen", TORCH], 2, "eager")
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    width = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    monkeypatch.setattr(qlora, "WIDTH", width)
+
+
+def test_quantized_bases_are_checked_and_timed(narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("bitsandbytes", reason="is for Linux on x86-64 only")
+    qlora.time_steps(list(qlora.WAYS), 512, 2, torch.float32)
+    shown = capsys.readouterr().out
+    assert [row.split("|")[1].strip() for row in shown.splitlines()[4:]] == ["frozen", "frozen, again", *qlora.WAYS]
+
+
+def test_wrong_gradients_over_a_quantized_base_are_not_timed(narrow: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lowered(*given: Any) -> Any:
+        gm = real(*given)
+        lorafx.lower(gm, "torch")
+        return gm
+
+    real = qlora.lorafx_on
+    monkeypatch.setattr(qlora, "lorafx_on", lowered)
+    with replaced("torch", WrongX), pytest.raises(SystemExit, match=r"the gradient of .* off the reference's"):
+        qlora.time_steps(["lorafx, nf4"], 512, 2, torch.float32)
 
 
 @pytest.mark.parametrize(
