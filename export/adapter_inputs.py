@@ -1,8 +1,8 @@
 """Adapters as optional inputs of an ONNX graph: where they enter, and what an adapter gives them.
 
     y = MatMul(x, W)          y = MatMul(x, W)
-    z = Add(y, b)             s = MatMul(x, <q.lora_A>)        # [in, r], without an adapter r is 0
-                        ->    u = MatMul(s, <q.lora_B>)        # [r, out], the scaling in it
+    z = Add(y, b)             s = MatMul(x, <q.lora_A>)        # [in, r], without an adapter [in, 0]
+                        ->    u = MatMul(s, <q.lora_B>)        # [r, out], the scaling in it; without one [0, 1]
                               z = Add(Add(y, u), b)            # with a gain: Add(Mul(Add(y, u), <q.lora_gain>), b)
 
 The weight stays a constant, which ONNX Runtime packs when it loads the file, and the bias stays next to what reads the
@@ -64,16 +64,31 @@ class Branch:
         return tensor.reshape(-1, *self.shape[1:]) if role == A else tensor.reshape(*tensor.shape, *ones)
 
     def empty(self, role: str) -> Tensor:
-        """The default: what changes nothing."""
+        """The default: what changes nothing. B has one column, whose zeros are added to all: fewer to write."""
         out, columns = self.site.shape
         if role == A:
             return torch.zeros(0, *self.shape[1:]) if self.site.kind.startswith("conv") else torch.zeros(columns, 0)
-        return self.stored(role, {B: torch.zeros(out, 0), GAIN: torch.ones(out), SHIFT: torch.zeros(out)}[role])
+        return self.stored(role, {B: torch.zeros(1, 0), GAIN: torch.ones(out), SHIFT: torch.zeros(out)}[role])
+
+    def declared(self, role: str) -> ir.Shape:
+        """The shape of an input: the rank is the adapter's to say, and B's width is 1 where there is none."""
+        sizes: list[int | str] = list(self.empty(role).shape)
+        rank, width = f"{self.site.name}.rank", f"{self.site.name}.out"
+        if role == A:
+            sizes[self.rank_dim] = rank
+        elif role == B:
+            sizes[self.rank_dim], sizes[1 - self.rank_dim] = width, rank
+        return ir.Shape(sizes)
 
     @property
-    def rank_dim(self) -> Mapping[str, int]:
-        """Which dimension of A and of B is the rank."""
-        return {A: 0, B: 1} if self.site.kind.startswith("conv") else {A: 1, B: 0}
+    def rank_dim(self) -> int:
+        """Which dimension of A is the rank; B's is the other one of the first two."""
+        return 0 if self.site.kind.startswith("conv") else 1
+
+    @property
+    def along(self) -> int:
+        """Which dimension of the layer's result the rank and the width take."""
+        return 1 if self.site.kind.startswith("conv") else -1
 
 
 @dataclass(frozen=True)
@@ -226,10 +241,7 @@ def _optional(model: ir.Graph, branch: Branch, dtype: ir.DataType | None) -> dic
     values = {}
     for role, name in branch.inputs.items():
         default = branch.empty(role)
-        shape: list[int | str] = list(default.shape)
-        if role in branch.rank_dim:
-            shape[branch.rank_dim[role]] = f"{branch.site.name}.rank"
-        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        value = ir.Value(name=name, shape=branch.declared(role), type=ir.TensorType(dtype))
         value.const_value = ir.tensor(default.numpy().astype(dtype.numpy()), dtype=dtype, name=name)
         model.inputs.append(value)
         model.register_initializer(value)
@@ -265,8 +277,9 @@ def _insert(branch: Branch, product: ir.Node, values: Mapping[str, ir.Value], su
         narrow = add("Gather", A, [values[A], x], kept=True)
     else:
         narrow = add("Conv" if conv else "MatMul", A, [x, values[A]], kept=conv)
-    narrow.shape = _narrow_shape(raw, values[A], branch)
+    narrow.shape = _replaced(raw.shape, branch.along, f"{name}.rank")
     wide = add("Conv" if conv else "MatMul", B, [narrow, values[B]])
+    wide.shape = _replaced(raw.shape, branch.along, f"{name}.out")
     result = add("Add", "lora", [raw, wide])
     if GAIN in values:
         result = add("Mul", GAIN, [result, values[GAIN]])
@@ -277,13 +290,12 @@ def _insert(branch: Branch, product: ir.Node, values: Mapping[str, ir.Value], su
     _redirect(model, raw, result, readers)
 
 
-def _narrow_shape(wide: ir.Value, a: ir.Value, branch: Branch) -> ir.Shape | None:
-    if wide.shape is None or a.shape is None:
+def _replaced(shape: ir.Shape | None, axis: int, size: str) -> ir.Shape | None:
+    if shape is None:
         return None
-    shape = list(wide.shape)
-    rank = a.shape[branch.rank_dim[A]]
-    shape[1 if branch.site.kind.startswith("conv") else -1] = rank
-    return ir.Shape(shape)
+    sizes: list[int | str | ir.SymbolicDim] = list(shape)
+    sizes[axis] = size
+    return ir.Shape(sizes)
 
 
 def _along(model: ir.Graph, bias: ir.Value, like: ir.Value, conv: bool, name: str) -> ir.Value:

@@ -312,7 +312,7 @@ def _described(
     parity: tuple[Parity, ...],
 ) -> TaskFile:
     ranks = [
-        values[branch.inputs[A]].shape.numpy()[branch.rank_dim[A]]
+        values[branch.inputs[A]].shape.numpy()[branch.rank_dim]
         for branch in inputs.branches.values()
         if branch.inputs[A] in values
     ]

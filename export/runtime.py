@@ -248,7 +248,7 @@ class AdapterSession:
                     raise AdapterError(f"{file.path}: '{name}' has rank {ranks[0]} and '{partner}' {ranks[1]}")
 
     def _rank(self, file: AdapterFile, name: str) -> int:
-        where = next(i for i, size in enumerate(self._optional[name].shape) if isinstance(size, str))
+        where = next(i for i, size in enumerate(self._optional[name].shape) if str(size).endswith(".rank"))
         return int(file.values[name].shape()[where])
 
 
