@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from lorafx.errors import ExportError
-from lorafx.export.input_names import GAIN, SHIFT, WHOLE, A, B, Naming
+from lorafx.export.input_names import GAIN, SHIFT, WHOLE, A, B, Naming, rank_size, width_size
 from lorafx.export.pack import AROUND
 from lorafx.export.repeat import CALL, number_calls
 from lorafx.export.translate import Translation
@@ -73,12 +73,21 @@ class Branch:
     def declared(self, role: str) -> ir.Shape:
         """The shape of an input: the rank is the adapter's to say, and B's width is 1 where there is none."""
         sizes: list[int | str] = list(self.empty(role).shape)
-        rank, width = f"{self.site.name}.rank", f"{self.site.name}.out"
         if role == A:
-            sizes[self.rank_dim] = rank
+            sizes[self.rank_dim] = self.rank
         elif role == B:
-            sizes[self.rank_dim], sizes[1 - self.rank_dim] = width, rank
+            sizes[self.rank_dim], sizes[1 - self.rank_dim] = self.width, self.rank
         return ir.Shape(sizes)
+
+    @property
+    def rank(self) -> str:
+        """What the size of A and B that they share is called."""
+        return rank_size(self.site.name)
+
+    @property
+    def width(self) -> str:
+        """What B's other size is called."""
+        return width_size(self.site.name, self.site.shape[0])
 
     @property
     def rank_dim(self) -> int:
@@ -277,9 +286,9 @@ def _insert(branch: Branch, product: ir.Node, values: Mapping[str, ir.Value], su
         narrow = add("Gather", A, [values[A], x], kept=True)
     else:
         narrow = add("Conv" if conv else "MatMul", A, [x, values[A]], kept=conv)
-    narrow.shape = _replaced(raw.shape, branch.along, f"{name}.rank")
+    narrow.shape = _replaced(raw.shape, branch.along, branch.rank)
     wide = add("Conv" if conv else "MatMul", B, [narrow, values[B]])
-    wide.shape = _replaced(raw.shape, branch.along, f"{name}.out")
+    wide.shape = _replaced(raw.shape, branch.along, branch.width)
     result = add("Add", "lora", [raw, wide])
     if GAIN in values:
         result = add("Mul", GAIN, [result, values[GAIN]])

@@ -24,7 +24,7 @@ import onnxruntime as ort
 from lorafx.checks import did_you_mean
 from lorafx.errors import AdapterError, InputError
 from lorafx.export.adapter_file import ADAPTER_SUFFIX, AdapterFile, load_adapter_file, model_version
-from lorafx.export.input_names import PAIRS
+from lorafx.export.input_names import PAIRS, allows, is_rank
 from lorafx.export.load import known_providers, quiet, refuse_fallback, while_unchanged
 
 Array = npt.NDArray[Any]
@@ -222,7 +222,7 @@ class AdapterSession:
         for name, value in file.values.items():
             wanted = self._optional[name]
             fits = len(wanted.shape) == len(value.shape()) and all(
-                isinstance(w, str) or w == s for w, s in zip(wanted.shape, value.shape(), strict=True)
+                allows(w, s) for w, s in zip(wanted.shape, value.shape(), strict=True)
             )
             if not fits or wanted.type != value.data_type():
                 raise AdapterError(
@@ -248,7 +248,7 @@ class AdapterSession:
                     raise AdapterError(f"{file.path}: '{name}' has rank {ranks[0]} and '{partner}' {ranks[1]}")
 
     def _rank(self, file: AdapterFile, name: str) -> int:
-        where = next(i for i, size in enumerate(self._optional[name].shape) if str(size).endswith(".rank"))
+        where = next(i for i, size in enumerate(self._optional[name].shape) if is_rank(size))
         return int(file.values[name].shape()[where])
 
 

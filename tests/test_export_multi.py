@@ -311,6 +311,10 @@ def other_shape(tensors: Tensors) -> Tensors:
     return {n: ir.tensor(t.numpy()[:-1]) if n == "down.lora_A" else t for n, t in tensors.items()}
 
 
+def other_width(tensors: Tensors) -> Tensors:
+    return {n: ir.tensor(t.numpy()[:, :1]) if n == "down.lora_B" else t for n, t in tensors.items()}
+
+
 def other_dtype(tensors: Tensors) -> Tensors:
     return {name: ir.tensor(t.numpy().astype(np.float64)) for name, t in tensors.items()}
 
@@ -322,6 +326,11 @@ def other_dtype(tensors: Tensors) -> Tensors:
         (without_b, 0, r"'down\.lora_A' without 'down\.lora_B'"),
         (other_rank, 0, r"'down\.lora_A' has rank 2 and 'down\.lora_B' 1"),
         (other_shape, 0, r"'down\.lora_A' is tensor\(float\) \[9, 1\], and the model takes .*\[10, 'down\.rank'\]"),
+        (
+            other_width,
+            0,
+            r"'down\.lora_B' is tensor\(float\) \[1, 1\], and the model takes .*\['down\.rank', 'down\.out\.6'\]",
+        ),
         (other_dtype, 0, r"tensor\(double\)"),
         (dict, 1, "made for another base"),
     ],
