@@ -198,6 +198,8 @@ def draft(
             take the place of a file that must stay, or is read-only.
     """
     kept = kept or {}
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ExportError(f"{path!r} is no path to write to: give the name of the .onnx file")
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise ExportError(f"cannot write {path}: it is a directory; give the name of a file in it")

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from lorafx.errors import ExportError
+
 #: Called with the phase and the share of it that is done.
 Progress = Callable[[str, float], None]
 
@@ -17,6 +19,10 @@ class Run:
 
     progress: Progress | None
     seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.progress is not None and not callable(self.progress):
+            raise ExportError(f"progress={self.progress!r} cannot be called: give a function of a phase and a share")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[Callable[[float], None]]:

@@ -15,7 +15,7 @@ from lorafx.errors import ExportError
 from lorafx.export.pack import WEIGHT_FORMATS, WeightFormat
 from lorafx.export.parity import Tolerance
 from lorafx.export.write import parse_size
-from lorafx.passes.example import ExampleInputs
+from lorafx.passes.example import ExampleInputs, arguments_of
 
 #: The precisions that a file can have, by what one may call them.
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
@@ -36,6 +36,7 @@ class Settings:
 
     Raises:
         ExportError: one is none, or two contradict each other.
+        InputError: the example inputs are none.
     """
 
     verify: bool = True
@@ -91,6 +92,9 @@ class Settings:
             value = getattr(self, name)
             if not isinstance(value, bool) and not (value is None and name == "external_data"):
                 raise ExportError(f"{name}={value!r} is neither True nor False")
+        if self.data_name is not None and not isinstance(self.data_name, str):
+            raise ExportError(f"data_name={self.data_name!r} is no name of a file: give a text, as data_name='w.data'")
+        arguments_of(self.example_inputs)
         Tolerance(0.0 if self.atol is None else self.atol, 0.0 if self.rtol is None else self.rtol)
 
     def refuse_other_base(self, sha256: str) -> None:

@@ -194,9 +194,10 @@ def _optimized(
     assert converted is not None
     model = converted.model
     if opset is not None and model.opset_imports[""] != opset:
+        found = model.opset_imports[""]
+        other = "a newer one" if opset < found else f"one between it and {opset}"
         raise ExportError(
-            f"opset={opset} is not available: torch translates this graph to opset {model.opset_imports['']}. "
-            "Ask for that one or a newer one"
+            f"opset={opset} is not available: torch translates this graph to opset {found}. Ask for that one or {other}"
         )
     for name, value in model.graph.initializers.items():
         if name in weights:

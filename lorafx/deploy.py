@@ -101,6 +101,7 @@ def export_checkpoint(
         rtol=rtol,
         base_sha256=base_sha256,
     )
+    run = Run(progress)
     if adapter_dir is None and (base != "dequantized" or original is not None or requantize):
         raise MergeError(
             "base, original and requantize say what an adapter is folded into, and adapter_dir is None: leave them out"
@@ -111,7 +112,6 @@ def export_checkpoint(
     tensors = read_weights(Path(weights_dir))
     with reading_ahead(Path(weights_dir), _available_memory() // 2):  # the capture leaves the disk idle
         fitted = model_over(tensors, Path(weights_dir), model, brought)
-        run = Run(progress)
         with run.phase("capture"):
             if spec is None:
                 gm = captured(fitted.model, example_inputs, dynamic_shapes)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from lorafx.errors import CaptureError
+from lorafx.errors import CaptureError, InputError
 
 ExampleInputs = Mapping[str, Any] | Sequence[Any] | Tensor | None
 
@@ -91,16 +91,31 @@ def _grow(tensor: Tensor, roles: Mapping[int, str]) -> Tensor:
     return tensor
 
 
+def arguments_of(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the keyword arguments that example inputs are.
+
+    Raises:
+        InputError: they are none.
+    """
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
+        raise InputError(
+            f"example_inputs are of type {type(example_inputs).__name__}: give a tuple of positional arguments, a dict "
+            "of keyword arguments, or one tensor"
+        )
+    return tuple(example_inputs or ()), {}
+
+
 def bind(model: nn.Module, example_inputs: ExampleInputs) -> tuple[dict[str, Any], dict[str, inspect.Parameter]]:
     """Example inputs by parameter name, and the parameters of ``forward`` that have names.
 
     Raises:
         CaptureError: the inputs do not fit ``forward``, or ``forward`` takes ``*args``.
     """
-    if isinstance(example_inputs, Tensor):
-        example_inputs = (example_inputs,)
-    positional = () if isinstance(example_inputs, Mapping) else tuple(example_inputs or ())
-    keyword = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    positional, keyword = arguments_of(example_inputs)
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(*positional, **keyword)

@@ -462,6 +462,11 @@ def test_paths_that_cannot_be_written(tmp_path: Path, exported: tuple[CapturedMo
         merge_and_export(gm, tmp_path / "file" / "model.onnx")
     with pytest.raises(ExportError, match="it is a directory; give the name of a file in it"):
         merge_and_export(gm, tmp_path)
+    for none in ("", None):
+        with pytest.raises(ExportError, match="is no path to write to"):
+            merge_and_export(gm, none)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="example_inputs are of type int: give a tuple"):
+        merge_and_export(gm, tmp_path / "m.onnx", example_inputs=5)  # type: ignore[arg-type]
     assert list(files_and_folders(tmp_path)) == ["file"]
 
 

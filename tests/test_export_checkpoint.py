@@ -322,9 +322,9 @@ from pathlib import Path
 from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[2])
 folder = Path(sys.argv[1])
-def peak():
+def anonymous():
     fields = dict(l.split(":") for l in Path("/proc/self/status").read_text().splitlines())
-    return {n: 1024 * int(fields[n].split()[0]) for n in ("RssAnon", "RssFile", "VmHWM")}
+    return 1024 * int(fields["RssAnon"].split()[0])
 class Net(torch.nn.Sequential):
     pass
 width, depth = 2048, 16
@@ -346,31 +346,28 @@ if sys.argv[3] == "adapted":
     save_file(named, adapter / "adapter_model.safetensors")
     del named
 import threading, time
-most, running, start = [0], [True], [0]
+small = lorafx.apply(torch.nn.Sequential(torch.nn.Linear(8, 8)).eval(), {"target_modules": ["0"]}, torch.randn(2, 8))
+lorafx.merge_and_export(small, folder / "small.onnx")  # what is loaded once
+most, running = [0], [True]
 def watch():
     while running[0]:
-        most[0] = max(most[0], peak()["RssAnon"])
+        most[0] = max(most[0], anonymous())
         time.sleep(0.002)
-def tell(phase, done):
-    if phase == "write" and not start[0]:
-        start[0] = peak()["RssAnon"]
-        threading.Thread(target=watch, daemon=True).start()
-before = peak()["RssAnon"]
+start = anonymous()
+threading.Thread(target=watch, daemon=True).start()
 report = lorafx.export_checkpoint(model, folder, adapter, folder / "m.onnx", verify=False, external_data=True,
-                                  example_inputs=torch.randn(2, width), progress=tell)
+                                  example_inputs=torch.randn(2, width))
 running[0] = False
 assert report.sites == (0 if adapter is None else depth)
-print(most[0] - start[0], start[0] - before)
+print(most[0] - start)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("kind", ["plain", "adapted"])
 def test_a_checkpoint_is_never_in_memory(kind: str, tmp_path: Path) -> None:
-    """268 MB of weights, folded or not: 3 times the largest tensor (17 MB) and 24 MiB while written; none before."""
+    """268 MB of weights, folded or not: at most 3 times the largest tensor (17 MB) and 24 MiB."""
     environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     command = [sys.executable, "-c", _PEAK, str(tmp_path), str(Path(__file__).parent), kind]
     ran = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    writing, before = map(int, ran.stdout.split())
-    assert writing <= 3 * 2048 * 2048 * 4 + 24 * 2**20
-    assert before <= 160 * 2**20
+    assert int(ran.stdout) <= 3 * 2048 * 2048 * 4 + 24 * 2**20

@@ -214,6 +214,8 @@ def test_more_weights_than_the_onnx_holds_are_refused(tmp_path: Path) -> None:
         ({"rtol": "1e-3"}, "rtol='1e-3' is no tolerance"),
         ({"rtol": float("nan")}, "rtol=nan is no tolerance"),
         ({"external_data": "no"}, "external_data='no' is neither True nor False"),
+        ({"data_name": 3}, "data_name=3 is no name of a file"),
+        ({"progress": True}, "progress=True cannot be called: give a function"),
         ({"verify": 2}, "verify=2 is neither True nor False"),
         ({"max_shard_size": 1.5}, "max_shard_size=1.5 is no size"),
         ({"external_data": False, "max_shard_size": 100}, "external_data=False .* max_shard_size=100 is about files"),

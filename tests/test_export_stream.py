@@ -489,27 +489,26 @@ with torch.no_grad():
     for p in gm.parameters():
         if p.requires_grad:
             p.normal_(std=0.02)
-def export(name):
-    lorafx.merge_and_export(gm, Path(sys.argv[1]) / name, external_data=True, verify=False, progress=tell)
+small = lorafx.apply(torch.nn.Sequential(torch.nn.Linear(8, 8)).eval(), {"target_modules": ["0"]}, torch.randn(2, 8))
+def export(gm, name):
+    lorafx.merge_and_export(gm, Path(sys.argv[1]) / name, external_data=True, verify=False)
+export(small, "small.onnx")  # what is loaded once
 peak, running = [0], [True]
 def watch():
     while running[0]:
         peak[0] = max(peak[0], anonymous())
         time.sleep(0.002)
-start = [0]
-def tell(phase, done):
-    if phase == "write" and start[0] == 0:
-        start[0] = anonymous()
-        threading.Thread(target=watch, daemon=True).start()
-export("model.onnx")
+start = anonymous()
+threading.Thread(target=watch, daemon=True).start()
+export(gm, "model.onnx")
 running[0] = False
-print(peak[0] - start[0])
+print(peak[0] - start)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_writing_holds_a_few_pieces(tmp_path: Path) -> None:
-    """Peak memory while 201 MB are folded, transposed and written: at most 3 times the largest tensor and 24 MiB."""
+def test_an_export_holds_a_few_pieces(tmp_path: Path) -> None:
+    """Peak memory where 201 MB are folded, transposed and written: at most 3 times the largest tensor and 24 MiB."""
     environment = {"PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     command = [sys.executable, "-c", _PEAK, str(tmp_path)]
     ran = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path, env=environment)
