@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import lorafx
 from lorafx.demo.model import weights_folder
+from zoo import FAMILIES
 
 README = Path(__file__).parents[1] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
 
 
 @pytest.mark.xdist_group("minilm")
 def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    code = next(b for b in re.findall(r"```python\n(.*?)```", README.read_text(), re.S) if "my_batches" in b)
+    code = next(block for block in BLOCKS if "my_batches" in block)
     assert code.count("path/to/model") == 2
     monkeypatch.chdir(tmp_path)
     ids = torch.tensor([[101, 2023, 2003, 102], [101, 2178, 102, 0]])
@@ -31,3 +34,16 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     ]
     assert (tmp_path / "model.onnx").stat().st_size > 80e6
     assert lorafx.LoraSpec.from_json(tmp_path / "adapter" / "adapter_config.json").r == 16
+
+
+def test_the_other_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order on one model; the last starts again, from the model."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"lorafx": lorafx, "model": FAMILIES["bert"].build().eval()}
+    first, *others = [block for block in BLOCKS if "my_batches" not in block]
+    exec(first, names)
+    assert (tmp_path / "model.onnx").exists()
+    for block in others:
+        exec(block, names)
+    assert len(others) == 2
+    assert {type(p).__name__ for p in names["gm"].parameters()} >= {"QuantizedTensor"}
