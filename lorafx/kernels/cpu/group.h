@@ -212,7 +212,7 @@ std::vector<Tensor> backward(const Maybes &dys, const Maybes &ys, const Tensor &
   const Scaled scaled = scale(gains, lefts, counts, s);
 
   const Tensor ds = s.new_empty(s.sizes());
-  const std::vector<Share> shares =
+  std::vector<Share> shares =
       grad_up(dys, ys, s, ds, needs_total, weights, needed, scaled, gains, lefts, counts, scales);
 
   // dx, through an activation on to its sources; and the gradients of rights, which read x.
@@ -224,6 +224,8 @@ std::vector<Tensor> backward(const Maybes &dys, const Maybes &ys, const Tensor &
   Tensor x = inputs.empty() || !activation.empty() ? Tensor() : rows(flat(inputs[0], int64_t(m)));
   if (needs_x) {
     Tensor dx = product_with_weights(shares, scaled, weights);
+    for (size_t i = 0; i < n; ++i)
+      if (!needed[1 + i]) shares[i].base.reset();  // before more is made: a step's memory may be at its peak here
     if (alike.any) summed = alike.sum(ds, rights);
     Job job = make(EXPAND, dx, summed, alike.select(masked(small, p, bits)));
     if (activation.empty()) {
